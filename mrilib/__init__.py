@@ -1,0 +1,1 @@
+"""Two-stage MRI reconstruction with a frozen language-model backbone."""

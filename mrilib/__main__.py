@@ -1,0 +1,249 @@
+"""The commands: python -m mrilib run | make-data | reconstruct | runs."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mrilib.config import NOTEBOOKS, ROOT, ParameterError, Parameters, display_path, read_yaml, resolve
+
+PIPELINE = ("explore", "stage1", "stage2", "evaluate", "compare")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run one command, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mrilib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="execute the notebooks of a params folder into outputs/NAME")
+    run.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
+    run.add_argument("--name", help="name of the run folder (default: the params folder's)")
+    stages = run.add_mutually_exclusive_group()
+    stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
+    stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
+    run.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
+    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE")
+    run.add_argument("--overwrite", action="store_true", help="delete the run folder first, if it is there")
+
+    data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
+    data.add_argument("directory", type=Path)
+    data.add_argument("--volumes", type=int, default=150, help="h5 files; each patient has three contrasts")
+    data.add_argument("--slices", type=int, default=4, help="slices a volume")
+    data.add_argument("--img-size", type=int, default=128, help="reconstructed image side [pixels]")
+    data.add_argument("--coils", type=int, default=8, help="typical coil count")
+    data.add_argument("--seed", type=int, default=0)
+
+    reconstruct = commands.add_parser("reconstruct", help="one file to images and analyses with a run's model")
+    reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
+    reconstruct.add_argument("file", type=Path, help="fastMRI brain multicoil h5 file")
+    reconstruct.add_argument("--out", type=Path, default=Path("reconstructed"), help="output folder")
+    reconstruct.add_argument(
+        "--acceleration", type=int, help="undersampling of a fully sampled file (default: the run's first)"
+    )
+
+    runs = commands.add_parser("runs", help="a table of the run records")
+    runs.add_argument("directory", type=Path, nargs="?", default=Path("outputs"))
+
+    options = parser.parse_args(arguments)
+    try:
+        return COMMANDS[options.command](options)
+    except (ValueError, OSError) as error:  # ParameterError, DataError and CheckpointError are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run_notebooks(options: argparse.Namespace) -> int:
+    """Execute the notebooks of a params folder, one papermill process each, into one run folder."""
+    from mrilib import phantom
+    from mrilib.config import ExploreParameters
+    from mrilib.runs import Run
+
+    folder: Path = options.params
+    if not folder.is_dir():
+        raise ParameterError(f"the params folder '{folder}' does not exist")
+    if options.stage2_only != (options.checkpoint is not None):
+        raise ParameterError("--stage2-only and -c CHECKPOINT go together")
+    if options.stage1_only or options.stage2_only:
+        names: tuple[str, ...] = ("stage1",) if options.stage1_only else ("stage2",)
+    else:
+        names = PIPELINE
+    names = tuple(name for name in names if (folder / f"{name}.yaml").is_file())
+    if not names:
+        raise ParameterError(f"'{folder}' holds no params file of a notebook ({', '.join(PIPELINE)})")
+    overrides = parse_overrides(options.parameter, names)
+    directory = resolve("outputs") / (options.name or folder.resolve().name)
+
+    # All parameters are checked before anything starts: a misspelt one must not be found after a night.
+    values = {name: notebook_values(folder, name, overrides, directory, options.checkpoint) for name in names}
+    explore = folder / "explore.yaml"
+    if explore.is_file():
+        given = values.get("explore") or read_yaml(explore)
+        phantom.make_if_absent(ExploreParameters.create(given))
+    for name in names:
+        check_before_start(name, values[name], directory)
+
+    if directory.exists():
+        if not options.overwrite:
+            raise ParameterError(
+                f"'{display_path(directory)}' exists; choose another --name, or --overwrite to delete it first"
+            )
+        shutil.rmtree(directory)
+    run = Run(directory, list(names))
+    run.save()
+    (directory / "params").mkdir()
+    for name in names:
+        shutil.copy(folder / f"{name}.yaml", directory / "params")
+    if overrides:
+        (directory / "params" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    for name in names:
+        start = time.monotonic()
+        print(f"── {NOTEBOOKS[name][0]} → {display_path(directory)}", flush=True)
+        status = execute(name, values[name], directory)
+        if status:
+            record = Run(directory, [])
+            section = record.record["notebooks"].setdefault(name, {})
+            if section.get("status") != "failed":
+                section.update(status="failed", error=f"papermill ended with status {status}")
+            record.save()
+            notebook = display_path(directory / (NOTEBOOKS[name][0] + ".ipynb"))
+            print(f"error: {NOTEBOOKS[name][0]} failed; the record with the error is {notebook}", file=sys.stderr)
+            return 1
+        print(f"   done in {time.monotonic() - start:.0f} s", flush=True)
+    if (directory / "metrics.json").is_file():
+        from mrilib.tables import metrics_text
+
+        print(metrics_text(directory / "metrics.json"))
+    return 0
+
+
+def notebook_values(
+    folder: Path, name: str, overrides: dict[str, dict[str, Any]], directory: Path, checkpoint: Path | None
+) -> dict[str, Any]:
+    """A notebook's parameters in a run: its file, the command line's, and the run's own folder and checkpoints."""
+    path = folder / f"{name}.yaml"
+    values = {**read_yaml(path), "output_dir": display_path(directory), "interactive": False}
+    own = {
+        "stage2": {"stage1_checkpoint": "stage1_checkpoints/stage1_best_model.pt"},
+        "evaluate": {
+            "stage1_checkpoint": "stage1_checkpoints/stage1_best_model.pt",
+            "control_checkpoint": "stage1_checkpoints/control_best_model.pt",
+            "stage2_checkpoint": "stage2_checkpoints/stage2_best_model.pt",
+            "plain_checkpoint": "stage2_checkpoints/plain_best_model.pt",
+        },
+    }
+    for key, relative in own.get(name, {}).items():
+        if values.get(key, "x"):  # emptied in the file: left out on purpose
+            values[key] = display_path(directory / relative)
+    if name == "compare":
+        values["runs"] = [display_path(directory)]
+    if checkpoint is not None:
+        values["stage1_checkpoint"] = str(checkpoint.resolve())
+    return {**values, **overrides.get(name, {})}
+
+
+def check_before_start(name: str, values: dict[str, Any], directory: Path) -> None:
+    """Validate a notebook's parameters; checkpoints that the run itself will write need not be there yet."""
+    later = {
+        key: ""
+        for key, value in values.items()
+        if key.endswith("_checkpoint") and value and resolve(value).is_relative_to(directory)
+    }
+    cls: type[Parameters] = NOTEBOOKS[name][1]
+    try:
+        cls.create({**values, **later})
+    except ParameterError as error:
+        raise ParameterError(f"{name}: {error}") from None
+
+
+def parse_overrides(parameters: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``-p stage1.epochs=3`` → {"stage1": {"epochs": 3}}; the value is YAML."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for text in parameters:
+        left, equals, value = text.partition("=")
+        notebook, dot, name = left.partition(".")
+        if not equals or not dot or notebook not in names:
+            raise ParameterError(f"-p {text}: NOTEBOOK.NAME=VALUE is wanted, NOTEBOOK one of {', '.join(names)}")
+        overrides.setdefault(notebook, {})[name] = yaml.safe_load(value)
+    return overrides
+
+
+def execute(name: str, values: dict[str, Any], directory: Path) -> int:
+    """Run one notebook through papermill in a process of its own, its log on the console; the exit status."""
+    stem = NOTEBOOKS[name][0]
+    command = [sys.executable, "-m", "papermill", f"notebooks/{stem}.ipynb"]
+    command += [display_path(directory / f"{stem}.ipynb"), "--no-progress-bar", "-y", yaml.safe_dump(values)]
+    # papermill is quiet; what fails is in the record, and its last line is told here.
+    before = set((directory / "logs").glob("*.log"))
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    ended = threading.Event()
+    follower = threading.Thread(target=_follow, args=(directory / "logs", before, ended))
+    follower.start()
+    errors = process.communicate()[1]
+    ended.set()
+    follower.join()
+    if process.returncode:
+        lines = [line for line in errors.splitlines() if line.strip()]
+        print(lines[-1] if lines else "papermill failed", file=sys.stderr)
+    return process.returncode
+
+
+def _follow(folder: Path, before: set[Path], ended: threading.Event) -> None:
+    """Print what a notebook's new log gains, until the notebook has ended."""
+    position = 0
+    log: Path | None = None
+    while True:
+        last = ended.wait(1.0)
+        if log is None:
+            new = sorted(set(folder.glob("*.log")) - before)
+            log = new[0] if new else None
+        if log is not None:
+            with open(log, encoding="utf-8") as file:
+                file.seek(position)
+                for line in file.read().splitlines():
+                    print(f"   {line[11:19]} {line.split(' ', 3)[-1]}", flush=True)
+                position = file.tell()
+        if last:
+            return
+
+
+def make_data(options: argparse.Namespace) -> int:
+    """Write a phantom data set."""
+    from mrilib.phantom import make_dataset
+
+    path = make_dataset(
+        options.directory, options.volumes, options.slices, options.img_size, options.coils, options.seed
+    )
+    print(f"{options.volumes} volumes in {path}")
+    return 0
+
+
+def reconstruct_file(options: argparse.Namespace) -> int:
+    """One h5 file to ``OUT/<file>.h5`` (fastMRI's submission format), ``OUT/<file>.jsonl`` and ``OUT/<file>.png``."""
+    from mrilib.reconstruct import reconstruct
+
+    for line in reconstruct(options.run, options.file, options.out, options.acceleration):
+        print(line)
+    return 0
+
+
+def list_runs(options: argparse.Namespace) -> int:
+    """Print the table of run records."""
+    from mrilib.tables import runs_text
+
+    print(runs_text(options.directory))
+    return 0
+
+
+COMMANDS = {"run": run_notebooks, "make-data": make_data, "reconstruct": reconstruct_file, "runs": list_runs}
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

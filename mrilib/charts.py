@@ -1,0 +1,403 @@
+"""Charts: training curves and scores. As in `figures`, each function returns a Figure and shows nothing."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from mrilib import evaluation
+from mrilib.style import (
+    BLACK,
+    BLUE,
+    COLORS,
+    GREEN,
+    GREY,
+    METHODS,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    WIDTH,
+    RecordFigure,
+    method_label,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from mrilib.training import History
+
+METRIC_LABELS = {
+    "ssim": "SSIM",
+    "psnr": "PSNR [dB]",
+    "nmse": "NMSE",
+    "ssim_head": "SSIM inside the head",
+    "psnr_head": "PSNR inside the head [dB]",
+}
+SCORES = {  # validation metrics with a panel of their own
+    "token_accuracy": "token accuracy",
+    "ssim": "validation SSIM",
+    "psnr": "validation PSNR [dB]",
+}
+STAGES = {"stage1": "stage 1", "control": "stage 1's control without k-space", "stage2": "stage 2",
+          "plain": "stage 2's control without tokens"}  # fmt: skip
+VolumeScores = Mapping[str, Mapping[str, Sequence[evaluation.VolumeScore]]]  # acceleration → method → volumes
+Series = Mapping[str, Sequence[tuple[float, Sequence[float] | None]]]  # name → (value, [low, high] or None) a group
+
+
+def _method_colors(names: Sequence[str]) -> dict[str, str]:
+    spare = iter((VERMILLION, BLACK, "#F0E442", "#555555"))
+    return {name: METHODS[name][1] if name in METHODS else next(spare) for name in names}
+
+
+def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
+    """One legend for all axes, below them; equal labels once."""
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
+
+
+@styled
+def training_curves(histories: "History | Mapping[str, History]", title: str = "") -> Figure:
+    """Loss, validation, learning rate and gradient norms, step by step.
+
+    Parameters
+    ----------
+    histories : History, or mapping of name → History
+        Several share the axes (stage 1 and its control, say); gradient norms are the first one's, part by part.
+    title : str
+    """
+    named = dict(histories) if isinstance(histories, Mapping) else {"": histories}
+    first = next(iter(named.values()))
+    text = "cross_entropy" in first.steps[0]
+    panels: list[Callable[[Axes], None]] = [functools.partial(_loss_panel, named=named)]
+    for name, label in SCORES.items():
+        if f"val_{name}" in first.epochs[0]:
+            panels.append(functools.partial(_validation_panel, named=named, metric=name, label=label))
+    if not text:
+        panels.append(functools.partial(_image_panel, history=first))
+    panels += [functools.partial(_rate_panel, named=named), functools.partial(_gradient_panel, history=first)]
+    columns = 3 if len(panels) > 4 else 2
+    rows = -(-len(panels) // columns)
+    figure = RecordFigure(WIDTH, 2.5 * rows + 0.2)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, panel in zip(axes, panels, strict=False):
+        panel(axis)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def _running_mean(values: ArrayLike) -> NDArray:
+    """Mean of the last steps, a fortieth of all of them and at least 5; shorter at the start."""
+    array = np.asarray(values, dtype=float)
+    width = min(len(array), max(5, len(array) // 40))
+    total = np.cumsum(np.concatenate([[0.0], array]))
+    ends = np.arange(1, len(array) + 1)
+    starts = np.maximum(0, ends - width)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def _epoch_ends(history: "History") -> list[float]:
+    last = {step["epoch"]: step["step"] for step in history.steps}
+    return [last[epoch["epoch"]] for epoch in history.epochs]
+
+
+def _loss_name(history: "History") -> tuple[str, str]:
+    # Validation has no label smoothing: beside it stands the training cross-entropy without it.
+    text = "cross_entropy" in history.steps[0]
+    return ("cross_entropy", "cross-entropy [nats per token]") if text else ("loss", "1 − SSIM")
+
+
+def _plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool = True) -> None:
+    key, label = _loss_name(history)
+    steps = [step["step"] for step in history.steps]
+    values = [step[key] for step in history.steps]
+    if raw:
+        axis.plot(steps, values, color=color, alpha=0.22, linewidth=0.6)
+    axis.plot(steps, _running_mean(values), color=color, label=f"{name} training".strip())
+    validation = [epoch["val_loss"] for epoch in history.epochs]
+    style: Any = {"linestyle": "--", "marker": "o", "markersize": 3.5, "linewidth": 1.0}
+    axis.plot(_epoch_ends(history), validation, color=color, label=f"{name} validation".strip(), **style)
+    axis.set(xlabel="step", ylabel=label)
+
+
+def _loss_panel(axis: Axes, named: "Mapping[str, History]") -> None:
+    for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
+        _plot_loss(axis, history, name, color)
+    best = next(iter(named.values())).best_epoch
+    axis.set_title(f"loss; best checkpoint: epoch {best}")
+    axis.legend()
+
+
+def _validation_panel(axis: Axes, named: "Mapping[str, History]", metric: str, label: str) -> None:
+    for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
+        if metric in history.steps[0]:
+            values = [step[metric] for step in history.steps]
+            axis.plot([step["step"] for step in history.steps], _running_mean(values), color=color, linewidth=1.0)
+        scores = [epoch[f"val_{metric}"] for epoch in history.epochs]
+        axis.plot(_epoch_ends(history), scores, color=color, linestyle="--", marker="o", markersize=3.5, label=name)
+    axis.set(xlabel="step", title=label)
+    if len(named) > 1:
+        axis.legend()
+
+
+def _image_panel(axis: Axes, history: "History") -> None:
+    steps = [step["step"] for step in history.steps]
+    for name, color in (("target", GREY), ("reconstruction", BLUE)):
+        for statistic, style in (("max", "-"), ("mean", "--")):
+            values = _running_mean([step[f"{name}_{statistic}"] for step in history.steps])
+            axis.plot(steps, values, color=color, linestyle=style, label=f"{name} {statistic}")
+    axis.set(xlabel="step", title="images in a batch [volume maximum]", ylim=(0, None))
+    axis.legend(ncols=2, fontsize=7.5)
+
+
+def _rate_panel(axis: Axes, named: "Mapping[str, History]") -> None:
+    for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
+        rates = [step["learning_rate"] for step in history.steps]
+        axis.plot([step["step"] for step in history.steps], rates, color=color, label=name)
+    axis.set(xlabel="step", title="learning rate", ylim=(0, None))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _gradient_panel(axis: Axes, history: "History") -> None:
+    steps = [step["step"] for step in history.steps]
+    prefix = "gradient_norm_"
+    parts = [name.removeprefix(prefix) for name in history.steps[0] if name.startswith(prefix)]
+    total = _running_mean([step["gradient_norm"] for step in history.steps])
+    axis.plot(steps, total, color=BLACK, label="all")
+    lowest = total.min()
+    for number, part in enumerate(parts):
+        values = _running_mean([step[prefix + part] for step in history.steps])
+        if values.max() > 0:
+            style = "-" if number < 6 else ":"
+            axis.plot(steps, values, color=COLORS[number % 6], linestyle=style, linewidth=1.0, label=part)
+            lowest = min(lowest, values[values > 0].min())
+    axis.set(yscale="log", xlabel="step", title="gradient norms before clipping")
+    axis.set_ylim(bottom=lowest / 10 ** (0.3 + len(parts) / 8))  # room for the legend
+    axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
+
+
+@styled
+def compare_curves(runs: "Mapping[str, Mapping[str, History]]") -> Figure:
+    """Loss of several runs on one axis a stage.
+
+    Parameters
+    ----------
+    runs : mapping
+        Run → stage (key of `STAGES`) → History.
+
+    Raises
+    ------
+    ValueError
+        If no run has a history.
+    """
+    stages = [stage for stage in STAGES if any(stage in one for one in runs.values())]
+    if not stages:
+        raise ValueError("none of these runs has trained a stage: there are no curves to compare")
+    figure = RecordFigure(WIDTH, 3.3)
+    axes = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axis, stage in zip(axes, stages, strict=True):
+        for (name, one), color in zip(runs.items(), COLORS * 9, strict=False):
+            if stage in one:
+                _plot_loss(axis, one[stage], name, color, raw=False)
+        axis.set_title(STAGES[stage])
+    _legend_below(figure, axes, 2)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def _bars(axis: Axes, groups: Sequence[str], series: Series, colors: Mapping[str, str], form: str = "{:.3f}") -> None:
+    """Grouped bars with intervals and numbers; NaN leaves a gap."""
+    width = 0.8 / len(series)
+    for number, (name, entries) in enumerate(series.items()):
+        places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * width
+        axis.bar(places, [value for value, _ in entries], width * 0.9, color=colors[name], label=method_label(name))
+        for place, (value, interval) in zip(places, entries, strict=True):
+            if np.isfinite(value):
+                if interval is not None:
+                    axis.plot([place, place], interval, color=BLACK, linewidth=1.2)
+                _number(axis, form.format(value), place, value if interval is None else max(value, interval[1]))
+    axis.set_xticks(range(len(groups)), groups)
+    axis.grid(False, axis="x")
+    axis.margins(y=0.12)
+
+
+def _number(axis: Axes, text: str, x: float, y: float) -> None:
+    axis.annotate(text, (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+
+
+@styled
+def metrics_bars(
+    section: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    metrics: Sequence[str] = ("ssim", "psnr"),
+    methods: Sequence[str] | None = None,
+) -> Figure:
+    """Methods at each acceleration, with 95% intervals over patients.
+
+    Parameters
+    ----------
+    section : mapping
+        metrics.json's "reconstruction": acceleration → method → {"ssim", "ssim_ci95", …}.
+    metrics : sequence of str
+        Keys of `METRIC_LABELS`.
+    methods : sequence of str, optional
+        By default all but the swapped tokens, which `token_swap` shows.
+    """
+    accelerations = sorted(section, key=float)
+    if methods is None:
+        present = dict.fromkeys(method for one in section.values() for method in one)
+        methods = [name for name in present if name not in ("other_patient_tokens", "no_tokens")]
+    figure = RecordFigure(WIDTH, 3.3)
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axis, metric in zip(axes, metrics, strict=True):
+        series: dict[str, list[tuple[float, Sequence[float] | None]]] = {}
+        for method in methods:
+            entries = [section[a].get(method, {}) for a in accelerations]
+            series[method] = [(entry.get(metric, np.nan), entry.get(f"{metric}_ci95")) for entry in entries]
+        form = "{:.1f}" if "psnr" in metric else "{:.3f}"
+        _bars(axis, [f"{a}x" for a in accelerations], series, _method_colors(methods), form)
+        axis.set_title(METRIC_LABELS[metric])
+    _legend_below(figure, axes, len(methods))
+    return figure
+
+
+@styled
+def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> Figure:
+    """Every test volume as a dot, contrast by contrast, with the contrast's mean.
+
+    Parameters
+    ----------
+    scores : mapping
+        Acceleration → method → scores of the volumes.
+    metric : str
+        Key of `METRIC_LABELS`.
+    """
+    accelerations = sorted(scores, key=float)
+    figure = RecordFigure(WIDTH, 3.2)
+    axes = figure.subplots(1, len(accelerations), squeeze=False, sharey=True)[0]
+    for axis, acceleration in zip(axes, accelerations, strict=True):
+        methods = scores[acceleration]
+        colors = _method_colors(list(methods))
+        contrasts = sorted({score.acquisition for volumes in methods.values() for score in volumes})
+        for number, (method, volumes) in enumerate(methods.items()):
+            for place, contrast in enumerate(contrasts):
+                values = [getattr(score, metric) for score in volumes if score.acquisition == contrast]
+                center = place + (number - (len(methods) - 1) / 2) * 0.8 / len(methods)
+                spread = np.linspace(-0.06, 0.06, len(values)) if len(values) > 1 else np.zeros(len(values))
+                label = method_label(method) if place == 0 else "_"
+                axis.plot(center + spread, values, "o", color=colors[method], markersize=3, alpha=0.6, label=label)
+                if values:
+                    mean = float(np.mean(values))
+                    axis.plot([center - 0.1, center + 0.1], [mean, mean], color=colors[method], linewidth=2.2)
+        axis.set_xticks(range(len(contrasts)), contrasts)
+        axis.grid(False, axis="x")
+        axis.set_title(f"{acceleration}x")
+    axes[0].set_ylabel(METRIC_LABELS[metric])
+    _legend_below(figure, axes, len(scores[accelerations[0]]))
+    return figure
+
+
+@styled
+def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float, float] | None = None) -> Figure:
+    """Does the text know the scan? Cross-entropy, contrast and findings beside their controls.
+
+    Parameters
+    ----------
+    section : mapping
+        metrics.json's "analysis". Controls that it does not hold are left out. A standard error ``<name>_se`` gives
+        error bars of ±2; those of a control's cross-entropy are its difference's to the model's.
+    contrast_floor : (share, standard_error), optional
+        Share of the commonest contrast, as `evaluation.contrast_floor` gives it; a line with a band of ±2.
+    """
+    kinds = {
+        "": ("own\nk-space", BLUE),
+        "_other_patient": ("another\npatient's", PURPLE),
+        "_without_kspace": ("no k-space\n(control)", GREY),
+        "_best_constant": ("best\nconstant", ORANGE),
+    }
+    panels = (
+        ("cross_entropy", "cross-entropy [nats per token]\nlower is better"),
+        ("contrast_accuracy", "contrast named rightly\n[share of slices]"),
+        ("finding_f1", "findings: F1 over exact\nlabel, side and region"),
+    )
+    known = dict(section)
+    for kind in kinds:
+        if f"cross_entropy_gain_over{kind}_se" in section:
+            known[f"cross_entropy{kind}_se"] = section[f"cross_entropy_gain_over{kind}_se"]
+    figure = RecordFigure(WIDTH, 3.2)
+    for axis, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        present = [kind for kind in kinds if known.get(name + kind) is not None]
+        for place, kind in enumerate(present):
+            value, error = float(known[name + kind]), 2 * float(known.get(f"{name}{kind}_se", 0.0))
+            error = error if np.isfinite(error) else 0.0  # infinite for a single patient
+            axis.bar(place, value, 0.7, color=kinds[kind][1])
+            if error:
+                axis.errorbar(place, value, error, color=BLACK, linewidth=1.2, capsize=3)
+            _number(axis, f"{value:.3f}", place, value + error)
+        axis.set_xticks(range(len(present)), [kinds[kind][0] for kind in present], fontsize=8)
+        axis.set_title(title)
+        axis.grid(False, axis="x")
+        axis.margins(y=0.12)
+        if name == "contrast_accuracy" and contrast_floor is not None:
+            share, error = contrast_floor
+            axis.axhspan(share - 2 * error, share + 2 * error, color=BLACK, alpha=0.12, linewidth=0)
+            axis.axhline(share, color=BLACK, linestyle=":", linewidth=1.2, label="commonest contrast ± 2 s.e.")
+            axis.legend(loc="upper right", fontsize=7.5)
+            axis.set_ylim(0, 1.22)
+    return figure
+
+
+@styled
+def token_swap(scores: VolumeScores, metric: str = "ssim") -> Figure:
+    """Do the tokens help the image? The decoder with its own tokens, with others, and trained without any.
+
+    Parameters
+    ----------
+    scores : mapping
+        Acceleration → tokens ("own tokens", "another patient's", "none", …; own ones first) → scores of the same
+        volumes in the same order.
+    metric : str
+        Key of `METRIC_LABELS`.
+
+    Returns
+    -------
+    Figure
+        Means, and the paired differences to the first; 95% intervals, bootstrapped over patients.
+    """
+    accelerations = sorted(scores, key=float)
+    variants = list(scores[accelerations[0]])
+    colors = dict(zip(variants, (BLUE, PURPLE, GREY, GREEN, ORANGE, VERMILLION), strict=False))
+    figure = RecordFigure(WIDTH, 3.3)
+    means, differences = figure.subplots(1, 2)
+    groups = [f"{a}x" for a in accelerations]
+    series: dict[str, list[tuple[float, Sequence[float] | None]]] = {name: [] for name in variants}
+    for place, acceleration in enumerate(accelerations):
+        volumes = scores[acceleration]
+        patients = [score.patient for score in volumes[variants[0]]]
+        own = [getattr(score, metric) for score in volumes[variants[0]]]
+        for number, name in enumerate(variants):
+            values = [getattr(score, metric) for score in volumes[name]]
+            series[name].append((float(np.mean(values)), evaluation.bootstrap_interval(values, patients)))
+            if number == 0:
+                continue
+            change = [other - mine for other, mine in zip(values, own, strict=True)]
+            low, high = evaluation.bootstrap_interval(change, patients)
+            x = place + (number - len(variants) / 2) * 0.24
+            differences.plot([x, x], [low, high], color=colors[name], linewidth=2)
+            differences.plot(x, np.mean(change), "o", color=colors[name], markersize=6)
+            _number(differences, f"{np.mean(change):+.4f}", x, high)
+    _bars(means, groups, series, colors)
+    means.set_title(METRIC_LABELS[metric])
+    differences.axhline(0, color=BLUE, linewidth=1.2)
+    differences.set_xticks(range(len(groups)), groups)
+    differences.set(title=f"change of {METRIC_LABELS[metric]} against {variants[0]}", xlim=(-0.6, len(groups) - 0.4))
+    differences.grid(False, axis="x")
+    differences.margins(y=0.15)
+    _legend_below(figure, [means], len(variants))
+    return figure

@@ -1,0 +1,111 @@
+"""Training checkpoints: written whole or not at all, read without running code.
+
+A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)``
+reads it: the trainable part's weights, optimizer, schedule, random number states, history and the parameters of the run.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mrilib.config import display_path
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, of another stage or of another architecture."""
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint under a temporary name, sync it to disk, then rename it into place.
+
+    A crash at any moment leaves either the old file or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
+    """Read a checkpoint of one stage ("stage1", "control", "stage2").
+
+    Raises
+    ------
+    CheckpointError
+        Not there, not a checkpoint of this project, a pickle that would run code, or of another stage.
+    """
+    name = display_path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint '{name}' does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"checkpoint '{name}' is damaged, or holds more than plain tensors: {reason}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"'{name}' is not a checkpoint of this project")
+    if content["stage"] != stage:
+        raise CheckpointError(f"checkpoint '{name}' is of {content['stage']}; {stage} is wanted here")
+    return content
+
+
+def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Copy weights into a module; every name and shape must match.
+
+    Raises
+    ------
+    CheckpointError
+        Listing the names that are missing, too many or of another shape.
+    """
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unknown {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, {tuple(own[name].shape)} is wanted"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:12])}{more}")
+    module.load_state_dict(state)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the random number generators, as tensors and plain numbers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": {
+            "kind": kind,
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_rng_state(states: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave."""
+    torch.set_rng_state(states["torch"])
+    numpy_state = states["numpy"]
+    keys = numpy_state["keys"].numpy().astype(np.uint32)
+    np.random.set_state(
+        (numpy_state["kind"], keys, numpy_state["position"], numpy_state["has_gauss"], numpy_state["cached"])
+    )
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

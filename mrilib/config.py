@@ -1,0 +1,349 @@
+"""Every parameter of every notebook: name, type, default, meaning and unit, validated.
+
+One pydantic class a notebook. The parameters cell of a notebook and the keys of its params files are exactly the
+fields of its class (a test keeps it so). YAML's ``1e-4`` and ``papermill -p x false`` arrive as strings, so numbers
+and truth values are converted; what cannot be converted, or is not known, is refused in one plain sentence.
+"""
+
+import ast
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMETERS_HEADER = "# Parameters of this notebook"
+
+
+class ParameterError(ValueError):
+    """A parameter that is unknown, of the wrong type or out of range, or names a file that is not there."""
+
+
+def resolve(path: str | Path) -> Path:
+    """Absolute path of a parameter's path; relative ones are taken from the repository's root.
+
+    A notebook's working directory is the root under papermill and notebooks/ in JupyterLab; the root is the same.
+    """
+    return (ROOT / Path(path).expanduser()).resolve()
+
+
+def display_path(path: str | Path) -> str:
+    """The path as records show it: relative to the repository's root if it lies below it."""
+    absolute = resolve(path)
+    return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else str(absolute)
+
+
+class Parameters(BaseModel):
+    """Base of the notebooks' parameters.
+
+    Raises
+    ------
+    ParameterError
+        From `create`, `from_yaml` and `from_notebook`: names each parameter, what was given and what is wanted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=False)
+    existing_paths: ClassVar[tuple[str, ...]] = ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_surprising_conversions(cls, value: Any, info: Any) -> Any:
+        # pydantic would read True as 1 and 1 as True: a slip in a params file that should be told, not guessed.
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise ValueError("a number is wanted, not true or false")
+        if isinstance(value, int | float) and not isinstance(value, bool) and annotation is bool:
+            raise ValueError("true or false is wanted, not a number")
+        return value
+
+    @classmethod
+    def create(cls, values: Mapping[str, Any]) -> Self:
+        """Validate values into parameters; see the class for the errors."""
+        unknown = [name for name in values if name not in cls.model_fields]
+        if unknown:
+            raise ParameterError("; ".join(_unknown_sentence(cls, name) for name in unknown))
+        try:
+            config = cls(**values)
+        except ValidationError as error:
+            raise ParameterError("; ".join(_error_sentence(problem) for problem in error.errors())) from None
+        for name in cls.existing_paths:
+            path = getattr(config, name)
+            if path and not resolve(path).exists():
+                raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip())
+        return config
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read one flat YAML file, with `overrides` on top."""
+        try:
+            return cls.create({**read_yaml(path), **(overrides or {})})
+        except ParameterError as error:
+            raise ParameterError(f"{display_path(path)}: {error}") from None
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> Self:
+        """The parameters that a notebook was given: its parameters cell, then the cell that papermill injects.
+
+        Parameters
+        ----------
+        namespace : mapping
+            The notebook's ``globals()``. IPython's input history in it tells which names those cells assign, so that
+            a misspelt parameter, which papermill only warns of, is refused.
+        """
+        names = _assigned_names(list(namespace.get("In", [])))
+        return cls.create({name: namespace[name] for name in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, as JSON and checkpoints want them."""
+        return self.model_dump(mode="json")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A flat YAML mapping from a file; errors name the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise ParameterError(f"the params file '{display_path(path)}' does not exist")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{display_path(path)} is not YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ParameterError(f"{display_path(path)} must hold one 'name: value' a line")
+    return values
+
+
+def _assigned_names(history: list[str]) -> list[str]:
+    names: list[str] = []
+    for source in reversed(history):
+        if not source.lstrip().startswith("# Parameters"):
+            continue
+        for node in ast.parse(source).body:
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]  # x = 1, or x: int = 1
+            names += [target.id for target in targets if isinstance(target, ast.Name) and target.id not in names]
+        if source.lstrip().startswith(PARAMETERS_HEADER):
+            return names
+    raise ParameterError(f"run the parameters cell first (it begins with '{PARAMETERS_HEADER}')")
+
+
+def _unknown_sentence(cls: type[Parameters], name: str) -> str:
+    near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"the known ones are {', '.join(cls.model_fields)}"
+    return f"'{name}' is not a parameter of this notebook; {hint}"
+
+
+def _error_sentence(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"]) or "parameters"
+    message = re.sub(r"^Value error, ", "", problem["msg"])
+    given = f" (given: {problem['input']!r})" if problem["loc"] else ""
+    return f"{name}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _hint(name: str) -> str:
+    return {
+        "data_dir": "Put fastMRI brain files there, or make phantom data: python -m mrilib make-data DIR",
+        "stage1_checkpoint": "Run stage 1 first: python -m mrilib run params/demo --stage1-only",
+        "stage2_checkpoint": "Run stage 2 first: python -m mrilib run params/demo",
+        "backbone_path": "See README, 'From the demo to real data', for where the weights go.",
+    }.get(name, "")
+
+
+def P(default: Any, description: str, **limits: Any) -> Any:
+    """A parameter: its default, what it is with its unit, and pydantic's limits."""
+    return Field(default, description=description, validate_default=True, **limits)
+
+
+class OutputParameters(Parameters):
+    """Where results go and how the notebook shows itself."""
+
+    output_dir: str = P("", "run folder; empty: a new one under outputs/, named after the notebook and the time")
+    interactive: bool = P(True, "show widgets; false in headless records")
+    seed: int = P(0, "seed of every random number", ge=0, lt=2**32)
+
+
+class DataParameters(OutputParameters):
+    """The data, the masks, the coils."""
+
+    existing_paths = ("data_dir", "val_dir", "test_dir", "annotations_dir", "reports_path")
+
+    data_dir: str = P("data/demo", "folder of fastMRI brain multicoil h5 files (the training files)")
+    val_dir: str = P("", "folder of validation files; empty: a part of data_dir, split by patient")
+    test_dir: str = P("", "folder of test files; empty: a part of data_dir, split by patient")
+    val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
+    test_fraction: float = P(0.1, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
+    split_seed: int = P(0, "seed of the split by patient", ge=0)
+    annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
+    reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
+    num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1)
+    img_size: int = P(320, "side of the ViT's input [pixels], a multiple of 16", ge=16)
+    crop: Literal["readout", "image"] = P("readout", "readout: native phase encoding; image: both axes cropped first")
+    mask_type: str = P("equispaced_fraction", "fastMRI's name of the mask class")
+    accelerations: list[int] = P([4, 8], "accelerations", min_length=1)
+    center_fractions: list[float] = P([0.08, 0.04], "share of lines sampled at the centre, one per acceleration")
+    num_workers: int = P(0, "processes that load data; 0: none", ge=0)
+
+    @model_validator(mode="after")
+    def _masks_and_size(self) -> Self:
+        from mrilib.kspace import MASK_TYPES
+
+        if self.img_size % 16:
+            raise ValueError(f"img_size: {self.img_size} is not a multiple of 16, the ViT's patch")
+        if len(self.accelerations) != len(self.center_fractions):
+            raise ValueError("center_fractions: as many values as accelerations are wanted; they are paired by index")
+        if any(a < 1 for a in self.accelerations) or any(not 0 < f <= 1 for f in self.center_fractions):
+            raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
+        if self.mask_type not in MASK_TYPES:
+            raise ValueError(f"mask_type: '{self.mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
+        return self
+
+
+class BackboneParameters(DataParameters):
+    """The frozen language model."""
+
+    existing_paths = (*DataParameters.existing_paths, "config_path", "backbone_path", "tokenizer_path")
+
+    config_path: str = P("models/nirvana_1_3B.json", "backbone configuration; unused if backbone_path is a folder")
+    backbone_path: str = P("models/model.safetensors", "backbone weights, or a Hugging Face causal-LM folder")
+    tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
+    device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+
+    @field_validator("device")
+    @classmethod
+    def _cuda_is_there(cls, value: str) -> str:
+        if value == "cuda" and not torch.cuda.is_available():
+            raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
+        return value
+
+
+class TrainingParameters(BackboneParameters):
+    """The training loop, the same for both stages."""
+
+    epochs: int = P(100, "passes over the training slices", ge=1)
+    batch_size: int = P(4, "slices a step", ge=1)
+    learning_rate: float = P(3e-4, "peak learning rate", gt=0)
+    weight_decay: float = P(1e-4, "AdamW's weight decay", ge=0)
+    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0)
+    warmup_ratio: float = P(0.1, "share of the steps with rising learning rate", ge=0, le=1)
+    lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
+    adam_beta1: float = P(0.9, "AdamW's decay of the mean gradient", ge=0, lt=1)
+    adam_beta2: float = P(0.999, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
+    gradient_accumulation_steps: int = P(1, "batches a step of the optimizer", ge=1)
+    mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
+    activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
+    masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one every epoch", ge=0)
+    max_train_slices: int = P(0, "use so many training slices an epoch at most; 0: all", ge=0)
+    max_val_slices: int = P(0, "use so many validation slices at most, spread evenly; 0: all", ge=0)
+    save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1)
+    log_interval: int = P(10, "steps between the lines of the text log", ge=1)
+    early_stopping_patience: int = P(0, "epochs without a better validation loss before stopping; 0: never", ge=0)
+
+
+class ExploreParameters(DataParameters):
+    """01_explore_data."""
+
+    existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path")
+
+    phantom_volumes: int = P(0, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0)
+    phantom_slices: int = P(4, "slices a phantom volume", ge=1)
+    phantom_coils: int = P(8, "typical coil count of the phantom", ge=2)
+    phantom_seed: int = P(0, "seed of the phantom", ge=0)
+    volume: str = P("", "file to look at; empty: the first with a finding")
+    slice_num: int = P(-1, "slice to look at; -1: the one with most findings", ge=-1)
+
+    @model_validator(mode="after")
+    def _data_or_phantom(self) -> Self:
+        if not self.phantom_volumes and not resolve(self.data_dir).exists():
+            raise ValueError(f"data_dir: '{self.data_dir}' does not exist. {_hint('data_dir')}")
+        return self
+
+
+class Stage1Parameters(TrainingParameters):
+    """02_train_stage1."""
+
+    existing_paths = (*TrainingParameters.existing_paths, "varnet_weights")
+
+    vit_embed_dim: int = P(768, "ViT embedding dimension", ge=1)
+    vit_num_layers: int = P(6, "ViT layers", ge=1)
+    vit_num_heads: int = P(12, "ViT attention heads", ge=1)
+    vit_patch_size: int = P(16, "side of a ViT patch [pixels]; image tokens are (img_size / 16)²", ge=16, le=16)
+    varnet_num_cascades: int = P(12, "VarNet cascades", ge=1)
+    varnet_chans: int = P(18, "channels of the cascades' U-Nets", ge=1)
+    varnet_pools: int = P(4, "down-sampling levels of the cascades' U-Nets", ge=1)
+    varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1)
+    varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
+    varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
+    label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
+    train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        if self.vit_embed_dim % self.vit_num_heads:
+            raise ValueError(f"vit_num_heads: {self.vit_num_heads} does not divide vit_embed_dim {self.vit_embed_dim}")
+        return self
+
+
+class Stage2Parameters(TrainingParameters):
+    """03_train_stage2."""
+
+    existing_paths = (*TrainingParameters.existing_paths, "stage1_checkpoint")
+
+    learning_rate: float = P(1e-4, "peak learning rate", gt=0)
+    stage1_checkpoint: str = P("stage1_checkpoints/stage1_best_model.pt", "trained k-space encoder of stage 1")
+    decoder_type: Literal["full", "lightweight"] = P("full", "full: 160M parameters at the defaults; lightweight: 80M")
+    decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
+    use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
+    image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
+    train_control: bool = P(True, "also train the control: a decoder without image tokens, same steps")
+
+    @model_validator(mode="after")
+    def _control_has_input(self) -> Self:
+        if self.train_control and not self.image_skip:
+            raise ValueError("train_control: a decoder without tokens needs the measured data; set image_skip: true")
+        return self
+
+
+class EvaluateParameters(BackboneParameters):
+    """04_evaluate."""
+
+    existing_paths = (
+        *BackboneParameters.existing_paths,
+        "stage1_checkpoint",
+        "control_checkpoint",
+        "stage2_checkpoint",
+        "plain_checkpoint",
+    )
+
+    stage1_checkpoint: str = P("stage1_checkpoints/stage1_best_model.pt", "k-space encoder of stage 1")
+    control_checkpoint: str = P("", "stage 1's control without k-space; empty: the text is scored without it")
+    stage2_checkpoint: str = P("stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2")
+    plain_checkpoint: str = P("", "stage 2's control, a decoder trained without tokens; empty: left out")
+    batch_size: int = P(8, "slices a batch", ge=1)
+    max_new_tokens: int = P(128, "longest generated analysis [tokens]", ge=1)
+    bootstrap_samples: int = P(1000, "bootstrap samples over patients for the intervals", ge=100)
+    figure_slices: int = P(3, "slices shown in the figures", ge=1)
+
+
+class CompareParameters(OutputParameters):
+    """05_compare_runs."""
+
+    existing_paths = ()
+
+    runs: list[str] = P([], "run folders to compare; empty: every finished run under outputs/")
+
+
+class PretrainParameters(OutputParameters):
+    """00_pretrain_tiny_backbone; filled in below by its owner."""
+
+
+NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {
+    "pretrain": ("00_pretrain_tiny_backbone", PretrainParameters),
+    "explore": ("01_explore_data", ExploreParameters),
+    "stage1": ("02_train_stage1", Stage1Parameters),
+    "stage2": ("03_train_stage2", Stage2Parameters),
+    "evaluate": ("04_evaluate", EvaluateParameters),
+    "compare": ("05_compare_runs", CompareParameters),
+}

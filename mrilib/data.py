@@ -1,0 +1,451 @@
+"""fastMRI brain files, slice by slice: h5 → Slice → Batch.
+
+What reaches the model comes from the masked k-space alone: scale, coil compression and coil maps. Target, maximum and
+attributes are for the loss and the metrics.
+"""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mrilib import analysis, kspace
+from mrilib.analysis import Annotations, Facts, Report
+from mrilib.config import DataParameters, ParameterError, display_path, resolve
+
+ISMRMRD = "{http://www.ismrm.org/ISMRMRD}"
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message names the file and what is wrong with it."""
+
+
+class Volume(NamedTuple):
+    """What is known of one h5 file without reading its k-space."""
+
+    path: Path
+    file: str  # name without .h5, as fastMRI+ has it
+    slices: int
+    coils: int
+    matrix: tuple[int, int]  # readout H, phase W of the k-space
+    recon: tuple[int, int]  # h, w of the evaluated image
+    readout: int  # readout length without oversampling
+    padding: tuple[int, int]  # phase-encoding lines outside [left, right) were not acquired
+    acquisition: str
+    patient: str
+    maximum: float  # of the target volume [file units]; 0 if there is no target
+    has_target: bool
+    has_mask: bool  # a test file that brings its own mask
+
+
+class Slice(NamedTuple):
+    """One undersampled slice; all tensors on the CPU."""
+
+    kspace: Tensor  # complex64 (coil, readout, phase): masked, divided by its root mean square
+    mask: Tensor  # bool (phase,)
+    scale: float  # [file units]: normalised value × scale = file value
+    target: Tensor | None  # float32 (h, w) RSS of the fully sampled data [file units]
+    maximum: float  # of the target volume [file units]
+    recon: tuple[int, int]  # h, w of the evaluated image
+    acceleration: int
+    file: str
+    slice_num: int
+    patient: str
+    facts: Facts
+    report: Report | None
+
+
+class Batch(NamedTuple):
+    """Slices of equal shape, stacked; B is their number."""
+
+    kspace: Tensor  # complex64 (B, coil, readout, phase)
+    mask: Tensor  # bool (B, phase)
+    scale: Tensor  # float32 (B,) [file units]
+    target: Tensor | None  # float32 (B, h, w) [file units]
+    maximum: Tensor  # float32 (B,) [file units]
+    recon: tuple[int, int]
+    slices: list[Slice]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
+        return self._replace(**moved)
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read header, attributes and shapes of one fastMRI brain file.
+
+    Raises
+    ------
+    DataError
+        Not HDF5, a missing dataset or attribute, a wrong shape or type, or an unreadable header.
+    """
+    path = Path(path)
+    try:
+        with h5py.File(path, "r") as h5:
+            return _volume_of(h5, path)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be opened as HDF5 ({error})") from None
+    except KeyError as error:
+        raise DataError(f"{path.name}: {error.args[0]}") from None
+
+
+def _volume_of(h5: h5py.File, path: Path) -> Volume:
+    if "kspace" not in h5 or "ismrmrd_header" not in h5:
+        missing = [name for name in ("kspace", "ismrmrd_header") if name not in h5]
+        raise DataError(f"{path.name}: has no dataset {' and no '.join(missing)}")
+    for name in ("kspace", "ismrmrd_header", "reconstruction_rss", "mask"):
+        if name in h5 and not isinstance(h5[name], h5py.Dataset):
+            raise DataError(f"{path.name}: {name} is not a dataset")
+    data = h5["kspace"]
+    if data.ndim != 4 or data.dtype.kind != "c":
+        raise DataError(f"{path.name}: kspace is {data.dtype} {data.shape}; complex (slices, coils, H, W) is wanted")
+    for name in ("acquisition", "patient_id"):
+        if name not in h5.attrs:
+            raise DataError(f"{path.name}: has no attribute {name}")
+    slices, coils, height, width = data.shape
+    header = read_header(h5["ismrmrd_header"][()], path.name)
+    readout = min(height, header["recon"][0])
+    recon = (readout, header["recon"][1]) if header["recon"][1] <= width else (min(readout, width), width)
+    has_target = "reconstruction_rss" in h5
+    if has_target:
+        shape = h5["reconstruction_rss"].shape
+        if len(shape) != 3 or shape[0] != slices or shape[1] > height or shape[2] > width:
+            raise DataError(f"{path.name}: reconstruction_rss {shape} does not fit kspace {data.shape}")
+        recon = (shape[1], shape[2])
+        if "max" not in h5.attrs:
+            raise DataError(f"{path.name}: has no attribute max")
+    if "mask" in h5 and h5["mask"].shape != (width,):
+        raise DataError(f"{path.name}: mask {h5['mask'].shape} does not fit kspace {data.shape}")
+    return Volume(
+        path=path,
+        file=path.stem,
+        slices=slices,
+        coils=coils,
+        matrix=(height, width),
+        recon=recon,
+        readout=max(readout, recon[0]),
+        padding=(max(0, header["padding"][0]), min(width, header["padding"][1])),
+        acquisition=str(h5.attrs["acquisition"]),
+        patient=str(h5.attrs["patient_id"]),
+        maximum=float(h5.attrs["max"]) if has_target else 0.0,
+        has_target=has_target,
+        has_mask="mask" in h5,
+    )
+
+
+def read_header(xml: bytes | str, name: str) -> dict[str, tuple[int, int]]:
+    """The encoding of an ISMRMRD header.
+
+    Parameters
+    ----------
+    xml : bytes or str
+        The ``ismrmrd_header`` dataset.
+    name : str
+        File name, for the errors.
+
+    Returns
+    -------
+    dict
+        ``recon``: reconSpace matrix (x readout, y phase) [pixels]; ``padding``: (left, right) of the acquired
+        phase-encoding lines, left = enc_y//2 − center, right = left + maximum + 1 (fastMRI's mri_data.py).
+    """
+    text = xml.decode("utf-8", errors="replace") if isinstance(xml, bytes) else str(xml)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities can expand to gigabytes or read other files
+        raise DataError(f"{name}: ismrmrd_header declares XML entities; an ISMRMRD header has none")
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise DataError(f"{name}: ismrmrd_header is not XML ({error})") from None
+
+    def number(*path: str) -> int:
+        node = root.find("/".join(ISMRMRD + part for part in ("encoding", *path)))
+        if node is None or node.text is None or not re.fullmatch(r"\s*-?[0-9]+\s*", node.text):
+            raise DataError(f"{name}: ismrmrd_header has no number at encoding/{'/'.join(path)}")
+        return int(node.text)
+
+    limits = ("encodingLimits", "kspace_encoding_step_1")
+    left = number("encodedSpace", "matrixSize", "y") // 2 - number(*limits, "center")
+    return {
+        "recon": (number("reconSpace", "matrixSize", "x"), number("reconSpace", "matrixSize", "y")),
+        "padding": (left, left + number(*limits, "maximum") + 1),
+    }
+
+
+def index_volumes(directory: str | Path) -> list[Volume]:
+    """All h5 files of a folder, sorted by name.
+
+    Raises
+    ------
+    DataError
+        If there is none, or any of them cannot be used; all problems are listed.
+    """
+    folder = resolve(directory)
+    volumes, problems = [], []
+    for path in sorted(folder.glob("*.h5")):
+        try:
+            volumes.append(read_volume(path))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(f"{len(problems)} unusable files in {display_path(folder)}:\n" + "\n".join(problems))
+    if not volumes:
+        raise DataError(f"no .h5 file in {display_path(folder)}")
+    return volumes
+
+
+def split_volumes(config: DataParameters) -> dict[str, list[Volume]]:
+    """Training, validation and test volumes; no patient is in two of them.
+
+    Folders that are given are taken as they are; otherwise the patients of `data_dir` are shuffled with `split_seed`.
+
+    Raises
+    ------
+    DataError
+        If a patient stands in two of the given folders, or a part comes out empty.
+    """
+    volumes = index_volumes(config.data_dir)
+    parts = {
+        "val": index_volumes(config.val_dir) if config.val_dir else [],
+        "test": index_volumes(config.test_dir) if config.test_dir else [],
+    }
+    patients = sorted({volume.patient for volume in volumes})
+    order = np.random.default_rng(config.split_seed).permutation(len(patients))
+    shuffled = [patients[i] for i in order]
+    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
+        if not parts[name] and fraction:
+            count = max(1, round(fraction * len(patients)))
+            chosen, shuffled = set(shuffled[:count]), shuffled[count:]
+            parts[name] = [volume for volume in volumes if volume.patient in chosen]
+    remaining = set(shuffled)
+    split = {"train": [volume for volume in volumes if volume.patient in remaining], **parts}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        both = {v.patient for v in split[a]} & {v.patient for v in split[b]}
+        if both:
+            raise DataError(f"{len(both)} patients are in both {a} and {b}, for instance {sorted(both)[0]}")
+    for name, part in split.items():
+        if not part:
+            raise DataError(f"no {name} volumes: data_dir has {len(patients)} patients; give {name}_dir or a fraction")
+    return split
+
+
+def load_annotations(config: DataParameters) -> Annotations | None:
+    """fastMRI+ annotations: those of `annotations_dir`, else the data folder's own, else None (nothing is known)."""
+    folder = resolve(config.annotations_dir or config.data_dir)
+    tables = folder / "brain.csv", folder / "brain_file_list.csv"
+    if not config.annotations_dir and not any(table.exists() for table in tables):
+        return None
+    for table in tables:
+        if not table.exists():
+            raise ParameterError(f"annotations_dir: '{display_path(table)}' does not exist")
+    return analysis.read_annotations(*tables)
+
+
+class FastMRIDataset(Dataset[Slice]):
+    """Masked, normalised slices of fastMRI volumes.
+
+    Parameters
+    ----------
+    volumes : sequence of Volume
+    config : DataParameters
+        num_coils, img_size, crop, mask_type, accelerations, center_fractions, seed, reports_path.
+    annotations : Annotations, optional
+        fastMRI+ findings; without them the findings of every slice are unknown.
+    training : bool
+        Training masks come from (seed, file, slice, mask number), others from the file name, as fastMRI's do.
+    masks_per_slice : int
+        Training masks a slice sees in turn; 0: a new one every epoch.
+    acceleration : int, optional
+        Use this one alone (one of config.accelerations).
+    max_slices : int
+        Take so many slices, evenly spread; 0: all.
+
+    Raises
+    ------
+    DataError
+        If ``crop: image`` meets a file with its own mask, a file cannot be read, or a mask leaves the centre line out.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        config: DataParameters,
+        annotations: Annotations | None = None,
+        *,
+        training: bool = False,
+        masks_per_slice: int = 0,
+        acceleration: int | None = None,
+        max_slices: int = 0,
+    ) -> None:
+        self.volumes = list(volumes)
+        self.config = config
+        self.annotations = annotations
+        self.training = training
+        self.masks_per_slice = masks_per_slice
+        self.epoch = 0
+        pairs = zip(config.center_fractions, config.accelerations, strict=True)
+        pairs = [(fraction, a) for fraction, a in pairs if acceleration in (None, a)]
+        if not pairs:
+            raise ParameterError(f"acceleration {acceleration} is not one of accelerations {config.accelerations}")
+        self.mask_func = kspace.make_mask_func(config.mask_type, *zip(*pairs, strict=True))
+        self.reports = analysis.read_reports(resolve(config.reports_path)) if config.reports_path else {}
+        if config.crop == "image" and (own := [v.file for v in self.volumes if v.has_mask]):
+            raise DataError(f"crop: image changes the acquisition, but {own[0]} brings its own mask; use crop: readout")
+        samples = [(v, s) for v, volume in enumerate(self.volumes) for s in range(volume.slices)]
+        if max_slices and max_slices < len(samples):
+            samples = [samples[i] for i in np.linspace(0, len(samples) - 1, max_slices).round().astype(int)]
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def shape_key(self, index: int) -> tuple[int, ...]:
+        """What must be equal for slices to be stacked: coils, k-space matrix and evaluated image."""
+        volume = self.volumes[self.samples[index][0]]
+        if self.config.crop == "image":
+            return (min(volume.coils, self.config.num_coils), int(volume.has_target))
+        coils = min(volume.coils, self.config.num_coils)
+        return (coils, volume.readout, volume.matrix[1], *volume.recon, int(volume.has_target))
+
+    def facts(self, index: int) -> Facts:
+        """Contrast, level and findings of a slice, for its text and its scores; not for its input."""
+        volume, slice_num = self._sample(index)
+        return analysis.slice_facts(
+            self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.recon
+        )
+
+    def _sample(self, index: int) -> tuple[Volume, int]:
+        volume, slice_num = self.samples[index]
+        return self.volumes[volume], slice_num
+
+    def __getitem__(self, index: int) -> Slice:
+        volume, slice_num = self._sample(index)
+        try:
+            with h5py.File(volume.path, "r") as h5:
+                raw = torch.from_numpy(h5["kspace"][slice_num].astype(np.complex64, copy=False))
+                target = None
+                if volume.has_target:
+                    target = torch.from_numpy(h5["reconstruction_rss"][slice_num].astype(np.float32, copy=False))
+                own_mask = torch.from_numpy(h5["mask"][()].astype(bool)) if volume.has_mask else None
+                own_acceleration = int(h5.attrs.get("acceleration", 0))
+        except OSError as error:
+            raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({error})") from None
+
+        padding, recon = volume.padding, volume.recon
+        if self.config.crop == "image":
+            size = (self.config.img_size, self.config.img_size)
+            raw = kspace.fft2c(kspace.center_crop_or_pad(kspace.ifft2c(raw), size))
+            target = None if target is None else kspace.center_crop_or_pad(target, size)
+            padding, recon = (0, size[1]), size
+        else:
+            raw = kspace.remove_readout_oversampling(raw, volume.readout)
+
+        if own_mask is not None:
+            mask, acceleration = own_mask, own_acceleration
+            mask[: padding[0]] = False
+            mask[padding[1] :] = False
+        else:
+            mask, acceleration = kspace.sample_mask(
+                self.mask_func, raw.shape[-1], self._mask_seed(volume, slice_num), padding
+            )
+        if not mask[mask.shape[0] // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
+            raise DataError(
+                f"{volume.path.name}, slice {slice_num}: the mask does not sample the centre of k-space; "
+                "raise center_fractions, or leave this file out if it brings the mask itself"
+            )
+        # From here on only measured lines are seen. torch.where, not a product: unmeasured NaNs must not spread.
+        masked = torch.where(mask, raw, torch.zeros((), dtype=raw.dtype))
+        masked = kspace.compress_coils(masked, self.config.num_coils)
+        scale = torch.view_as_real(masked).square().sum(-1).mean().sqrt().item()
+        masked = masked / scale if scale else masked
+        return Slice(
+            kspace=masked,
+            mask=mask,
+            scale=scale or 1.0,
+            target=target,
+            maximum=volume.maximum,
+            recon=recon,
+            acceleration=acceleration,
+            file=volume.file,
+            slice_num=slice_num,
+            patient=volume.patient,
+            facts=self.facts(index),
+            report=self.reports.get((volume.file, slice_num)),
+        )
+
+    def _mask_seed(self, volume: Volume, slice_num: int) -> int | tuple[int, ...]:
+        if not self.training:
+            return kspace.validation_seed(volume.path.name)
+        mask_index = self.epoch % self.masks_per_slice if self.masks_per_slice else self.epoch
+        return kspace.training_seed(self.config.seed, volume.file, slice_num, mask_index)
+
+
+class ShapeBatchSampler(Sampler[list[int]]):
+    """Batches of slices of equal shape, in an order that depends on (seed, epoch) alone.
+
+    Parameters
+    ----------
+    dataset : FastMRIDataset
+    batch_size : int
+    seed : int
+    shuffle : bool
+        Without it the order is the dataset's.
+    """
+
+    def __init__(self, dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> None:
+        self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.dataset.epoch])
+        order = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index in order:
+            groups[self.dataset.shape_key(int(index))].append(int(index))
+        batches = [
+            group[start : start + self.batch_size]
+            for group in groups.values()
+            for start in range(0, len(group), self.batch_size)
+        ]
+        if self.shuffle:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return iter(batches)
+
+    def __len__(self) -> int:
+        counts: dict[tuple[int, ...], int] = defaultdict(int)
+        for index in range(len(self.dataset)):
+            counts[self.dataset.shape_key(index)] += 1
+        return sum(-(-count // self.batch_size) for count in counts.values())
+
+
+def collate(slices: list[Slice]) -> Batch:
+    """Stack slices of equal shape."""
+    targets = [s.target for s in slices if s.target is not None]
+    return Batch(
+        kspace=torch.stack([s.kspace for s in slices]),
+        mask=torch.stack([s.mask for s in slices]),
+        scale=torch.tensor([s.scale for s in slices], dtype=torch.float32),
+        target=torch.stack(targets) if len(targets) == len(slices) else None,
+        maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
+        recon=slices[0].recon,
+        slices=slices,
+    )
+
+
+def make_loader(dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> DataLoader[Batch]:
+    """A loader of equal-shape batches; set ``dataset.epoch`` before each pass."""
+    sampler = ShapeBatchSampler(dataset, batch_size, seed, shuffle)
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=dataset.config.num_workers, pin_memory=False
+    )

@@ -1,0 +1,214 @@
+"""The k-space encoder: fastMRI's VarNet, then a ViT, then a linear map to the backbone's width.
+
+masked k-space (B, coil, readout, phase) → VarNet's refined coil images → one complex image, combined with VarNet's own
+sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_dim) → between a learned start and end vector
+(B, (img_size/16)² + 2, output_dim).
+"""
+
+from pathlib import Path
+
+import torch
+from fastmri.models import VarNet
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import ViTConfig, ViTModel
+from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
+
+from mrilib import kspace as physics
+
+PATCH = 16  # [pixels]; also the U-Net's total down-sampling, so that image tokens lie on its bottleneck
+
+
+class NormalizedPatchEmbeddings(ViTPatchEmbeddings):
+    """transformers' patch embeddings, then the LayerNorm that the description puts before the k-space encoder's ViT."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 2, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
+        return self.norm(super().forward(pixel_values))
+
+
+class KSpaceEncoder(nn.Module):
+    """Turns undersampled multi-coil k-space into tokens for a language model.
+
+    Parameters
+    ----------
+    output_dim : int
+        Hidden size of the backbone.
+    img_size : int
+        Side of the ViT's input [pixels], a multiple of 16; the image is cropped or zero-padded to it.
+    vit_embed_dim, vit_num_layers, vit_num_heads : int
+        The ViT (transformers' own), with an MLP four times as wide.
+    num_cascades, chans, pools, sens_chans, sens_pools : int
+        fastMRI's VarNet; the defaults have its published 29,936,966 parameters.
+    activation_checkpointing : bool
+        Recompute each cascade and ViT layer in the backward pass.
+    """
+
+    def __init__(
+        self,
+        output_dim: int = 2048,
+        img_size: int = 320,
+        vit_embed_dim: int = 768,
+        vit_num_layers: int = 6,
+        vit_num_heads: int = 12,
+        num_cascades: int = 12,
+        chans: int = 18,
+        pools: int = 4,
+        sens_chans: int = 8,
+        sens_pools: int = 4,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if img_size % PATCH:
+            raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the ViT's patch")
+        self.img_size = img_size
+        self.output_dim = output_dim
+        self.activation_checkpointing = activation_checkpointing
+        self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
+        vit_config = ViTConfig(
+            hidden_size=vit_embed_dim,
+            num_hidden_layers=vit_num_layers,
+            num_attention_heads=vit_num_heads,
+            intermediate_size=4 * vit_embed_dim,
+            image_size=img_size,
+            patch_size=PATCH,
+            num_channels=2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.vit = ViTModel(vit_config, add_pooling_layer=False)
+        self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config)
+        if activation_checkpointing:
+            self.vit.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.projection = nn.Linear(vit_embed_dim, output_dim)
+        self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
+        self.end = nn.Parameter(torch.randn(output_dim) * 0.02)
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens, without start and end: (img_size/16)²."""
+        return (self.img_size // PATCH) ** 2
+
+    def match_embeddings(self, rms: float) -> None:
+        """Scale the projection so that tokens start out about as large as the backbone's word embeddings.
+
+        Parameters
+        ----------
+        rms : float
+            Root mean square of the backbone's embedding matrix. The ViT ends in a LayerNorm, so its outputs have a root
+            mean square of 1. A frozen model has seen nothing of another size.
+        """
+        with torch.no_grad():
+            width = self.projection.in_features
+            self.projection.weight.normal_(std=rms / width**0.5)
+            self.projection.bias.zero_()
+            self.start.normal_(std=rms)
+            self.end.normal_(std=rms)
+
+    def load_varnet(self, path: str | Path) -> None:
+        """Load fastMRI's published VarNet weights (brain_leaderboard_state_dict.pt), names strict.
+
+        Raises
+        ------
+        ValueError
+            If the names or shapes differ; they are listed.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            self.varnet.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise ValueError(f"varnet_weights: {path} does not fit the encoder's VarNet: {error}") from None
+
+    def forward(self, kspace: Tensor, mask: Tensor) -> Tensor:
+        """Tokens of a batch of slices.
+
+        Parameters
+        ----------
+        kspace : Tensor, complex64, shape (B, coil, readout, phase)
+            Masked k-space divided by its root mean square.
+        mask : Tensor, bool, shape (B, phase)
+
+        Returns
+        -------
+        Tensor, float32, shape (B, (img_size/16)² + 2, output_dim)
+            start, tokens in row-major order of the patches, end.
+        """
+        image = physics.remove_background_phase(self.refined_image(kspace, mask))
+        image = physics.center_crop_or_pad(image, (self.img_size, self.img_size))
+        # A mean has no meaning for a complex image, but its size has: VarNet's maps, and with them the image's scale,
+        # depend on the number of coils.
+        power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
+        image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        pixels = torch.view_as_real(image).movedim(-1, 1)
+        tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
+        tokens = self.projection(tokens)
+        batch = tokens.shape[0]
+        start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
+        return torch.cat([start, tokens, end], dim=1).float()
+
+    def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
+        """VarNet's refined coil images combined with its own sensitivity maps.
+
+        An empty coil makes fastMRI's NormUnet divide zero by zero, so slices that have one go through the VarNet alone,
+        without it, and an all-zero slice goes around the VarNet and stays zero.
+
+        Returns
+        -------
+        Tensor, complex64, shape (B, readout, phase)
+        """
+        # Coil compression leaves rounding errors, not zeros, in virtual coils beyond the rank: they count as empty.
+        peak = torch.view_as_real(kspace).abs().amax((-1, -2, -3))  # (B, coil)
+        alive = peak > torch.finfo(torch.float32).eps * peak.amax(1, keepdim=True)
+        if bool(alive.all()):
+            return self._varnet_image(kspace, mask)
+        images = [
+            self._varnet_image(kspace[i : i + 1, alive[i]], mask[i : i + 1])
+            if bool(alive[i].any())
+            else torch.zeros_like(kspace[i : i + 1, 0])
+            for i in range(kspace.shape[0])
+        ]
+        return torch.cat(images)
+
+    def _varnet_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
+        # VarNet.forward ends in an RSS image; its steps are taken here one by one, for the complex coil images.
+        measured = torch.view_as_real(kspace)
+        fastmri_mask = mask[:, None, None, :, None]
+        maps = self._step(self.varnet.sens_net, measured, fastmri_mask)
+        refined = measured.clone()
+        for cascade in self.varnet.cascades:
+            refined = self._step(cascade, refined, measured, fastmri_mask, maps)
+        coil_images = physics.ifft2c(torch.view_as_complex(refined.float().contiguous()))
+        return physics.combine(coil_images, torch.view_as_complex(maps.float().contiguous()))
+
+    def _step(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # Not reentrant: the first input needs no gradient, and a reentrant checkpoint would then return none.
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+
+class LearnedPrefix(nn.Module):
+    """The control that sees no k-space: one learned vector a position, the same for every slice.
+
+    Parameters
+    ----------
+    num_tokens : int
+        Image tokens; start and end come on top, so that it is as long as the encoder's output.
+    output_dim : int
+        Hidden size of the backbone.
+    rms : float
+        Root mean square of the backbone's embedding matrix, for the start values.
+    """
+
+    def __init__(self, num_tokens: int, output_dim: int, rms: float) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.prefix = nn.Parameter(torch.randn(num_tokens + 2, output_dim) * rms)
+
+    def forward(self, kspace: Tensor, mask: Tensor) -> Tensor:
+        """(B, num_tokens + 2, output_dim); of `kspace` nothing but its batch size is used."""
+        return self.prefix.expand(kspace.shape[0], -1, -1)

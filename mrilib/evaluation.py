@@ -1,0 +1,285 @@
+"""Metrics, baselines and controls.
+
+Image metrics are fastMRI's official ones (fastmri.evaluate): per volume, with the volume's maximum, on the target's
+square crop, then the mean over volumes. Intervals and standard errors are over patients, since slices and contrasts of one
+patient are not independent.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from fastmri import evaluate as official
+from fastmri.data.transforms import center_crop
+from scipy import ndimage
+from skimage.metrics import structural_similarity
+
+from mrilib.data import Volume
+
+METRICS = ("ssim", "psnr", "nmse", "ssim_head", "psnr_head")
+
+
+class VolumeScore(NamedTuple):
+    """Metrics of one volume; PSNR in [dB]."""
+
+    file: str
+    patient: str
+    acquisition: str
+    ssim: float
+    psnr: float
+    nmse: float
+    ssim_head: float
+    psnr_head: float
+
+
+def head_mask(target: np.ndarray) -> np.ndarray:
+    """Pixels inside the head, from the fully sampled target.
+
+    Parameters
+    ----------
+    target : array, float, shape (slices, h, w)
+
+    Returns
+    -------
+    array, bool, same shape
+        Above a tenth of the volume's 99th percentile, closed over 5 pixels, holes filled, largest part of each slice.
+    """
+    bright = target > 0.1 * np.percentile(target, 99)
+    mask = np.zeros_like(bright)
+    for number, image in enumerate(bright):
+        padded = np.pad(image, 5)  # closing must not eat at the border
+        closed = ndimage.binary_fill_holes(ndimage.binary_closing(padded, iterations=5))[5:-5, 5:-5]
+        labels, count = ndimage.label(closed)
+        if count:
+            sizes = ndimage.sum_labels(closed, labels, range(1, count + 1))
+            mask[number] = labels == 1 + int(np.argmax(sizes))
+    return mask
+
+
+def score_volume(target: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
+    """Official SSIM, PSNR [dB] and NMSE of a volume, and SSIM and PSNR inside the head.
+
+    Parameters
+    ----------
+    target, reconstruction : array, float, shape (slices, h, w) [file units]
+
+    Returns
+    -------
+    dict
+        Keys of `METRICS`. Inside the head: the SSIM map's mean and the PSNR over its pixels, with the same maximum.
+    """
+    width = target.shape[-1]
+    target = center_crop(target, (min(width, target.shape[-2]), width))
+    reconstruction = center_crop(reconstruction, target.shape[-2:])
+    head = head_mask(target)
+    maximum = target.max()
+    maps = [
+        structural_similarity(t, r, data_range=maximum, full=True)[1]
+        for t, r in zip(target, reconstruction, strict=True)
+    ]
+    error = np.mean((target[head] - reconstruction[head]) ** 2)
+    return {
+        "ssim": float(official.ssim(target, reconstruction)[0]),
+        "psnr": float(official.psnr(target, reconstruction)),
+        "nmse": float(official.nmse(target, reconstruction)),
+        "ssim_head": float(np.mean(np.stack(maps)[head])),
+        "psnr_head": float(10 * np.log10(maximum**2 / error)),
+    }
+
+
+def write_reconstruction(path: Path, volume: np.ndarray) -> None:
+    """Write a volume (slices, h, w) [file units] in fastMRI's submission format, dataset ``reconstruction``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with h5py.File(temporary, "w") as h5:
+        h5.create_dataset("reconstruction", data=volume.astype(np.float32))
+    temporary.replace(path)
+
+
+def evaluate_volumes(volumes: Sequence[Volume], directory: str | Path) -> list[VolumeScore]:
+    """Score the reconstructions of a folder against their volumes' targets.
+
+    Parameters
+    ----------
+    volumes : sequence of Volume
+        With targets; those without are left out.
+    directory : path
+        Holds ``<file>.h5`` in fastMRI's submission format for each.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a reconstruction is missing; it is named.
+    ValueError
+        If one has another number of slices than its target, or is smaller.
+    """
+    scores = []
+    for volume in volumes:
+        if not volume.has_target:
+            continue
+        path = Path(directory) / volume.path.name
+        if not path.is_file():
+            raise FileNotFoundError(f"no reconstruction {path.name} in {directory}")
+        with h5py.File(volume.path, "r") as target, h5py.File(path, "r") as reconstruction:
+            truth, image = target["reconstruction_rss"][()], reconstruction["reconstruction"][()]
+        if image.ndim != 3 or image.shape[0] != truth.shape[0] or any(np.array(image.shape) < truth.shape):
+            raise ValueError(f"{path}: reconstruction {image.shape} does not cover the target {truth.shape}")
+        scores.append(VolumeScore(volume.file, volume.patient, volume.acquisition, **score_volume(truth, image)))
+    return scores
+
+
+def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Means over volumes with 95% bootstrap intervals over patients: an entry of metrics.json."""
+    summary: dict[str, Any] = {"volumes": len(scores), "patients": len({score.patient for score in scores})}
+    patients = [score.patient for score in scores]
+    for metric in METRICS:
+        values = [getattr(score, metric) for score in scores]
+        summary[metric] = float(np.mean(values))
+        summary[f"{metric}_ci95"] = bootstrap_interval(values, patients, bootstrap_samples, seed)
+    return summary
+
+
+def bootstrap_interval(
+    values: Sequence[float], patients: Sequence[str], samples: int = 1000, seed: int = 0
+) -> list[float]:
+    """95% percentile interval of the mean, resampling whole patients."""
+    sums, counts = _by_patient(values, patients)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def clustered_mean(values: Sequence[float], weights: Sequence[float], patients: Sequence[str]) -> tuple[float, float]:
+    """Weighted mean Σv/Σw and its standard error, clustered by patient.
+
+    Parameters
+    ----------
+    values : sequence of float
+        Sums, for instance a slice's cross-entropy over its tokens.
+    weights : sequence of float
+        What they are sums over, for instance its number of tokens.
+    patients : sequence of str
+
+    Returns
+    -------
+    (mean, standard_error)
+        The ratio estimator's linearised variance with the G/(G−1) correction (Cameron and Miller, J Human Resources
+        50:317, 2015); the standard error is infinite for a single patient.
+    """
+    sums, _ = _by_patient(values, patients)
+    totals, _ = _by_patient(weights, patients)
+    mean = sums.sum() / totals.sum()
+    groups = len(sums)
+    if groups < 2:
+        return float(mean), float("inf")
+    residuals = (sums - mean * totals) / totals.sum()
+    return float(mean), float(np.sqrt(groups / (groups - 1) * np.sum(residuals**2)))
+
+
+def _by_patient(values: Sequence[float], patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for value, patient in zip(values, patients, strict=True):
+        sums[patient] += float(value)
+        counts[patient] += 1
+    names = sorted(sums)
+    return np.array([sums[name] for name in names]), np.array([counts[name] for name in names], dtype=float)
+
+
+class NearestTrainingSlice:
+    """The control for memorising: a training slice's target given as the answer.
+
+    It is an oracle: the neighbour is chosen by the *test target* (largest correlation at 32×32) and scaled to it by least
+    squares, so that no method that could only recall training slices does better at this resolution.
+
+    Parameters
+    ----------
+    volumes : sequence of Volume
+        Training volumes.
+    """
+
+    def __init__(self, volumes: Sequence[Volume]) -> None:
+        self.targets = []
+        for volume in volumes:
+            with h5py.File(volume.path, "r") as h5:
+                self.targets += list(h5["reconstruction_rss"][()])
+        self.features = np.stack([self._feature(target) for target in self.targets])
+
+    @staticmethod
+    def _feature(image: np.ndarray) -> np.ndarray:
+        small = ndimage.zoom(image, (32 / image.shape[0], 32 / image.shape[1]), order=1, grid_mode=True, mode="nearest")
+        centered = small.ravel() - small.mean()
+        return centered / max(float(np.linalg.norm(centered)), np.finfo(np.float32).tiny)
+
+    def answer(self, target: np.ndarray) -> np.ndarray:
+        """The nearest training slice, on the target's grid and scaled to it; (h, w) [file units]."""
+        nearest = self.targets[int(np.argmax(self.features @ self._feature(target)))]
+        zoom = (target.shape[0] / nearest.shape[0], target.shape[1] / nearest.shape[1])
+        image = nearest if zoom == (1, 1) else ndimage.zoom(nearest, zoom, order=1, grid_mode=True, mode="nearest")
+        power = float(np.sum(image**2))
+        return (image * (float(np.sum(image * target)) / power if power else 0.0)).astype(np.float32)
+
+
+def contrast_floor(counts: Mapping[str, int]) -> tuple[float, float]:
+    """Share of the commonest contrast among the test slices and its binomial standard error: what guessing gives."""
+    total = sum(counts.values())
+    share = max(counts.values()) / total
+    return share, float(np.sqrt(share * (1 - share) / total))
+
+
+def score_reconstructions(directory: Path, volumes: Sequence[Volume]) -> dict[str, dict[str, list[VolumeScore]]]:
+    """Score every method at every acceleration below ``reconstructions/``: acceleration → method → scores."""
+    scores: dict[str, dict[str, list[VolumeScore]]] = defaultdict(dict)
+    for folder in sorted(directory.glob("*/*")):
+        scores[folder.name][folder.parent.name] = evaluate_volumes(volumes, folder)
+    return dict(scores)
+
+
+class PickedSlice(NamedTuple):
+    """A slice chosen for a figure."""
+
+    volume: Volume
+    slice_num: int
+    role: str  # best, median, worst
+
+
+def pick_slices(scores: Sequence[VolumeScore], volumes: Sequence[Volume], count: int = 3) -> list[PickedSlice]:
+    """The middle slices of the best, the median and the worst volume by SSIM inside the head; more are spread between.
+
+    `scores` are those of the method that is to be shown, for `volumes`.
+    """
+    ranked = sorted(scores, key=lambda score: -score.ssim_head)
+    places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    by_file = {volume.file: volume for volume in volumes}
+    names = {0: "best", len(ranked) - 1: "worst"}
+    middle = (len(ranked) - 1) / 2
+    picked = []
+    for place in places:
+        role = names.get(int(place), "median" if abs(place - middle) <= 0.5 else f"rank {place + 1} of {len(ranked)}")
+        volume = by_file[ranked[place].file]
+        picked.append(PickedSlice(volume, volume.slices // 2, role))
+    return picked
+
+
+def read_slice(directory: Path, method: str, acceleration: int | str, volume: Volume, slice_num: int) -> np.ndarray:
+    """One slice (h, w) [file units] of a written reconstruction."""
+    with h5py.File(directory / method / str(acceleration) / volume.path.name, "r") as h5:
+        return h5["reconstruction"][slice_num]
+
+
+def read_target(volume: Volume, slice_num: int) -> np.ndarray:
+    """One slice (h, w) of a volume's target [file units]."""
+    with h5py.File(volume.path, "r") as h5:
+        return h5["reconstruction_rss"][slice_num]
+
+
+def paired_difference(
+    own: Sequence[VolumeScore], other: Sequence[VolumeScore], metric: str, samples: int = 1000, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Mean of own − other over the same volumes and its 95% bootstrap interval over patients."""
+    change = [getattr(a, metric) - getattr(b, metric) for a, b in zip(own, other, strict=True)]
+    return float(np.mean(change)), bootstrap_interval(change, [score.patient for score in own], samples, seed)

@@ -1,0 +1,312 @@
+"""The physics: Fourier transforms, sampling masks, coils.
+
+This is the only place that knows the axis convention. Every complex tensor is complex64 with axes
+(..., coil, readout, phase); undersampling is along phase, the last axis. Real (..., 2) layouts exist only at
+the door of a fastMRI function, inside this file and the encoder.
+"""
+
+from collections.abc import Sequence
+
+import fastmri
+import numpy as np
+import torch
+from fastmri.data.subsample import MaskFunc, create_mask_for_mask_type, temp_seed
+from torch import Tensor
+
+MASK_TYPES = ("random", "equispaced", "equispaced_fraction", "magic", "magic_fraction")
+
+
+def fft2c(image: Tensor) -> Tensor:
+    """Centred orthonormal 2-D Fourier transform, fastMRI's.
+
+    Parameters
+    ----------
+    image : Tensor, complex64, shape (..., readout, phase)
+
+    Returns
+    -------
+    Tensor, complex64, same shape
+        k-space, always computed in float32, also under autocast.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        return torch.view_as_complex(fastmri.fft2c(torch.view_as_real(image)))
+
+
+def ifft2c(kspace: Tensor) -> Tensor:
+    """Centred orthonormal inverse 2-D Fourier transform, fastMRI's; the adjoint and inverse of `fft2c`."""
+    with torch.autocast(kspace.device.type, enabled=False):
+        return torch.view_as_complex(fastmri.ifft2c(torch.view_as_real(kspace)))
+
+
+def rss(coil_images: Tensor, dim: int = -3) -> Tensor:
+    """Root sum of squares over the coils.
+
+    Parameters
+    ----------
+    coil_images : Tensor, complex64, shape (..., coil, readout, phase)
+
+    Returns
+    -------
+    Tensor, float32, shape (..., readout, phase)
+
+    Notes
+    -----
+    The gradient of the square root is infinite at zero, where an all-zero pixel would make NaN; the smallest
+    normal number under the root keeps it finite and changes no value.
+    """
+    power = torch.view_as_real(coil_images).float().square().sum(-1).sum(dim)
+    return power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+
+def center_crop_or_pad(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Crop or zero-pad the last two axes about their centre, as fastMRI's `center_crop` does.
+
+    A crop from n to m starts at (n - m)//2, and padding is its inverse, so that cropping what was padded gives it back.
+
+    Parameters
+    ----------
+    image : Tensor, shape (..., H, W)
+    size : (h, w) [pixels]
+
+    Returns
+    -------
+    Tensor, shape (..., h, w)
+    """
+    for axis, new in zip((-2, -1), size, strict=True):
+        old = image.shape[axis]
+        if new < old:
+            image = image.narrow(axis, (old - new) // 2, new)
+        elif new > old:
+            before = (new - old) // 2
+            pads = (before, new - old - before)
+            image = torch.nn.functional.pad(image, (0, 0, *pads) if axis == -2 else pads)
+    return image
+
+
+def remove_readout_oversampling(kspace: Tensor, readout: int) -> Tensor:
+    """Crop the readout axis to its reconstructed length, in image space; phase encoding is untouched.
+
+    Parameters
+    ----------
+    kspace : Tensor, complex64, shape (..., H, W)
+    readout : int
+        Reconstructed readout length [pixels], at most H.
+
+    Returns
+    -------
+    Tensor, complex64, shape (..., readout, W)
+    """
+    # fastMRI transforms two axes: an axis of length 1 beside the readout makes that a transform of the readout alone.
+    lines = torch.view_as_real(kspace.transpose(-1, -2).unsqueeze(-2))  # (..., W, 1, H, 2)
+    image = fastmri.ifft2c(lines)
+    image = image.narrow(-2, (image.shape[-2] - readout) // 2, readout)
+    cropped = torch.view_as_complex(fastmri.fft2c(image).contiguous())
+    return cropped.squeeze(-2).transpose(-1, -2).contiguous()
+
+
+def make_mask_func(mask_type: str, center_fractions: Sequence[float], accelerations: Sequence[int]) -> MaskFunc:
+    """Build fastMRI's own mask class of that name; one of the paired values is drawn for each mask.
+
+    Raises
+    ------
+    ValueError
+        If fastMRI has no mask of that name; the known names are listed.
+    """
+    if mask_type not in MASK_TYPES:
+        raise ValueError(f"mask_type '{mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
+    return create_mask_for_mask_type(mask_type, list(center_fractions), list(accelerations))
+
+
+def sample_mask(
+    mask_func: MaskFunc, width: int, seed: int | tuple[int, ...], padding: tuple[int, int]
+) -> tuple[Tensor, int]:
+    """Sampled phase-encoding lines, bit for bit what fastMRI's `apply_mask` takes for the same seed.
+
+    Parameters
+    ----------
+    mask_func : MaskFunc
+        One of fastMRI's mask classes.
+    width : int
+        Number of phase-encoding lines W.
+    seed : int or tuple of int
+        Seed of the mask; fastMRI's validation seed is ``tuple(map(ord, file_name))``.
+    padding : (left, right)
+        Lines outside [left, right) were never acquired and are not sampled.
+
+    Returns
+    -------
+    mask : Tensor, bool, shape (W,)
+    acceleration : int
+        The nominal one that was drawn.
+    """
+    mask, _ = mask_func((1, width, 2), None, seed)
+    mask = mask.reshape(-1) > 0
+    mask[: padding[0]] = False
+    mask[padding[1] :] = False
+    with temp_seed(mask_func.rng, seed):  # fastMRI draws the acceleration first, and does not tell which
+        _, acceleration = mask_func.choose_acceleration()
+    return mask, acceleration
+
+
+def center_lines(mask: Tensor) -> tuple[int, int]:
+    """The block of sampled lines around the centre of k-space, symmetric about the centre line.
+
+    Parameters
+    ----------
+    mask : Tensor, bool, shape (W,)
+
+    Returns
+    -------
+    (start, stop)
+        Half-open range of line indices, W//2 in its middle; empty (start == stop) if the centre line is not sampled.
+    """
+    sampled = mask.tolist()
+    center = len(sampled) // 2
+    if not sampled[center]:
+        return center, center
+    half = 0
+    while center - half - 1 >= 0 and center + half + 1 < len(sampled):
+        if not (sampled[center - half - 1] and sampled[center + half + 1]):
+            break
+        half += 1
+    return center - half, center + half + 1
+
+
+def center_coil_maps(kspace: Tensor, mask: Tensor) -> Tensor:
+    """Coil sensitivity maps straight from the centre lines: low-passed coil images over their RSS.
+
+    The centre block is a square of k-space (as many readout points as centre lines, scaled to the matrix), tapered
+    by a Hann window against ringing. No learned part, nothing but measured lines.
+
+    Parameters
+    ----------
+    kspace : Tensor, complex64, shape (batch, coil, readout, phase)
+        Masked k-space.
+    mask : Tensor, bool, shape (batch, phase)
+
+    Returns
+    -------
+    Tensor, complex64, shape (batch, coil, readout, phase)
+        Maps whose RSS is 1 wherever there is any signal, 0 where there is none at all.
+    """
+    readout, phase = kspace.shape[-2:]
+    windows = []
+    for row in mask:
+        start, stop = center_lines(row)
+        window_phase = _hann_block(phase, start, stop)
+        half = max(1, round((stop - start) / 2 * readout / phase))
+        window_readout = _hann_block(readout, readout // 2 - half, readout // 2 + half)
+        windows.append(window_readout[:, None] * window_phase[None, :])
+    window = torch.stack(windows).to(kspace.device)[:, None]
+    low_pass = ifft2c(kspace * window)
+    return low_pass / rss(low_pass).unsqueeze(-3)
+
+
+def _hann_block(length: int, start: int, stop: int) -> Tensor:
+    """Hann window over [start, stop), zero elsewhere; shape (length,), never zero inside the block."""
+    window = torch.zeros(length)
+    start, stop = max(0, start), min(length, stop)
+    window[start:stop] = torch.hann_window(stop - start + 2, periodic=False)[1:-1]
+    return window
+
+
+def combine(coil_images: Tensor, maps: Tensor) -> Tensor:
+    """Coil-combined image sum_c conj(S_c) x_c, the adjoint of `expand`; (..., coil, H, W) -> (..., H, W)."""
+    return (maps.conj() * coil_images).sum(-3)
+
+
+def expand(image: Tensor, maps: Tensor) -> Tensor:
+    """Coil images S_c x of a combined image; (..., H, W) -> (..., coil, H, W)."""
+    return maps * image.unsqueeze(-3)
+
+
+def data_consistency(image: Tensor, maps: Tensor, kspace: Tensor, mask: Tensor) -> Tensor:
+    """Coil images whose measured lines are the measured ones and whose others come from `image`.
+
+    ifft(where(mask, measured k-space, F(S x))).
+
+    Parameters
+    ----------
+    image : Tensor, complex64, shape (batch, readout, phase)
+    maps, kspace : Tensor, complex64, shape (batch, coil, readout, phase)
+    mask : Tensor, bool, shape (batch, phase)
+
+    Returns
+    -------
+    Tensor, complex64, shape (batch, coil, readout, phase)
+    """
+    predicted = fft2c(expand(image, maps))
+    return ifft2c(torch.where(mask[:, None, None, :], kspace, predicted))
+
+
+def compress_coils(kspace: Tensor, num_coils: int) -> Tensor:
+    """SVD coil compression, computed from the given (masked) data alone; coils are never dropped.
+
+    Parameters
+    ----------
+    kspace : Tensor, complex64, shape (coil, readout, phase)
+        Masked k-space of one slice.
+    num_coils : int
+        Number of virtual coils; with fewer coils than that the data is returned as it is.
+
+    Returns
+    -------
+    Tensor, complex64, shape (min(coil, num_coils), readout, phase)
+        The projections onto the strongest left singular vectors of the (coil, samples) matrix: a unitary map, so
+        that the RSS loses only what lies in the discarded directions.
+
+    Notes
+    -----
+    Buehrer et al., Magn Reson Med 57:1131 (2007). The vectors come from the coil covariance, a small Hermitian
+    matrix; their phase is fixed (largest entry real and positive) so that the result does not depend on LAPACK.
+    """
+    coils = kspace.shape[0]
+    if coils <= num_coils:
+        return kspace
+    samples = kspace.reshape(coils, -1).to(torch.complex128)
+    _, vectors = torch.linalg.eigh(samples @ samples.mH)
+    vectors = vectors.flip(-1)[:, :num_coils]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    vectors = vectors * (largest.abs() / largest)
+    return (vectors.mH @ samples).to(torch.complex64).reshape(num_coils, *kspace.shape[1:])
+
+
+def validation_seed(file: str) -> tuple[int, ...]:
+    """fastMRI's seed of a validation or test mask: the characters of the file name, extension included."""
+    return tuple(map(ord, file))
+
+
+def training_seed(seed: int, file: str, slice_num: int, mask_index: int) -> int:
+    """Seed of a training mask: a function of (seed, file, slice, mask number), so that a resumed run sees the same.
+
+    Returns
+    -------
+    int
+        In [0, 2³²), as NumPy's RandomState wants it.
+    """
+    words = [seed, slice_num, mask_index, *file.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def remove_background_phase(image: Tensor, width: int = 16) -> Tensor:
+    """Take an image's own low-pass phase off it, so that anatomy is (nearly) real and positive.
+
+    The phase of an MR image is mostly coils, field and timing; its value at a pixel says nothing of the tissue. This is
+    homodyne detection's reference phase (Noll et al., IEEE TMI 10:154, 1991).
+
+    Parameters
+    ----------
+    image : Tensor, complex64, shape (..., H, W)
+    width : int
+        Width of the Hann-tapered centre block of k-space that holds the reference phase [lines].
+
+    Returns
+    -------
+    Tensor, complex64, same shape; its magnitude is the image's
+    """
+    windows = [_hann_block(n, n // 2 - min(width, n) // 2, n // 2 + min(width, n) // 2 + 1) for n in image.shape[-2:]]
+    window = (windows[0][:, None] * windows[1][None, :]).to(image.device)
+    reference = ifft2c(fft2c(image) * window)
+    magnitude = torch.view_as_real(reference).square().sum(-1)
+    tiny = torch.finfo(torch.float32).tiny
+    return image * reference.conj() * magnitude.clamp_min(tiny).rsqrt()

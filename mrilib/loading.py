@@ -1,0 +1,161 @@
+"""Load the language model's weights, without a second copy in memory and without ever unpickling.
+
+`mrilib.nirvana` hands `load_backbone` on, and tells the library the classes that it makes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+MODEL_TYPE = "transformer_rnn"
+
+
+def _shards(path: Path) -> list[Path]:
+    """The safetensors files that `path` stands for: itself, or those that an index file lists."""
+    if not path.name.endswith(".safetensors.index.json"):
+        return [path]
+    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"backbone_path {path} lists files that are not beside it: {', '.join(missing)}")
+    return [path.parent / name for name in names]
+
+
+def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Build the model without memory, then give it each tensor as it is read."""
+    settings = json.loads(config_path.read_text())
+    if settings.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"config_path {config_path} has model_type {settings.get('model_type')!r}, not {MODEL_TYPE!r}; "
+            "for another language model give its directory as backbone_path"
+        )
+    config = AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # named_parameters gives a tied tensor once, under the embeddings' name
+    wanted = dict(model.named_parameters())
+    where: dict[str, Path] = {}
+    problems: list[str] = []
+    for shard in _shards(path):
+        try:
+            with safe_open(shard, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (it is no dict)
+                    where[name] = shard
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    tied = name == "lm_head.weight" and config.tie_word_embeddings
+                    parameter = wanted.get("model.embeddings.weight" if tied else name)
+                    if parameter is None:
+                        problems.append(f"extra: {name} {shape}")
+                    elif tuple(parameter.shape) != shape:
+                        problems.append(f"wrong shape: {name} is {shape}, the config asks for {tuple(parameter.shape)}")
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is not a whole safetensors file ({error}): fetch it again") from error
+    problems += [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in where]
+    if problems:
+        raise ValueError(
+            f"{path} does not fit {config_path}, {len(problems)} of its tensors:\n  " + "\n  ".join(sorted(problems))
+        )
+    for shard in dict.fromkeys(where.values()):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name in wanted:
+                    owner = model.get_submodule(name.rpartition(".")[0])
+                    # a copy of its own: what safetensors hands out may be the file itself
+                    value = torch.empty(wanted[name].shape, dtype=dtype, device=device)
+                    value.copy_(tensors.get_tensor(name))
+                    setattr(owner, name.rpartition(".")[2], nn.Parameter(value))
+    model.tie_weights()
+    if config.tie_word_embeddings and "lm_head.weight" in where:
+        with safe_open(where["lm_head.weight"], framework="pt") as tensors:
+            head = tensors.get_tensor("lm_head.weight").to(device=device, dtype=dtype)
+        if not torch.equal(head, model.get_input_embeddings().weight):
+            raise ValueError(
+                f"{path}: lm_head.weight differs from model.embeddings.weight although the config ties them; "
+                "set tie_word_embeddings to false"
+            )
+    unfilled = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_meta]
+    if unfilled:
+        raise RuntimeError(f"left without values: {', '.join(unfilled)}")
+    config.dtype = dtype
+    return model.eval()
+
+
+def _load_directory(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Any causal language model of the library from a directory that `save_pretrained` wrote."""
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"backbone_path {path} is a directory without config.json")
+    if not list(path.glob("*.safetensors")):
+        raise FileNotFoundError(f"backbone_path {path} holds no .safetensors file; pickled weights are never read")
+    try:
+        # with output_loading_info it is a pair, which the library's types do not tell
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that they are reported below together with the others
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"backbone_path {path} holds a broken safetensors file ({error}); fetch it again") from error
+    model, info = loaded
+    problems = [f"missing: {name}" for name in info["missing_keys"]]
+    problems += [f"extra: {name}" for name in info["unexpected_keys"]]
+    problems += [f"wrong shape: {name} is {tuple(found)}, the config asks for {tuple(asked)}"
+                 for name, found, asked in info["mismatched_keys"]]  # fmt: skip
+    problems += [f"unreadable: {error}" for error in info["error_msgs"]]
+    if problems:
+        raise ValueError(f"{path}: weights and config.json do not fit:\n  " + "\n  ".join(sorted(problems)))
+    return model.to(device).eval()
+
+
+def load_backbone(
+    config_path: str | Path,
+    backbone_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Load the language model, in eval mode; nothing is ever unpickled.
+
+    Parameters
+    ----------
+    config_path : path
+        The backbone's JSON; left empty where backbone_path is a directory, which has its own.
+    backbone_path : path
+        A safetensors file with the published names, the `.safetensors.index.json` of a sharded one, or the directory
+        of any Hugging Face causal language model. The head is tied to the embeddings and may be left out of the file.
+    dtype : torch.dtype
+        Of the parameters.
+    device : str or torch.device
+
+    Returns
+    -------
+    PreTrainedModel
+        A NirvanaForCausalLM for a file. Memory holds the weights once: the model is built without any, and each tensor
+        is read straight into its place.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path that is not there.
+    ValueError
+        Another kind of file than safetensors; a file cut short; missing, extra or misshapen tensors, listed by name.
+    """
+    if not str(backbone_path):
+        raise ValueError("backbone_path is empty: give a safetensors file or a Hugging Face model directory")
+    path = Path(backbone_path)
+    if path.is_dir():
+        return _load_directory(path, dtype, str(device))
+    if not path.is_file():
+        raise FileNotFoundError(f"backbone_path {path} is not there")
+    if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"backbone_path {path} must be .safetensors or a directory: pickled weights are never read")
+    if not str(config_path) or not Path(config_path).is_file():
+        raise FileNotFoundError(f"config_path {str(config_path)!r} must be the JSON file of the weights in {path}")
+    return _load_file(Path(config_path), path, dtype, str(device))

@@ -1,0 +1,306 @@
+"""Encoder, frozen backbone and decoder put together; the one owner of freezing.
+
+The sequence is: start, k-space tokens, end, prompt, analysis. Image tokens are the backbone's last hidden states at the
+k-space positions. The backbone is causal, so they depend on the scan alone, not on the prompt that follows them.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from mrilib import analysis
+from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, resolve
+from mrilib.data import Batch, Slice
+from mrilib.decoder import ImageDecoder
+from mrilib.encoder import KSpaceEncoder, LearnedPrefix
+from mrilib.loading import load_backbone
+from mrilib.tokenizer import load_tokenizer
+
+
+class Texts(NamedTuple):
+    """Tokenized prompts and analyses of a batch, padded on the right; T is the longest."""
+
+    ids: Tensor  # int64 (B, T): prompt, analysis, end of sequence, padding
+    attention: Tensor  # int64 (B, T): 1 where there is a token
+    labels: Tensor  # int64 (B, T): the id where the analysis is to be learned, -100 elsewhere
+
+
+class TokenLoss(NamedTuple):
+    """Sums over the analysis tokens of a batch, for averages over any number of batches."""
+
+    loss: Tensor  # cross-entropy with label smoothing, the one that is trained on [nats]
+    cross_entropy: Tensor  # without smoothing, one value a slice (B,) [nats]
+    correct: Tensor  # tokens predicted right, one value a slice (B,)
+    tokens: Tensor  # analysis tokens, one value a slice (B,)
+
+
+class TwoStageModel(nn.Module):
+    """The whole system.
+
+    Parameters
+    ----------
+    encoder : KSpaceEncoder or LearnedPrefix
+    backbone : PreTrainedModel
+        Any Hugging Face causal language model; frozen here, for good.
+    tokenizer : PreTrainedTokenizerBase
+    decoder : ImageDecoder, optional
+        Stage 1 does without.
+    """
+
+    def __init__(
+        self,
+        encoder: KSpaceEncoder | LearnedPrefix,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder: ImageDecoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.backbone, self.decoder = encoder, backbone, decoder
+        self.tokenizer = tokenizer
+        self.freeze(None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    def freeze(self, trainable: str | None) -> list[nn.Parameter]:
+        """Freeze everything but one part, and return that part's parameters.
+
+        Parameters
+        ----------
+        trainable : {"encoder", "decoder", None}
+            Frozen parts have requires_grad False and are in eval mode; `train` keeps them there.
+        """
+        if trainable not in ("encoder", "decoder", None):
+            raise ValueError(f"'{trainable}' cannot be trained; encoder, decoder or None")
+        self.trainable = trainable
+        self.requires_grad_(False)
+        self.eval()
+        if trainable is None:
+            return []
+        part = getattr(self, trainable)
+        if part is None:
+            raise ValueError(f"this model has no {trainable} to train")
+        part.requires_grad_(True)
+        return list(part.parameters())
+
+    def train(self, mode: bool = True) -> "TwoStageModel":
+        """Training mode for the trainable part alone."""
+        super().train(False)
+        if mode and self.trainable:
+            getattr(self, self.trainable).train()
+        return self
+
+    def check_gradients(self) -> None:
+        """Assert, after a backward pass, that exactly the trainable part received gradients.
+
+        Raises
+        ------
+        RuntimeError
+            Naming the parameters that have a gradient and should not, or have none and should.
+        """
+        wrong = [
+            name
+            for name, parameter in self.named_parameters()
+            if (parameter.grad is not None) != (name.split(".")[0] == self.trainable)
+        ]
+        if wrong:
+            raise RuntimeError(f"only the {self.trainable} is to be trained, but gradients are wrong at: {wrong[:8]}")
+
+    # ------------------------------------------------------------------------------------------ text
+
+    def tokenize(self, slices: Sequence[Slice]) -> Texts:
+        """Prompts and analyses of slices as ids.
+
+        Labels are masked by length, never by id: padding and end of sequence are one id, and the end is to be learned. The
+        analysis of a volume that nobody reviewed says nothing of findings; its end is not learned, as more could follow.
+        """
+        prompts, answers, ends = [], [], []
+        for one in slices:
+            prompts.append(self._ids(one.report.prompt if one.report else analysis.prompt()))
+            answers.append(self._ids(one.report.response if one.report else analysis.answer(one.facts)))
+            ends.append(one.report is not None or one.facts.findings is not None)
+        end_id = self.tokenizer.eos_token_id
+        length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
+        ids = torch.full((len(slices), length), end_id)
+        attention = torch.zeros(len(slices), length, dtype=torch.long)
+        labels = torch.full((len(slices), length), -100)
+        for row, (prompt, answer, end) in enumerate(zip(prompts, answers, ends, strict=True)):
+            start, stop = len(prompt), len(prompt) + len(answer) + int(end)
+            ids[row, : start + len(answer)] = torch.tensor(prompt + answer)
+            attention[row, :stop] = 1
+            labels[row, start:stop] = ids[row, start:stop]
+        return Texts(*(tensor.to(self.device) for tensor in (ids, attention, labels)))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def analysis_loss(self, batch: Batch, label_smoothing: float = 0.0) -> TokenLoss:
+        """Cross-entropy on the analysis tokens alone, given k-space tokens and prompt."""
+        return self.analysis_loss_from_prefix(self.encoder(batch.kspace, batch.mask), batch.slices, label_smoothing)
+
+    def analysis_loss_from_prefix(
+        self, prefix: Tensor, slices: Sequence[Slice], label_smoothing: float = 0.0
+    ) -> TokenLoss:
+        """The same from k-space tokens (B, N + 2, hidden), whosever they are."""
+        texts = self.tokenize(slices)
+        embeds = self.backbone.get_input_embeddings()(texts.ids)
+        prefix = prefix.to(embeds.dtype)
+        attention = torch.cat([texts.attention.new_ones(prefix.shape[:2]), texts.attention], dim=1)
+        length = texts.ids.shape[1]
+        output = self.backbone(
+            inputs_embeds=torch.cat([prefix, embeds], dim=1),
+            attention_mask=attention,
+            use_cache=False,
+            logits_to_keep=length + 1,  # position i predicts i + 1: from the end vector on
+        )
+        logits = output.logits[:, :-1].float().transpose(1, 2)
+        smoothed = F.cross_entropy(logits, texts.labels, reduction="sum", label_smoothing=label_smoothing)
+        with torch.no_grad():
+            counted = texts.labels != -100
+            plain = F.cross_entropy(logits, texts.labels, reduction="none").sum(1)
+            correct = ((logits.argmax(1) == texts.labels) & counted).sum(1)
+        return TokenLoss(smoothed, plain, correct, counted.sum(1))
+
+    @torch.no_grad()
+    def generate(self, prefix: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Analyses told by the backbone, greedily.
+
+        Parameters
+        ----------
+        prefix : Tensor, shape (B, N + 2, hidden)
+            K-space tokens.
+        prompts : sequence of str
+            One a slice; they may differ in length (padded on the left, where the k-space tokens start).
+        """
+        assert isinstance(self.backbone, GenerationMixin)
+        ids = [self._ids(prompt) for prompt in prompts]
+        embed = self.backbone.get_input_embeddings()
+        rows = [
+            torch.cat([one.to(embed.weight.dtype), embed(torch.tensor(tokens, device=self.device))])
+            for one, tokens in zip(prefix, ids, strict=True)
+        ]
+        length = max(len(row) for row in rows)
+        inputs = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])
+        attention = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        output = self.backbone.generate(
+            inputs_embeds=inputs,
+            attention_mask=attention,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+    # ------------------------------------------------------------------------------------------ image
+
+    def image_tokens(self, batch: Batch) -> Tensor:
+        """The backbone's last hidden states at the k-space positions, as they are: (B, (img_size/16)², hidden)."""
+        return self.image_tokens_from_prefix(self.encoder(batch.kspace, batch.mask))
+
+    def image_tokens_from_prefix(self, prefix: Tensor) -> Tensor:
+        """The same from k-space tokens (B, N + 2, hidden)."""
+        prefix = prefix.to(self.backbone.get_input_embeddings().weight.dtype)
+        hidden = self.backbone.base_model(inputs_embeds=prefix, use_cache=False).last_hidden_state
+        return hidden[:, 1:-1].float()
+
+    def reconstruct(self, batch: Batch, tokens: Tensor | None) -> Tensor:
+        """The decoder's image (B, h, w) [file units] from image tokens, or from none."""
+        if self.decoder is None:
+            raise ValueError("this model has no image decoder; train stage 2 first")
+        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.recon)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """From masked k-space to the image (B, h, w) [file units]."""
+        use_tokens = self.decoder is None or self.decoder.token_dim > 0
+        return self.reconstruct(batch, self.image_tokens(batch) if use_tokens else None)
+
+
+def embedding_rms(backbone: PreTrainedModel) -> float:
+    """Root mean square of the word embeddings."""
+    return backbone.get_input_embeddings().weight.float().square().mean().sqrt().item()
+
+
+def hidden_size(backbone: PreTrainedModel) -> int:
+    """Width of the backbone's word embeddings."""
+    return backbone.get_input_embeddings().weight.shape[1]
+
+
+def build_backbone(
+    config: BackboneParameters, device: torch.device | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load backbone and tokenizer, checked against each other."""
+    path = resolve(config.backbone_path)
+    backbone = load_backbone(resolve(config.config_path), path, device=device)
+    own = path / "tokenizer.json"
+    tokenizer_path = resolve(config.tokenizer_path) if config.tokenizer_path else own.parent if own.exists() else ""
+    tokenizer = load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)
+    return backbone, tokenizer
+
+
+def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpaceEncoder:
+    """The k-space encoder of stage 1's parameters, its width following the backbone's."""
+    encoder = KSpaceEncoder(
+        output_dim=hidden_size(backbone),
+        img_size=config.img_size,
+        vit_embed_dim=config.vit_embed_dim,
+        vit_num_layers=config.vit_num_layers,
+        vit_num_heads=config.vit_num_heads,
+        num_cascades=config.varnet_num_cascades,
+        chans=config.varnet_chans,
+        pools=config.varnet_pools,
+        sens_chans=config.varnet_sens_chans,
+        sens_pools=config.varnet_sens_pools,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+    encoder.match_embeddings(embedding_rms(backbone))
+    if config.varnet_weights:
+        encoder.load_varnet(resolve(config.varnet_weights))
+    return encoder
+
+
+def build_control(config: Stage1Parameters, backbone: PreTrainedModel) -> LearnedPrefix:
+    """Stage 1's control that sees no k-space, as long as the encoder's output."""
+    return LearnedPrefix((config.img_size // 16) ** 2, hidden_size(backbone), embedding_rms(backbone))
+
+
+def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_tokens: bool = True) -> ImageDecoder:
+    """The image decoder of stage 2's parameters; without tokens it is stage 2's control."""
+    return ImageDecoder(
+        decoder_type=config.decoder_type,
+        token_dim=hidden_size(backbone) if use_tokens else 0,
+        decoder_hidden_dim=config.decoder_hidden_dim,
+        img_size=config.img_size,
+        use_bilinear_upsample=config.use_bilinear_upsample,
+        image_skip=config.image_skip,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def tensor_hash(module: nn.Module) -> str:
+    """SHA-256 over a module's tensors: names in order, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def count_parameters(module: nn.Module | None) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+@torch.no_grad()
+def fingerprint(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """SHA-256 of the backbone's tensors, and of the logits that it gives for the prompt alone; bitwise."""
+    ids = torch.tensor([tokenizer(analysis.prompt(), add_special_tokens=False)["input_ids"]], device=backbone.device)
+    logits = backbone(input_ids=ids, use_cache=False).logits.float().cpu().contiguous()
+    return {"tensors": tensor_hash(backbone), "text_logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}

@@ -1,0 +1,502 @@
+"""A small backbone for the demo: a Nirvana model pretrained to tell, in its answer, the facts that a prefix carries.
+
+The k-space encoder of stage 1 has to find embeddings that make a frozen language model say what is in the scan. A
+large pretrained model can be steered by its input embeddings; a small one has to be taught to. So it is trained on
+
+    prefix (vectors that carry facts) · prompt · answer · eos
+
+where the prefix is what an untrained encoder might hand over: 16 to 100 vectors, each a weighted sum of token
+embeddings. Every contrast, level, label, side, region has a token of its own for this; a finding is the *sum* of its
+label's, side's and region's embeddings at one position, so that what belongs together is told by position. Facts
+stand anywhere, repeated, weak or strong, besides rival contrasts and levels that are weaker, sides and regions without
+a finding, fillers, Gaussian noise, one random vector common to all positions, and a random overall scale. With noise
+the best guess is a matched filter, log-odds linear in the prefix, and that is what makes it easy to steer: anywhere in
+embedding space a small step towards a fact makes its words a little more probable. Facts that are left out of the
+prefix teach the model to say the most usual thing.
+
+Contrast, level and findings are drawn independently, so the model has no prior that would tell one from another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from mrilib import analysis
+from mrilib.analysis import Facts, Finding
+from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
+
+#: labels that the phantom makes; they are half of all findings in the corpus
+COMMON_LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion",
+                 "Resection cavity")
+#: how often a slice has 0, 1, 2, … findings in the corpus
+FINDING_COUNTS = (0.35, 0.33, 0.2, 0.09, 0.03)
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2 as in Mistral's vocabulary; pad is eos, as in Nirvana
+#: what a prefix can carry
+FACT_WORDS = (*analysis.CONTRASTS.values(), *analysis.LEVELS, *analysis.SIDES, *analysis.REGIONS, *analysis.LABELS, "Whole study")
+STUDY = "<Whole study>"
+
+
+# ------------------------------------------------------------------------------------------------- corpus
+
+
+def fact_token(word: str) -> str:
+    """The token that stands for a contrast, level, label, side or region in a prefix."""
+    return f"<{word}>"
+
+
+def fact_tokens() -> list[str]:
+    """All of them, in a fixed order."""
+    words = FACT_WORDS
+    return [fact_token(word) for word in words]
+
+
+def random_facts(rng: np.random.Generator) -> Facts:
+    """Facts of an imaginary slice: contrast, level and findings independent of each other.
+
+    One in twenty is not reviewed, one in twelve has labels of the whole study.
+    """
+    contrast = str(rng.choice(list(analysis.CONTRASTS.values()), p=(0.26, 0.11, 0.11, 0.26, 0.26)))
+    level = str(rng.choice(analysis.LEVELS))
+    if rng.random() < 0.05:
+        return Facts(contrast, level, None)
+    findings = tuple(
+        Finding(str(rng.choice(COMMON_LABELS if rng.random() < 0.5 else analysis.LABELS)),
+                str(rng.choice(analysis.SIDES)), str(rng.choice(analysis.REGIONS)))
+        for _ in range(rng.choice(len(FINDING_COUNTS), p=FINDING_COUNTS)))
+    study = (str(rng.choice(analysis.STUDY_LABELS)),) if rng.random() < 1 / 12 else ()
+    return Facts(contrast, level, findings, study)
+
+
+def make_tokenizer(vocab_size: int = 768, texts: int = 4000, seed: int = 0) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on answers of `analysis`; decodes any text back to itself.
+
+    Parameters
+    ----------
+    vocab_size : int
+        upper limit; bytes, special tokens, fact tokens and merges together
+    texts : int
+        number of answers to learn merges from
+    seed : int
+
+    Returns
+    -------
+    PreTrainedTokenizerFast
+        pad = eos = 2, bos = 1, nothing added by encoding; the fact tokens are special tokens
+    """
+    rng = np.random.default_rng(seed)
+    corpus = [analysis.prompt()] * texts + [analysis.answer(random_facts(rng)) for _ in range(texts)]
+    # every label in equal numbers, or the rare ones would be spelt in pieces
+    corpus += [f" {label.lower()}" for label in analysis.LABELS] * texts
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [UNK, BOS, EOS, *fact_tokens()]
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS,
+                                   pad_token=EOS, additional_special_tokens=fact_tokens(),
+                                   clean_up_tokenization_spaces=False)
+
+
+class Steering(NamedTuple):
+    """How hard the prefixes are to read. Lengths in units of the token embeddings' root mean square.
+
+    clean_share : share of prefixes whose facts stand alone: weight 1, one a position, no noise, no rivals
+    left_out : chance for contrast, and for level, not to be in the prefix at all
+    noise : largest standard deviation of the Gaussian noise of a position
+    common : largest standard deviation of the random vector that all positions share
+    scale : the prefix is multiplied by a factor between 1/scale and scale
+    rivals : chance of a weaker, false contrast (and level) beside the true one
+    """
+
+    clean_share: float = 0.25
+    left_out: float = 0.05
+    noise: float = 1.5
+    common: float = 1.0
+    scale: float = 4.0
+    rivals: float = 0.3
+
+    def at(self, progress: float) -> Steering:
+        """Easier prefixes for the start of training, in proportion to `progress`, which counts up to 1."""
+        ease = min(1.0, progress)
+        return self._replace(noise=self.noise * ease, common=self.common * ease, scale=self.scale ** ease,
+                             rivals=self.rivals * ease)
+
+
+class Batch(NamedTuple):
+    """A batch of the corpus.
+
+    weights : (B, P, V) weights of token embeddings in every prefix position
+    noise : (B, P) standard deviation of the noise [RMS of the embeddings]
+    common : (B,) standard deviation of the common vector [RMS of the embeddings]
+    scale : (B,) overall factor
+    prompt_ids : (Q,) the same for all
+    answer_ids : (B, A) int64, answer and eos, then padding
+    lengths : (B,) number of answer tokens, eos included
+    facts : what the prefixes carry
+    """
+
+    weights: Tensor
+    noise: Tensor
+    common: Tensor
+    scale: Tensor
+    prompt_ids: Tensor
+    answer_ids: Tensor
+    lengths: Tensor
+    facts: list[Facts]
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerFast, facts: Sequence[Facts]) -> tuple[Tensor, Tensor]:
+    """Answers and eos as ids (B, A), padded with eos, and their lengths (B,) with eos counted.
+
+    What is padding is known from the lengths alone: pad and eos are one id, and a model whose eos is masked never
+    learns to stop.
+    """
+    ids = [[*tokenizer.encode(analysis.answer(one), add_special_tokens=False), tokenizer.eos_token_id] for one in facts]
+    lengths = torch.tensor([len(one) for one in ids])
+    padded = [one + [tokenizer.eos_token_id] * (int(lengths.max()) - len(one)) for one in ids]
+    return torch.tensor(padded), lengths
+
+
+def make_batch(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, batch_size: int, prefix_length: int,
+               steering: Steering, clean: bool | None = None) -> Batch:
+    """Draw facts and write them into prefixes of one length; see `Steering`.
+
+    Parameters
+    ----------
+    prefix_length : int
+        P, at least 8 positions
+    clean : bool or None
+        all of the prefixes clean, or none, or (None) a `Steering.clean_share` of them, nothing left out where all are
+    """
+    writer = PrefixWriter(tokenizer, rng, steering)
+    weights = np.zeros((batch_size, prefix_length, len(tokenizer)), dtype=np.float32)
+    noise, common, scale = (np.zeros(batch_size, dtype=np.float32) for _ in range(3))
+    all_facts = [random_facts(rng) for _ in range(batch_size)]
+    for row, facts in enumerate(all_facts):
+        if clean or (clean is None and rng.random() < steering.clean_share):
+            writer.write_clean(weights[row], facts, left_out=0.0 if clean else steering.left_out)
+            scale[row] = 1
+        else:
+            writer.write_mixed(weights[row], facts)
+            noise[row], common[row] = rng.uniform(0, steering.noise), rng.uniform(0, steering.common)
+            scale[row] = steering.scale ** rng.uniform(-1, 1)
+    answer_ids, lengths = encode_answers(tokenizer, all_facts)
+    prompt_ids = torch.tensor(tokenizer.encode(analysis.prompt(), add_special_tokens=False))
+    return Batch(torch.from_numpy(weights), torch.from_numpy(noise), torch.from_numpy(common), torch.from_numpy(scale),
+                 prompt_ids, answer_ids, lengths, all_facts)
+
+
+class PrefixWriter:
+    """Writes facts into the weights (P, V) of a prefix's token embeddings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, steering: Steering) -> None:
+        self.size, self.rng, self.steering = len(tokenizer), rng, steering
+        self.words = {word: self._word(tokenizer, word) for word in FACT_WORDS}
+        self.sides = np.stack([self.words[word] for word in analysis.SIDES])
+        self.regions = np.stack([self.words[word] for word in analysis.REGIONS])
+
+    def _word(self, tokenizer: PreTrainedTokenizerFast, word: str) -> np.ndarray:
+        import os
+        if os.environ.get("FACT"):
+            ids = [tokenizer.get_vocab()[fact_token(word)]]
+        else:
+            ids = tokenizer.encode(f" {word if word in analysis.CONTRASTS.values() else word.lower()}", add_special_tokens=False)
+        weights = np.bincount(ids, minlength=self.size).astype(np.float32)
+        return weights / np.linalg.norm(weights)
+
+    def _local(self, facts: Facts) -> list[np.ndarray]:
+        """What has a place: each finding, each label of the study."""
+        study = [self.words["Whole study"] + self.words[label] for label in facts.study_labels]
+        return [self.words[found.label] + self.words[found.side] + self.words[found.region]
+                for found in facts.findings or ()] + study
+
+    def _global(self, facts: Facts, left_out: float) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Contrast and level, each with a rival; now and then one is not told."""
+        both = []
+        for word, known in ((facts.contrast, list(analysis.CONTRASTS.values())), (facts.level, list(analysis.LEVELS))):
+            if self.rng.random() >= left_out:
+                rival = str(self.rng.choice([other for other in known if other != word]))
+                both.append((self.words[word], self.words[rival]))
+        return both
+
+    def _fillers(self, count: int) -> np.ndarray:
+        return np.eye(self.size, dtype=np.float32)[self.rng.integers(self.size, size=count)]
+
+    def write_clean(self, weights: np.ndarray, facts: Facts, left_out: float) -> None:
+        """Each position holds one fact or nothing; the facts in random places, some of them repeated."""
+        rng, length = self.rng, len(weights)
+        items = [*self._local(facts), *(word for word, _ in self._global(facts, left_out))]
+        if items:
+            items += [items[index] for index in rng.integers(len(items), size=rng.integers(length // 2))]
+        for place, item in zip(rng.permutation(length), items, strict=False):
+            weights[place] = item
+
+    def write_mixed(self, weights: np.ndarray, facts: Facts) -> None:
+        """Facts of random strength on top of each other, of fillers, rivals, and sides and regions of nothing."""
+        rng, length = self.rng, len(weights)
+        filled = np.flatnonzero(rng.random(length) < rng.random())
+        weights[filled] += rng.uniform(0, 0.7) * self._fillers(len(filled))
+        # An encoder may tell places by giving every position its side's and region's vector; only a label makes that
+        # a finding.
+        background = np.zeros_like(weights)
+        if rng.random() < 0.5:
+            background += rng.uniform(0, 1) * (self.sides[rng.integers(3, size=length)]
+                                               + self.regions[rng.integers(3, size=length)])
+        free = rng.permutation(length)
+        for item in self._local(facts):
+            count = 1 + int(rng.integers(max(1, min(6, len(free) // 4))))
+            places, free = free[:count], free[count:]
+            background[places] = rng.uniform(0.5, 1.5) * item
+        weights += background
+        for word, rival in self._global(facts, self.steering.left_out):
+            places = np.flatnonzero(rng.random(length) < rng.uniform(0.1, 1))
+            places = np.union1d(places, rng.integers(length))
+            amounts = rng.uniform(0.3, 1.5) * rng.uniform(0.5, 1.5, size=(len(places), 1))
+            weights[places] += amounts * word
+            if rng.random() < self.steering.rivals:
+                weights[places] += rng.uniform(0, 0.7) * amounts * rival
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def prefix_embeddings(embedding: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The prefix vectors (B, P, d) of a batch: weighted sums of the rows of `embedding` (V, d), noise, scale."""
+    rms = embedding.detach().square().mean().sqrt()
+    vectors = batch.weights @ embedding
+    size, length, width = vectors.shape
+    noise = torch.randn(size, length, width, generator=generator) * batch.noise[:, None, None]
+    common = torch.randn(size, 1, width, generator=generator) * batch.common[:, None, None]
+    return (vectors + rms * (noise + common)) * batch.scale[:, None, None]
+
+
+def answer_loss(model: NirvanaForCausalLM, prefix: Tensor, prompt_ids: Tensor, answer_ids: Tensor,
+                lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the answers after prefix and prompt.
+
+    Parameters
+    ----------
+    prefix : (B, P, d)
+    prompt_ids : (Q,)
+    answer_ids : (B, A)
+    lengths : (B,)
+
+    Returns
+    -------
+    loss : scalar
+        mean over answer tokens, eos included, padding by length not [nats]
+    right : (B, A) bool
+        where the likeliest next token is the answer's; all of a row up to its length: greedy decoding gives that answer
+    """
+    embed = model.model.embeddings
+    size = len(answer_ids)
+    inputs = torch.cat([prefix, embed(prompt_ids).expand(size, -1, -1), embed(answer_ids[:, :-1])], dim=1)
+    hidden = model.model(inputs_embeds=inputs).last_hidden_state[:, -answer_ids.shape[1]:]
+    logits = model.lm_head(hidden)
+    inside = torch.arange(answer_ids.shape[1]) < lengths[:, None]
+    loss = F.cross_entropy(logits[inside], answer_ids[inside])
+    return loss, (logits.argmax(-1) == answer_ids) | ~inside
+
+
+@torch.no_grad()
+def initialise(model: NirvanaForCausalLM, slowest: float = 1e-4, fastest: float = 2e-2) -> None:
+    """Weights for a small model that has few steps to learn; the random numbers are torch's.
+
+    Every linear map begins with unit gain (standard deviation fan_in^−½), the low-rank maps of the attention branch
+    with it: at the published 0.02, made for a width of 2,048, that branch would begin silent. The delta branch begins
+    with forgetting rates A·dt between `slowest` and `fastest` per token [1], log-uniform, instead of up to 1.6: an answer has to
+    reach back over all of a prefix.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            module.weight.normal_(std=module.in_features ** -0.5)
+    for name, value in model.named_parameters():
+        if name.endswith("A_log"):
+            value.zero_()
+        elif name.endswith("dt_bias"):
+            rate = torch.exp(torch.empty_like(value).uniform_(float(np.log(slowest)), float(np.log(fastest))))
+            value.copy_(rate + torch.log(-torch.expm1(-rate)))  # softplus⁻¹
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            value.mul_((2 * model.config.num_hidden_layers) ** -0.5)
+
+
+def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_hidden_layers: int = 4,
+             num_heads: int = 4, concept_dim: int = 32, logit_dim: int = 8, max_steps: int = 1500, batch_size: int = 32,
+             learning_rate: float = 3e-3, weight_decay: float = 0.01, warmup_ratio: float = 0.05,
+             max_grad_norm: float = 1.0, prefix_min: int = 16, prefix_max: int = 100, seed: int = 0,
+             steering: Steering = Steering(),  # noqa: B008
+             ramp_fraction: float = 0.5, initializer_range: float = 0.05,
+             report: Callable[[dict[str, float]], None] | None = None,
+             ) -> tuple[NirvanaForCausalLM, list[dict[str, float]]]:
+    """Train a small Nirvana on the corpus from scratch; deterministic for a seed and a number of threads."""
+    torch.manual_seed(seed)
+    model = NirvanaForCausalLM(NirvanaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_heads=num_heads,
+        concept_dim=concept_dim, logit_dim=logit_dim, window_size=2048, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        initializer_range=initializer_range, use_cache=False))
+    initialise(model)
+    matrices = [value for name, value in model.named_parameters() if value.dim() == 2 and "layers" in name]
+    others = [value for name, value in model.named_parameters() if not (value.dim() == 2 and "layers" in name)]
+    # Muon for the layers' matrices: such a model learns to look facts up in a third of AdamW's steps with it
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))]
+    warmup = max(1, int(warmup_ratio * max_steps))
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup,
+                                    0.5 * (1 + np.cos(np.pi * max(0, step - warmup) / max(1, max_steps - warmup)))))
+        for optimizer in optimizers]
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    history: list[dict[str, float]] = []
+    start = time.perf_counter()
+    model.train()
+    for step in range(max_steps):
+        length = int(rng.integers(prefix_min, prefix_max + 1))
+        batch = make_batch(tokenizer, rng, batch_size, length, steering.at(step / max(1, ramp_fraction * max_steps)))
+        prefix = prefix_embeddings(model.model.embeddings.weight, batch, generator)
+        loss, right = answer_loss(model, prefix, batch.prompt_ids, batch.answer_ids, batch.lengths)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        for stepper in (*optimizers, *schedulers):
+            stepper.step()
+        history.append({"step": step, "loss": loss.item(), "exact": right.all(1).float().mean().item(),
+                        "gradient_norm": float(norm), "learning_rate": float(schedulers[0].get_last_lr()[0]),
+                        "seconds": time.perf_counter() - start})
+        if report is not None:
+            report(history[-1])
+    model.zero_grad(set_to_none=True)
+    return model.eval(), history
+
+
+def save(model: NirvanaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
+    """Write config.json, model.safetensors, tokenizer.json and tokenizer_config.json: a `backbone_path`."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+# ------------------------------------------------------------------------------------------------- can it be steered?
+
+
+@torch.no_grad()
+def exact_share(model: NirvanaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, samples: int = 256,
+                batch_size: int = 32, prefix_length: int = 66, seed: int = 1, clean: bool = True) -> float:
+    """Share of held-out facts whose answer comes out exact, word for word, from a prefix that carries them."""
+    rng, generator = np.random.default_rng([seed, 99]), torch.Generator().manual_seed(seed)
+    right = 0
+    count = 0
+    while count < samples:
+        batch = make_batch(tokenizer, rng, batch_size, prefix_length, Steering(left_out=0.0), clean=clean)
+        # whether a volume was reviewed is not told by any prefix
+        told = torch.tensor([facts.findings is not None for facts in batch.facts])
+        prefix = prefix_embeddings(model.model.embeddings.weight, batch, generator)
+        _, exact = answer_loss(model, prefix, batch.prompt_ids, batch.answer_ids, batch.lengths)
+        right += int((exact.all(1) & told).sum())
+        count += int(told.sum())
+    return right / count
+
+
+class Scans(NamedTuple):
+    """What a perfect encoder would know of imaginary scans: features (B, P, F) of P places, and the facts."""
+
+    features: Tensor
+    facts: list[Facts]
+
+
+def imaginary_scans(rng: np.random.Generator, batch_size: int, side: int = 8) -> Scans:
+    """Scans of three contrasts with 0 to 2 findings on a side × side grid of places (P = side²).
+
+    Features of a place: contrast (3) and level (3), the same everywhere, and each of `COMMON_LABELS` (6) where such
+    a lesion lies. Which place is left or anterior is not among them: that is for the position embeddings to learn.
+    """
+    contrasts = [analysis.CONTRASTS[name] for name in ("AXT1", "AXT2", "AXFLAIR")]
+    features = np.zeros((batch_size, side, side, 6 + len(COMMON_LABELS)), dtype=np.float32)
+    all_facts = []
+    columns = np.array_split(np.arange(side), 3)
+    rows = np.array_split(np.arange(side), 3)
+    for row in range(batch_size):
+        contrast, level = int(rng.integers(3)), int(rng.integers(3))
+        features[row, :, :, contrast] = features[row, :, :, 3 + level] = 1
+        findings = []
+        for _ in range(int(rng.choice(3, p=(0.35, 0.4, 0.25)))):
+            label, across, down = (int(rng.integers(count)) for count in (len(COMMON_LABELS), 3, 3))
+            findings.append(Finding(COMMON_LABELS[label], analysis.SIDES[across], analysis.REGIONS[down]))
+            features[row, rng.choice(rows[down]), rng.choice(columns[across]), 6 + label] = 1
+        all_facts.append(Facts(contrasts[contrast], analysis.LEVELS[level], tuple(findings)))
+    return Scans(torch.from_numpy(features).reshape(batch_size, side * side, -1), all_facts)
+
+
+def steering_test(model: NirvanaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, max_steps: int = 150,
+                  batch_size: int = 16, learning_rate: float = 3e-3, scale: float = 1.0, side: int = 8, seed: int = 0,
+                  evaluate_every: int = 25) -> list[dict[str, float]]:
+    """Train the least encoder there is to steer the frozen model: a linear map of `imaginary_scans` plus positions.
+
+    Parameters
+    ----------
+    learning_rate : float
+        of Adam, [root mean square of the token embeddings]: the map's output is in that unit
+    scale : float
+        root mean square of the untrained map's vectors, in the same unit
+
+    Returns
+    -------
+    list of dict
+        every `evaluate_every` steps on held-out scans: step, loss [nats], contrast, level (share named rightly),
+        findings_exact (share whose findings are all right, word for word)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng([seed, 7])
+    held_out = imaginary_scans(np.random.default_rng([seed, 8]), 128, side)
+    rms = model.model.embeddings.weight.square().mean().sqrt().item()
+    width = model.config.hidden_size
+    count = held_out.features.shape[-1]
+    table = (torch.randn(count, width, generator=generator) * scale / 2).requires_grad_()
+    places = (torch.randn(side * side + 2, width, generator=generator) * scale / 2).requires_grad_()  # and start, end
+    optimizer = torch.optim.Adam([table, places], lr=learning_rate)
+    prompt_ids = torch.tensor(tokenizer.encode(analysis.prompt(), add_special_tokens=False))
+    frozen = [value for value in model.parameters() if value.requires_grad]
+    for value in frozen:
+        value.requires_grad_(False)
+
+    def forward(scans: Scans) -> tuple[Tensor, Tensor, Tensor]:
+        vectors = F.pad(scans.features @ table, (0, 0, 1, 1)) + places
+        answer_ids, lengths = encode_answers(tokenizer, scans.facts)
+        loss, right = answer_loss(model, rms * vectors, prompt_ids, answer_ids, lengths)
+        return loss, right, answer_ids
+
+    history = []
+    for step in range(max_steps + 1):
+        if step % evaluate_every == 0:
+            with torch.no_grad():
+                loss, right, answer_ids = forward(held_out)
+            history.append({"step": step, "loss": loss.item(), **_steering_scores(tokenizer, right, answer_ids)})
+        loss, _, _ = forward(imaginary_scans(rng, batch_size, side))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for value in frozen:
+        value.requires_grad_(True)
+    return history
+
+
+def _steering_scores(tokenizer: PreTrainedTokenizerFast, right: Tensor, answer_ids: Tensor) -> dict[str, float]:
+    third = tokenizer.encode(" third", add_special_tokens=False)[0]
+    at_level = (answer_ids == third).int().argmax(1) - 1
+    rows = torch.arange(len(right))
+    level = right[rows, at_level]
+    contrast = torch.stack([one[:place].all() for one, place in zip(right, at_level, strict=True)])
+    rest = torch.stack([one[place + 1:].all() for one, place in zip(right, at_level, strict=True)])
+    return {"contrast": contrast.float().mean().item(), "level": level.float().mean().item(),
+            "findings_exact": rest.float().mean().item()}

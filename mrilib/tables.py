@@ -1,0 +1,261 @@
+"""Tables of metrics and runs, for the console and the notebooks."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mrilib import analysis
+from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
+from mrilib.data import Volume
+from mrilib.evaluation import VolumeScore, paired_difference
+from mrilib.figures import METHODS, method_label
+from mrilib.inference import parse_or_none
+from mrilib.model import TwoStageModel, count_parameters
+from mrilib.runs import all_runs, read_json
+
+
+def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
+    """Methods by acceleration: the "reconstruction" section of metrics.json; PSNR in [dB]."""
+    rows = []
+    for acceleration, methods in metrics["reconstruction"].items():
+        order = [name for name in METHODS if name in methods] + [m for m in methods if m not in METHODS]
+        for method in order:
+            scores = methods[method]
+            low, high = scores["ssim_ci95"]
+            rows.append(
+                {
+                    "acceleration": f"{acceleration}x",
+                    "method": method_label(method),
+                    "SSIM": f"{scores['ssim']:.3f}",
+                    "95% interval": f"{low:.3f} to {high:.3f}",
+                    "PSNR [dB]": f"{scores['psnr']:.2f}",
+                    "NMSE": f"{scores['nmse']:.4f}",
+                    "SSIM in head": f"{scores['ssim_head']:.3f}",
+                    "PSNR in head [dB]": f"{scores['psnr_head']:.2f}",
+                    "volumes": scores["volumes"],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def analysis_table(metrics: dict[str, Any]) -> pd.DataFrame:
+    """What the text knows of the scan, beside its controls: the "analysis" section of metrics.json."""
+    scores = metrics["analysis"]
+
+    def value(name: str, form: str = "{:.3f}") -> str:
+        return form.format(scores[name]) if name in scores else "–"
+
+    rows = [
+        ("cross-entropy [nats per token]", "cross_entropy"),
+        ("contrast named rightly", "contrast_accuracy"),
+        ("level named rightly", "level_accuracy"),
+        ("finding F1 (label, side, region)", "finding_f1"),
+    ]
+    table = pd.DataFrame(
+        [
+            {
+                "": label,
+                "two-stage model": value(name),
+                "control without k-space": value(f"{name}_without_kspace"),
+                "another patient's tokens": value(f"{name}_other_patient"),
+            }
+            for label, name in rows
+        ]
+    )
+    table["best constant answer"] = ["–", value("contrast_commonest"), "–", value("finding_f1_best_constant")]
+    return table
+
+
+def metrics_text(path: Path) -> str:
+    """metrics.json as text for the console."""
+    metrics = read_json(path)
+    parts = []
+    if "reconstruction" in metrics:
+        parts.append(reconstruction_table(metrics).to_string(index=False))
+    if "analysis" in metrics:
+        scores = metrics["analysis"]
+        parts.append(analysis_table(metrics).to_string(index=False))
+        parts.append(f"{scores['samples']} test slices of {scores['patients']} patients")
+    return "\n\n".join(["", *parts, f"from {display_path(path)}"])
+
+
+def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
+    """One row a run record: name, status, start, and the headline metrics where there are any."""
+    rows = []
+    for path in all_runs(directory):
+        record = read_json(path / "run.json")
+        row = {"run": path.name, "status": record["status"], "started": record["started"]}
+        row["notebooks"] = ", ".join(record["notebooks"])
+        if (path / "metrics.json").is_file():
+            metrics = read_json(path / "metrics.json")
+            for acceleration, methods in metrics.get("reconstruction", {}).items():
+                row[f"SSIM {acceleration}x"] = f"{methods['model']['ssim']:.3f}"
+            if "analysis" in metrics:
+                row["contrast"] = f"{metrics['analysis']['contrast_accuracy']:.3f}"
+                row["finding F1"] = f"{metrics['analysis']['finding_f1']:.3f}"
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def runs_text(directory: str | Path = "outputs") -> str:
+    """The table of run records for the console."""
+    table = runs_table(directory)
+    return table.to_string(index=False) if len(table) else f"no run in {display_path(resolve(directory))}"
+
+
+def split_table(volumes: Mapping[str, Sequence[Volume]]) -> pd.DataFrame:
+    """Patients, volumes, slices, contrasts and coils of each part of the split."""
+    return pd.DataFrame(
+        {
+            name: {
+                "patients": len({volume.patient for volume in part}),
+                "volumes": len(part),
+                "slices": sum(volume.slices for volume in part),
+                "contrasts": ", ".join(sorted({volume.acquisition for volume in part})),
+                "coils": ", ".join(str(coils) for coils in sorted({volume.coils for volume in part})),
+                "phase-encoding lines": ", ".join(str(w) for w in sorted({volume.matrix[1] for volume in part})),
+            }
+            for name, part in volumes.items()
+        }
+    ).T
+
+
+def parameter_table(model: TwoStageModel) -> pd.DataFrame:
+    """Parameters of each part, and which of them are trained."""
+    rows = {}
+    for name in ("encoder", "backbone", "decoder"):
+        part = getattr(model, name)
+        if part is None:
+            continue
+        parts = {name: part}
+        if name == "encoder" and hasattr(part, "varnet"):
+            parts |= {"encoder: VarNet": part.varnet, "encoder: ViT": part.vit}
+        for label, module in parts.items():
+            trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            rows[label] = {"parameters": f"{count_parameters(module):,}", "trained": f"{trained:,}"}
+    return pd.DataFrame(rows).T
+
+
+def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
+    """A Markdown table of true and generated analyses; facts that differ from the truth are bold.
+
+    Slices are spread evenly over the rows.
+    """
+    step = max(1, len(rows) // count)
+    lines = ["| slice | true | generated |", "|---|---|---|"]
+    for row in rows[::step][:count]:
+        told = _marked(row["true"], row["generated"])
+        lines.append(f"| {row['file']}, slice {row['slice']}, {row['acceleration']}x | {row['true']} | {told} |")
+    return "\n".join(lines)
+
+
+def _marked(true: str, generated: str) -> str:
+    truth, told = parse_or_none(true), parse_or_none(generated)
+    if truth is None or told is None:
+        return generated if generated == true else f"**{generated}**"
+    text = analysis.answer(told)
+    if told.contrast != truth.contrast:
+        text = text.replace(told.contrast, f"**{told.contrast}**", 1)
+    if told.level != truth.level:
+        text = text.replace(f"{told.level} third", f"**{told.level} third**", 1)
+    if truth.findings is not None and told.findings is not None:
+        if not told.findings and truth.findings:
+            text = text.replace("Findings: none", "Findings: **none**")
+        for finding in sorted(set(told.findings) - set(truth.findings)):
+            words = f"{finding.label.lower()}, {finding.side} {finding.region}"
+            text = text.replace(words, f"**{words}**", 1)
+        missed = sorted(set(truth.findings) - set(told.findings))
+        if missed:
+            text += f" *(missed: {'; '.join(f'{f.label.lower()}, {f.side} {f.region}' for f in missed)})*"
+    return text
+
+
+def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:
+    """The answer to "do the tokens help the image?": paired SSIM differences with 95% intervals over patients."""
+    lines = []
+    for acceleration, methods in scores.items():
+        parts = []
+        for control, words in (
+            ("other_patient_tokens", "another patient's tokens in their place"),
+            ("no_tokens", "none in their place"),
+            ("trained_without_tokens", "a decoder trained without tokens"),
+        ):
+            if control not in methods:
+                continue
+            mean, (low, high) = paired_difference(methods["model"], methods[control], "ssim")
+            verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
+            parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
+        lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def text_sentence(scores: Mapping[str, Any]) -> str:
+    """The answer to "does the text know the scan?": differences in cross-entropy with standard errors over patients."""
+    lines = []
+    for control, words in (
+        ("without_kspace", "the control without k-space"),
+        ("other_patient", "the same model with another patient's scan"),
+    ):
+        if f"cross_entropy_gain_over_{control}" in scores:
+            gain, error = (scores[f"cross_entropy_gain_over_{control}{end}"] for end in ("", "_se"))
+            verdict = "lower than" if gain > 2 * error else "higher than" if gain < -2 * error else "no different from"
+            lines.append(
+                f"- Cross-entropy with the own scan is {verdict} that of {words}: by {gain:.3f} ± {error:.3f} nats per token "
+                "(standard error clustered by patient)."
+            )
+    share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
+    lines.append(
+        f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['samples']} slices; always naming "
+        f"the commonest would give {share:.1%} ± {error:.1%}."
+    )
+    lines.append(
+        f"- Findings (exact label, side and region): F1 {scores['finding_f1']:.3f}; the best constant answer has "
+        f"{scores['finding_f1_best_constant']:.3f}."
+    )
+    return "\n".join(lines)
+
+
+def model_card(
+    model: TwoStageModel,
+    config: EvaluateParameters,
+    stage1: Stage1Parameters,
+    stage2: Stage2Parameters,
+    volumes: Mapping[str, Sequence[Volume]],
+) -> str:
+    """What the model is, what it was trained on, and what it is not for; Markdown."""
+    counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
+    encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
+    return f"""
+| | |
+|---|---|
+| **Model** | k-space encoder {encoder:,} parameters (VarNet with {stage1.varnet_num_cascades} cascades, ViT with \
+{stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
+| **Trained** | stage 1: {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: {stage2.epochs} epochs, SSIM loss |
+| **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test patients, \
+split by patient |
+| **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre fractions \
+{", ".join(map(str, config.center_fractions))} |
+| **Crop** | {config.crop}{"" if config.crop == "readout" else " (changes the acquisition: not comparable with published scores)"} |
+| **Licences** | code MIT; phantom anatomy: ICBM 152 2009 templates (© McConnell Brain Imaging Centre, McGill University, free use \
+with this notice); fastMRI+ annotations MIT; fastMRI data under its own agreement |
+| **Not for** | diagnosis or any clinical use; this is not a medical device. Phantom patients are warps of one head: numbers \
+on them say nothing of patients |
+"""
+
+
+def token_variants(
+    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]],
+) -> dict[str, dict[str, Sequence[VolumeScore]]]:
+    """Scores of the token-swap question, acceleration → tokens → volumes, for `figures.token_swap`."""
+    names = {
+        "model": "own tokens",
+        "other_patient_tokens": "another patient's",
+        "no_tokens": "none",
+        "trained_without_tokens": "trained without",
+    }
+    return {
+        acceleration: {label: methods[name] for name, label in names.items() if name in methods}
+        for acceleration, methods in scores.items()
+    }

@@ -1,0 +1,27 @@
+"""A small phantom data set, made once for all tests."""
+
+from pathlib import Path
+
+import pytest
+
+from mrilib.data import Volume, index_volumes
+from mrilib.phantom import make_dataset
+
+IMG_SIZE = 64
+
+
+@pytest.fixture(scope="session")
+def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 patients × 3 contrasts × 3 slices of 64 rows, 6 to 8 coils.
+
+    This seed has odd widths, widths below and above 64, lines that were not acquired, and a patient nobody reviewed.
+    Tests must not write into it.
+    """
+    directory = tmp_path_factory.mktemp("phantom")
+    return make_dataset(directory, volumes=12, slices=3, img_size=IMG_SIZE, coils=6, seed=52, progress=False)
+
+
+@pytest.fixture(scope="session")
+def volumes(phantom_dir: Path) -> list[Volume]:
+    """The data set's volumes, sorted by name."""
+    return index_volumes(phantom_dir)

@@ -1,0 +1,278 @@
+"""Findings to text and back, the fastMRI+ reader, users' reports, and the scores."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mrilib import analysis
+from mrilib.analysis import Box, Facts, Finding
+
+PLUS = Path(__file__).parents[1] / "data" / "fastmri_plus"
+CSV, FILE_LIST = PLUS / "brain.csv", PLUS / "brain_file_list.csv"
+HEADER = "file,slice,study_level,x,y,width,height,label\n"
+
+findings = st.builds(Finding, st.sampled_from(analysis.LABELS), st.sampled_from(analysis.SIDES),
+                     st.sampled_from(analysis.REGIONS))
+found = st.lists(findings, max_size=6).map(tuple)
+contrasts, levels = st.sampled_from(list(analysis.CONTRASTS.values())), st.sampled_from(analysis.LEVELS)
+all_facts = st.one_of(
+    st.builds(Facts, contrasts, levels, st.none()),
+    st.builds(Facts, contrasts, levels, found, st.lists(st.sampled_from(analysis.LABELS), max_size=3).map(tuple)),
+)
+
+
+@pytest.fixture(scope="module")
+def annotations():
+    return analysis.read_annotations(CSV, FILE_LIST)
+
+
+def write(tmp_path, rows, files="a\nb\n"):
+    (tmp_path / "brain.csv").write_text(HEADER + rows)
+    (tmp_path / "list.csv").write_text(files)
+    return tmp_path / "brain.csv", tmp_path / "list.csv"
+
+
+# ------------------------------------------------------------------------------------------------- text and back
+
+
+@given(all_facts)
+def test_parse_is_the_inverse_of_answer(facts):
+    assert analysis.parse(analysis.answer(facts)) == facts
+
+
+@given(all_facts, all_facts)
+def test_different_facts_have_different_texts(one, other):
+    assert (one == other) == (analysis.answer(one) == analysis.answer(other))
+
+
+def test_wording():
+    facts = Facts("FLAIR", "upper", (Finding("Mass", "right", "posterior"),
+                                     Finding("Edema", "left", "anterior")), ("Motion artifact",))
+    assert analysis.answer(facts) == ("Axial FLAIR image, upper third of the brain. Findings: edema, left anterior; "
+                                      "mass, right posterior. Whole study: motion artifact.")
+    assert analysis.answer(Facts("T2", "lower", ())).endswith(" Findings: none.")
+    assert "Findings" not in analysis.answer(Facts("T2", "lower", None))
+
+
+def test_several_boxes_in_one_place_are_one_finding_and_order_does_not_matter():
+    mass, edema = Finding("Mass", "left", "central"), Finding("Edema", "left", "central")
+    assert Facts("T1", "lower", (mass, edema, mass)) == Facts("T1", "lower", (edema, mass))
+    text = "Axial T1 image, lower third of the brain. Findings: mass, left central; edema, left central."
+    assert analysis.parse(text).findings == (edema, mass)
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("", "not an answer"),
+    ("Axial T1 image, lower third of the brain", "not an answer"),
+    ("Axial T1 image, lower third of the brain. Findings: none. And more.", "not an answer"),
+    ("Axial T3 image, lower third of the brain.", "unknown contrast 'T3'"),
+    ("Axial T1 image, top third of the brain.", "unknown level 'top'"),
+    ("Axial T1 image, lower third of the brain. Findings: mas, left central.", "unknown label 'mas'; did you mean 'ma"),
+    ("Axial T1 image, lower third of the brain. Findings: mass, centre central.", "unknown side"),
+    ("Axial T1 image, lower third of the brain. Findings: mass, left front.", "unknown region"),
+    ("Axial T1 image, lower third of the brain. Findings: mass left central.", "not of the form"),
+    ("Axial T1 image, lower third of the brain. Whole study: normal for age.", "not reviewed"),
+])
+def test_text_that_says_something_else_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        analysis.parse(text)
+
+
+def test_the_prompt_tells_nothing():
+    told = [*analysis.CONTRASTS, *analysis.CONTRASTS.values(), *analysis.LEVELS, *analysis.SIDES, *analysis.REGIONS]
+    assert not [word for word in told if word.lower() in analysis.prompt().lower()]
+    assert analysis.prompt() == analysis.prompt()
+
+
+# ------------------------------------------------------------------------------------------------- fastMRI+ as it is
+
+
+def test_every_row_of_the_real_csv_round_trips(annotations):
+    table = pd.read_csv(CSV)
+    assert set(table["label"]) == set(analysis.LABELS)
+    boxes = 0
+    for (file, number), rows in table.groupby(["file", "slice"]):
+        acquisition = file.split("_")[2]
+        facts = analysis.slice_facts(annotations, file, number, 16, acquisition, (320, 320))
+        assert analysis.parse(analysis.answer(facts)) == facts
+        assert facts.contrast == analysis.CONTRASTS[acquisition]
+        assert {found.label for found in facts.findings} == set(rows.loc[rows["study_level"] == "No", "label"])
+        assert set(facts.study_labels) >= set(rows.loc[rows["study_level"] == "Yes", "label"])
+        boxes += len(annotations.boxes(file, number, 320))
+    assert boxes == (table["study_level"] == "No").sum() == 7570
+    assert len(annotations.files) == 1001
+
+
+def test_box_in_array_coordinates(annotations):
+    # the first row of the file: 2,No,91,132,7,6 on the flipped image of 320 rows
+    box = annotations.boxes("file_brain_AXFLAIR_200_6002425", 2, 320)[0]
+    assert box == Box(91, 320 - 132 - 6, 7, 6, "Nonspecific white matter lesion")
+    with pytest.raises(ValueError, match=r"slice 2.*reaches row 138 of 130 rows"):
+        annotations.boxes("file_brain_AXFLAIR_200_6002425", 2, 130)
+
+
+def test_reviewed_and_clean_is_not_unknown(annotations):
+    with_rows = {file for file, _ in annotations._boxes} | set(annotations._study)
+    clean = sorted(annotations.files - with_rows)[0]
+    assert analysis.slice_facts(annotations, clean, 0, 16, "AXT1", (320, 320)).findings == ()
+    for known, file in ((annotations, "file_brain_AXT1_000_0000000"), (None, clean)):
+        facts = analysis.slice_facts(known, file, 0, 16, "AXT1", (320, 320))
+        assert facts.findings is None and facts.study_labels == ()
+        assert "none" not in analysis.answer(facts)
+
+
+def test_side_and_region_are_those_of_the_flipped_image():
+    def place(x, y):
+        found = analysis.box_finding(Box(x - 1, y - 1, 2, 2, "Mass"), (120, 100))
+        return found.side, found.region
+
+    assert place(20, 110) == ("left", "anterior")  # the array's last rows are displayed at the top
+    assert place(80, 10) == ("right", "posterior")
+    assert place(50, 60) == ("midline", "central")
+    assert place(44, 60)[0] == "left" and place(46, 60)[0] == "midline" and place(56, 60)[0] == "right"
+    assert place(20, 79)[1] == "central" and place(20, 81)[1] == "anterior"
+    with pytest.raises(ValueError, match="outside the image"):
+        place(101, 10)
+
+
+def test_flipping_up_and_down_keeps_the_box_on_its_pixels(tmp_path):
+    csv, files = write(tmp_path, "a,0,No,3,1,2,4,Edema\n")
+    box, = analysis.read_annotations(csv, files).boxes("a", 0, 11)
+    displayed = [[row in range(1, 5) and column in range(3, 5) for column in range(7)] for row in range(11)]
+    array = displayed[::-1]
+    inside = {(row, column) for row in range(11) for column in range(7) if array[row][column]}
+    assert inside == {(row, column) for row in range(int(box.y), int(box.y + box.height))
+                      for column in range(int(box.x), int(box.x + box.width))}
+
+
+def test_levels_of_odd_stacks():
+    assert [analysis.slice_level(number, 5) for number in range(5)] == ["lower", "lower", "middle", "middle", "upper"]
+    assert analysis.slice_level(0, 1) == "lower"
+    with pytest.raises(ValueError, match="slice 16 of a volume of 16"):
+        analysis.slice_level(16, 16)
+
+
+def test_unknown_acquisition_is_named():
+    with pytest.raises(ValueError, match="unknown acquisition 'AXT1POSTT'; did you mean 'AXT1POST'"):
+        analysis.contrast_name("AXT1POSTT")
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ("a,0,No,1,2,3,x,Mass", "line 3: height 'x' is not a number"),
+    ("a,0,No,1,2,3,,Mass", "line 3: height '' is not a number"),
+    ("a,0,No,1,2,-3,4,Mass", "line 3: width is -3"),
+    ("a,0,No,nan,2,3,4,Mass", "line 3: x is nan"),
+    ("a,0.5,No,1,2,3,4,Mass", "line 3: slice '0.5'"),
+    ("a,-1,No,1,2,3,4,Mass", "line 3: slice '-1'"),
+    ("a,0,no,1,2,3,4,Mass", "line 3: study_level is 'no'; it must be Yes or No"),
+    ("a,0,Yes,1,,,,Motion artifact", "line 3: study_level Yes, but x given"),
+    ("a,0,No,1,2,3,4,Masss", "line 3: unknown label 'Masss'; did you mean 'Mass'"),
+    ("c,0,No,1,2,3,4,Mass", "line 3: 'c' is not in"),
+    ("a,0,No,1,2,3", "line 3: unknown label ''"),
+    ("a,0,No,1,2,3,4,Mass,5", "brain.csv: not a readable CSV.*line 3"),
+])
+def test_bad_rows_are_refused_with_file_and_line(tmp_path, row, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        analysis.read_annotations(*write(tmp_path, f"a,0,No,1,2,3,4,Edema\n{row}\n"))
+    assert "brain.csv" in str(error.value)
+
+
+def test_bad_files_are_refused(tmp_path):
+    csv, files = write(tmp_path, "")
+    csv.write_text("file,slice,label\na,0,Mass\n")
+    with pytest.raises(ValueError, match="line 1: column study_level, x, y, width, height missing"):
+        analysis.read_annotations(csv, files)
+    csv.write_text(HEADER + "a,0,No,1,2,3,4,Mass,5\n")
+    with pytest.raises(ValueError, match="line 2: more values"):
+        analysis.read_annotations(csv, files)
+    csv.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not a readable CSV"):
+        analysis.read_annotations(csv, files)
+    csv, files = write(tmp_path, "", files="a\n\nb\n")
+    with pytest.raises(ValueError, match="list.csv, line 2"):
+        analysis.read_annotations(csv, files)
+    with pytest.raises(FileNotFoundError):
+        analysis.read_annotations(csv, tmp_path / "absent.csv")
+
+
+# ------------------------------------------------------------------------------------------------- reports
+
+
+def test_reports(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    line = {"file": "a", "slice": 3, "prompt": "What is seen?", "response": "A brain — normal."}
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert analysis.read_reports(path) == {("a", 3): analysis.Report("a", 3, "What is seen?", "A brain — normal.")}
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ('{"file": "a", "slice": 1, "prompt": "p"', "not a JSON object"),
+    ("", "not a JSON object"),
+    ("[1, 2]", "a JSON list"),
+    ('{"file": "a", "slice": 1, "prompt": "p"}', "key 'response' is missing"),
+    ('{"file": "a", "slice": 1, "prompt": "p", "respons": "r"}', "unknown key 'respons'; did you mean 'response'"),
+    ('{"file": "a", "slice": "1", "prompt": "p", "response": "r"}', "slice is '1'"),
+    ('{"file": "a", "slice": true, "prompt": "p", "response": "r"}', "slice is True"),
+    ('{"file": "a", "slice": -1, "prompt": "p", "response": "r"}', "slice is -1"),
+    ('{"file": "a", "slice": 1, "prompt": "p", "response": " "}', "response is ' '"),
+    ('{"file": "a", "slice": 0, "prompt": "p", "response": "r"}', "slice 0 was already given in line 1"),
+])
+def test_malformed_reports_are_refused_with_their_line(tmp_path, line, reason):
+    path = tmp_path / "reports.jsonl"
+    good = {"file": "a", "slice": 0, "prompt": "p", "response": "r"}
+    path.write_text(f"{json.dumps(good)}\n{line}\n{json.dumps({**good, 'slice': 9})}\n")
+    with pytest.raises(ValueError, match=rf"reports.jsonl, line 2: .*{reason}"):
+        analysis.read_reports(path)
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+MASS, EDEMA, CYST = (Finding(label, "left", "central") for label in ("Mass", "Edema", "Likely cysts"))
+
+
+def told(*found):
+    return Facts("T1", "lower", found)
+
+
+def test_scores_by_hand():
+    truth = [told(MASS, EDEMA), told(MASS), told(), told(), told(CYST), Facts("T1", "lower", None)]
+    guess = [told(MASS), told(Finding("Mass", "right", "central")), told(), told(EDEMA), None, told(MASS)]
+    scores = analysis.finding_scores(truth, guess)
+    # hits: 1; false: wrong side, edema on a clean slice, the unreadable text; missed: edema, mass, cyst
+    assert scores["f1"] == pytest.approx(2 / (2 + 3 + 3))
+    assert scores["precision"] == pytest.approx(1 / 4) and scores["recall"] == pytest.approx(1 / 4)
+    assert scores["any_finding_accuracy"] == pytest.approx(3 / 5)
+    assert scores["parsed"] == pytest.approx(4 / 5) and scores["samples"] == 5
+
+
+def test_scores_at_the_ends():
+    truth = [told(MASS), told()]
+    assert analysis.finding_scores(truth, truth)["f1"] == 1
+    assert analysis.finding_scores(truth, [None, None])["f1"] == 0
+    assert analysis.finding_scores(truth, [Facts("T1", "lower", None)] * 2)["parsed"] == 0
+    assert analysis.finding_scores([told()], [told()])["f1"] == 1
+    assert analysis.finding_scores([told()], [None])["f1"] == 0
+    with pytest.raises(ValueError, match="shorter"):
+        analysis.finding_scores(truth, truth[:1])
+
+
+@given(st.lists(st.lists(st.sampled_from([MASS, EDEMA, CYST]), max_size=3).map(lambda some: told(*some)), max_size=6))
+def test_no_constant_answer_beats_the_best_one(facts):
+    def score(constant):
+        return analysis.finding_scores(facts, [told(*constant)] * len(facts))["f1"]
+
+    subsets = [[f for bit, f in enumerate((MASS, EDEMA, CYST)) if number >> bit & 1] for number in range(8)]
+    assert score(analysis.best_constant_answer(facts)) == pytest.approx(max(score(some) for some in subsets))
+
+
+def test_attribute_accuracy():
+    truth = [Facts("T1", "lower"), Facts("T2", "upper"), Facts("T2", "upper")]
+    guess = [Facts("T1", "upper"), Facts("T2", "upper"), None]
+    assert analysis.attribute_accuracy(truth, guess, "contrast") == pytest.approx(2 / 3)
+    assert analysis.attribute_accuracy(truth, guess, "level") == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="neither"):
+        analysis.attribute_accuracy(truth, guess, "findings")

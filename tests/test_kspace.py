@@ -1,0 +1,326 @@
+"""Laws of the physics: unitarity, adjointness, fastMRI's own results, coil compression, finite gradients."""
+
+import fastmri
+import numpy as np
+import pytest
+import torch
+from fastmri.data.transforms import apply_mask, center_crop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mrilib import kspace
+
+sizes = st.integers(1, 19)
+seeds = st.integers(0, 2**31)
+quick = settings(max_examples=25, deadline=None)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed))
+
+
+def dot(a: Tensor, b: Tensor) -> complex:
+    return complex((a.conj() * b).sum())
+
+
+# ------------------------------------------------------------------------------------------------- Fourier
+
+
+@quick
+@given(sizes, sizes, seeds)
+def test_fft_is_fastmris_unitary_and_inverted(height: int, width: int, seed: int) -> None:
+    image = noise(3, height, width, seed=seed)
+    spectrum = kspace.fft2c(image)
+    expected = torch.view_as_complex(fastmri.fft2c(torch.view_as_real(image)))
+    assert torch.equal(spectrum, expected)
+    torch.testing.assert_close(spectrum.norm(), image.norm())
+    torch.testing.assert_close(kspace.ifft2c(spectrum), image)
+    other = noise(3, height, width, seed=seed + 1)
+    assert dot(kspace.fft2c(image), other) == pytest.approx(dot(image, kspace.ifft2c(other)), abs=1e-3)
+
+
+def test_the_centre_of_kspace_is_the_mean() -> None:
+    for shape in ((8, 6), (7, 5), (1, 9)):
+        spectrum = kspace.fft2c(torch.ones(*shape, dtype=torch.complex64))
+        assert spectrum[shape[0] // 2, shape[1] // 2].real == pytest.approx((shape[0] * shape[1]) ** 0.5)
+        spectrum[shape[0] // 2, shape[1] // 2] = 0
+        assert spectrum.abs().max() < 1e-5
+
+
+def test_fft_stays_in_float32_under_autocast() -> None:
+    image = noise(2, 7, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        spectrum, back = kspace.fft2c(image), kspace.ifft2c(kspace.fft2c(image))
+    assert spectrum.dtype == torch.complex64
+    torch.testing.assert_close(back, image)
+
+
+def test_rss_is_fastmris_with_a_finite_gradient_at_zero() -> None:
+    images = noise(2, 5, 7, 4)
+    torch.testing.assert_close(kspace.rss(images), fastmri.rss_complex(torch.view_as_real(images), dim=1))
+    images[:, :, 3, 2] = 0
+    images.requires_grad_()
+    value = kspace.rss(images)
+    assert (value[:, 3, 2] < 1e-18).all() and value.isfinite().all()
+    value.sum().backward()
+    assert images.grad is not None and torch.view_as_real(images.grad).isfinite().all()
+    torch.testing.assert_close(images.grad[:, 0, 0, 0], (images / kspace.rss(images)[:, None])[:, 0, 0, 0].detach())
+
+
+# ------------------------------------------------------------------------------------------------- crops
+
+
+@quick
+@given(sizes, sizes, sizes, sizes)
+def test_crop_is_fastmris_and_undoes_padding(height: int, width: int, new_height: int, new_width: int) -> None:
+    image = torch.arange(2 * height * width).reshape(2, height, width)
+    changed = kspace.center_crop_or_pad(image, (new_height, new_width))
+    assert changed.shape == (2, new_height, new_width)
+    if new_height <= height and new_width <= width:
+        assert torch.equal(changed, center_crop(image, (new_height, new_width)))
+    if new_height >= height and new_width >= width:
+        assert torch.equal(kspace.center_crop_or_pad(changed, (height, width)), image)
+        assert changed.sum() == image.sum()
+
+
+def test_padding_keeps_the_centre_pixel_of_even_sizes() -> None:
+    image = torch.zeros(6, 8)
+    image[3, 4] = 1
+    assert kspace.center_crop_or_pad(image, (12, 10))[6, 5] == 1
+
+
+@pytest.mark.parametrize(("height", "width", "readout"), [(16, 7, 8), (14, 5, 7), (9, 4, 9), (13, 6, 8)])
+def test_readout_oversampling_is_cropped_in_image_space(height: int, width: int, readout: int) -> None:
+    image = noise(3, height, width)
+    cropped = kspace.remove_readout_oversampling(kspace.fft2c(image), readout)
+    assert cropped.shape == (3, readout, width)
+    torch.testing.assert_close(kspace.ifft2c(cropped), kspace.center_crop_or_pad(image, (readout, width)))
+
+
+def test_phase_encoding_lines_stay_independent_when_the_readout_is_cropped() -> None:
+    full = noise(2, 12, 9)
+    other = full.clone()
+    other[..., 4] = torch.nan
+    before, after = (kspace.remove_readout_oversampling(x, 6) for x in (full, other))
+    rest = [line for line in range(9) if line != 4]
+    assert torch.equal(before[..., rest], after[..., rest])
+    masked = full * (torch.arange(9) % 2 == 0)
+    torch.testing.assert_close(kspace.remove_readout_oversampling(masked, 6), before * (torch.arange(9) % 2 == 0))
+
+
+# ------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("mask_type", kspace.MASK_TYPES)
+@pytest.mark.parametrize("width", [96, 61])
+def test_masks_are_fastmris_bit_for_bit(mask_type: str, width: int) -> None:
+    ours, theirs = (kspace.make_mask_func(mask_type, [0.08, 0.04], [4, 8]) for _ in range(2))
+    data = torch.view_as_real(noise(2, 6, width))
+    drawn = set()
+    for number in range(12):
+        seed = number if number % 2 else kspace.validation_seed(f"file_brain_{number}.h5")
+        padding = [(0, width), (3, width - 5)][number % 3 == 0]
+        mask, acceleration = kspace.sample_mask(ours, width, seed, padding)
+        masked, expected, _ = apply_mask(data, theirs, seed=seed, padding=padding)
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask, expected.reshape(-1) > 0)
+        assert torch.equal(torch.where(mask, torch.view_as_complex(data), 0), torch.view_as_complex(masked))
+        assert not mask[: padding[0]].any() and not mask[padding[1] :].any()
+        drawn.add(acceleration)
+    assert drawn == {4, 8}
+
+
+@pytest.mark.parametrize("mask_type", ["random", "equispaced_fraction", "magic_fraction"])
+def test_the_reported_acceleration_is_the_drawn_one(mask_type: str) -> None:
+    func = kspace.make_mask_func(mask_type, [0.08, 0.04], [4, 8])
+    width = 320
+    shares: dict[int, list[float]] = {4: [], 8: []}
+    for seed in range(40):
+        mask, acceleration = kspace.sample_mask(func, width, seed, (0, width))
+        shares[acceleration].append(mask.float().mean().item())
+        start, stop = kspace.center_lines(mask)
+        # 0.08 and 0.04 of 320 are 26 and 13 lines; neighbours may lengthen the block
+        assert stop - start >= (25 if acceleration == 4 else 13)
+    assert np.mean(shares[4]) == pytest.approx(1 / 4, rel=0.1)
+    assert np.mean(shares[8]) == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_sampling_a_mask_leaves_the_generator_as_it_was() -> None:
+    func = kspace.make_mask_func("random", [0.1], [3])
+    before = func.rng.get_state()[1].copy()
+    kspace.sample_mask(func, 50, 3, (0, 50))
+    assert np.array_equal(before, func.rng.get_state()[1])
+
+
+def test_an_unknown_mask_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'poisson' is not one of fastMRI's: random, equispaced"):
+        kspace.make_mask_func("poisson", [0.08], [4])
+
+
+def test_training_seeds_differ_in_every_part_and_repeat() -> None:
+    base = (0, "file_brain_1", 2, 3)
+    others = [(1, *base[1:]), (0, "file_brain_2", 2, 3), (0, "file_brain_1", 3, 2), (0, "file_brain_1", 2, 4)]
+    assert kspace.training_seed(*base) == kspace.training_seed(*base)
+    assert len({kspace.training_seed(*one) for one in [base, *others]}) == 5
+    assert all(0 <= kspace.training_seed(*one) < 2**32 for one in others)
+    assert kspace.validation_seed("ab.h5") == (97, 98, 46, 104, 53)
+
+
+@pytest.mark.parametrize(
+    ("mask", "lines"),
+    [
+        ("0011100", (2, 5)),
+        ("0011110", (2, 5)),  # width 7, centre line 3: symmetric about it
+        ("01110", (1, 4)),
+        ("111111", (1, 6)),  # centre line 3 of 6 has two lines to its right
+        ("101", (1, 1)),
+        ("1", (0, 1)),
+        ("010", (1, 2)),
+        ("100011", (3, 3)),
+        ("000100", (3, 4)),
+    ],
+)
+def test_center_lines(mask: str, lines: tuple[int, int]) -> None:
+    assert kspace.center_lines(torch.tensor([c == "1" for c in mask])) == lines
+
+
+@quick
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_center_lines_are_sampled_symmetric_and_longest(sampled: list[bool]) -> None:
+    start, stop = kspace.center_lines(torch.tensor(sampled))
+    center = len(sampled) // 2
+    assert all(sampled[start:stop]) and (start != stop) == sampled[center]
+    if start != stop:
+        assert center - start == stop - 1 - center
+        outside = [start - 1, stop]
+        assert min(outside) < 0 or max(outside) >= len(sampled) or not all(sampled[i] for i in outside)
+
+
+# ------------------------------------------------------------------------------------------------- coils
+
+
+def test_coil_maps_have_unit_rss_and_know_the_centre_alone() -> None:
+    full = kspace.fft2c(noise(2, 5, 12, 15))
+    mask = torch.zeros(2, 15, dtype=torch.bool)
+    mask[0, 5:10] = mask[1, 7] = True
+    mask[:, 1] = True
+    masked = torch.where(mask[:, None, None], full, 0)
+    maps = kspace.center_coil_maps(masked, mask)
+    assert maps.shape == full.shape and maps.dtype == torch.complex64
+    torch.testing.assert_close(kspace.rss(maps), torch.ones(2, 12, 15))
+    masked[..., 1] = 7  # a line outside of the centre block
+    assert torch.equal(kspace.center_coil_maps(masked, mask), maps)
+
+
+def test_coil_maps_of_smooth_coils_are_the_coils() -> None:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 48), torch.linspace(-1, 1, 45), indexing="ij")
+    true = torch.stack(
+        [torch.exp(1j * a) * (1 + 0.4 * torch.cos(b + x + 0.5 * y)) for a, b in [(x, 0), (y, 1), (x, 2)]]
+    )
+    true = true / kspace.rss(true)
+    image = (torch.exp(-3 * (x**2 + y**2)) + 0.1).to(torch.complex64)
+    mask = (torch.arange(45) - 22).abs() <= 6
+    maps = kspace.center_coil_maps((kspace.fft2c(true * image) * mask)[None], mask[None])[0]
+    # up to one phase a pixel that all coils share
+    agreement = (maps.conj() * true).sum(0).abs()
+    assert agreement[6:-6, 6:-6].min() > 0.99
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_nothing_measured_gives_zero_maps_without_nan(sampled: bool) -> None:
+    zeros, mask = torch.zeros(1, 3, 6, 7, dtype=torch.complex64), torch.full((1, 7), sampled)
+    maps = kspace.center_coil_maps(zeros, mask)
+    assert torch.equal(maps, zeros)
+    images = kspace.data_consistency(torch.zeros(1, 6, 7, dtype=torch.complex64), maps, zeros, mask)
+    assert torch.equal(images, zeros)
+
+
+@quick
+@given(sizes, sizes, seeds)
+def test_combine_is_the_adjoint_of_expand(height: int, width: int, seed: int) -> None:
+    maps, coil_images = noise(3, height, width, seed=seed), noise(3, height, width, seed=seed + 1)
+    image = noise(height, width, seed=seed + 2)
+    left, right = dot(kspace.expand(image, maps), coil_images), dot(image, kspace.combine(coil_images, maps))
+    assert left == pytest.approx(right, rel=1e-3, abs=1e-3)
+
+
+def test_data_consistency_keeps_measured_lines_and_the_image_elsewhere() -> None:
+    maps, measured, image = noise(2, 3, 8, 9), noise(2, 3, 8, 9, seed=1), noise(2, 8, 9, seed=2)
+    mask = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.4
+    result = kspace.fft2c(kspace.data_consistency(image, maps, measured, mask))
+    predicted = kspace.fft2c(kspace.expand(image, maps))
+    for one in range(2):
+        torch.testing.assert_close(result[one][..., mask[one]], measured[one][..., mask[one]])
+        torch.testing.assert_close(result[one][..., ~mask[one]], predicted[one][..., ~mask[one]])
+
+
+def smooth_coils(coils: int, rank: int, seed: int = 0) -> Tensor:
+    return (noise(coils, rank, seed=seed) @ noise(rank, 10 * 13, seed=seed + 1)).reshape(coils, 10, 13)
+
+
+@pytest.mark.parametrize(("coils", "rank", "num_coils"), [(9, 4, 4), (9, 3, 5), (20, 7, 16), (3, 1, 1)])
+def test_compression_is_exact_up_to_the_rank(coils: int, rank: int, num_coils: int) -> None:
+    data = smooth_coils(coils, rank)
+    compressed = kspace.compress_coils(data, num_coils)
+    assert compressed.shape == (num_coils, 10, 13) and compressed.dtype == torch.complex64
+    torch.testing.assert_close(
+        kspace.rss(kspace.ifft2c(compressed)), kspace.rss(kspace.ifft2c(data)), rtol=1e-4, atol=1e-4
+    )
+
+
+@quick
+@given(st.integers(2, 12), st.integers(1, 12), seeds)
+def test_compression_keeps_the_strongest_directions(coils: int, num_coils: int, seed: int) -> None:
+    data = noise(coils, 5, 7, seed=seed)
+    compressed = kspace.compress_coils(data, num_coils)
+    if num_coils >= coils:
+        assert compressed is data
+        return
+    values = torch.linalg.svdvals(data.reshape(coils, -1))
+    virtual = compressed.reshape(num_coils, -1)
+    # unitary: the virtual coils are orthogonal, with the largest singular values; no other projection keeps more energy
+    gram = virtual @ virtual.mH
+    torch.testing.assert_close(gram, torch.diag(values[:num_coils] ** 2).to(gram.dtype), rtol=1e-3, atol=1e-3)
+    # what the RSS loses at any sample is at most what was discarded, sqrt(sum of the discarded squared singular values)
+    lost = kspace.rss(data) - kspace.rss(compressed)
+    assert lost.min() > -1e-4 and lost.max() <= values[num_coils:].square().sum().sqrt() + 1e-4
+
+
+def test_compression_uses_every_coil_and_repeats() -> None:
+    data = smooth_coils(6, 2)
+    assert torch.equal(kspace.compress_coils(data, 3), kspace.compress_coils(data.clone(), 3))
+    shuffled = kspace.compress_coils(data.flip(0), 2)
+    torch.testing.assert_close(kspace.rss(shuffled), kspace.rss(data), rtol=1e-4, atol=1e-4)
+    last_alone = torch.zeros(6, 4, 5, dtype=torch.complex64)
+    last_alone[-1] = noise(4, 5)
+    torch.testing.assert_close(kspace.rss(kspace.compress_coils(last_alone, 2)), last_alone[-1].abs())
+
+
+def test_compression_of_nothing_is_nothing() -> None:
+    assert torch.equal(kspace.compress_coils(torch.zeros(5, 4, 3, dtype=torch.complex64), 2), torch.zeros(2, 4, 3))
+
+
+# ------------------------------------------------------------------------------------------------- phase
+
+
+@pytest.mark.parametrize("shape", [(24, 31), (40, 40), (7, 64), (5, 5)])
+def test_background_phase_goes_and_magnitude_stays(shape: tuple[int, int]) -> None:
+    image = noise(2, *shape)
+    result = kspace.remove_background_phase(image)
+    torch.testing.assert_close(result.abs(), image.abs())
+    y, x = torch.meshgrid(torch.linspace(-1, 1, shape[0]), torch.linspace(-1, 1, shape[1]), indexing="ij")
+    anatomy = 1 + 0.3 * torch.cos(3 * x * y)
+    flat = kspace.remove_background_phase(anatomy * torch.exp(1j * (0.8 + 1.2 * x - 0.7 * y)))
+    if min(shape) >= 24:  # smaller ones have no room for a low pass
+        assert (flat.real / anatomy)[4:-4, 4:-4].min() > 0.95
+    turned = kspace.remove_background_phase(image * np.exp(1.3j))
+    torch.testing.assert_close(turned, result, atol=1e-5, rtol=1e-4)
+
+
+def test_background_phase_of_zeros_is_zero_with_a_finite_gradient() -> None:
+    image = torch.zeros(1, 9, 8, dtype=torch.complex64, requires_grad=True)
+    result = kspace.remove_background_phase(image)
+    assert torch.equal(result, torch.zeros_like(result))
+    torch.view_as_real(result).sum().backward()
+    assert image.grad is not None and torch.view_as_real(image.grad).isfinite().all()
