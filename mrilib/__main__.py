@@ -151,14 +151,14 @@ def notebook_values(
 
 def check_before_start(name: str, values: dict[str, Any], directory: Path) -> None:
     """Validate a notebook's parameters; checkpoints that the run itself will write need not be there yet."""
-    later = {
-        key: ""
+    later = [
+        key
         for key, value in values.items()
         if key.endswith("_checkpoint") and value and resolve(value).is_relative_to(directory)
-    }
+    ]
     cls: type[Parameters] = NOTEBOOKS[name][1]
     try:
-        cls.create({**values, **later})
+        cls.create(values, written_later=later)
     except ParameterError as error:
         raise ParameterError(f"{name}: {error}") from None
 
@@ -208,7 +208,8 @@ def _follow(folder: Path, before: set[Path], ended: threading.Event) -> None:
             with open(log, encoding="utf-8") as file:
                 file.seek(position)
                 for line in file.read().splitlines():
-                    print(f"   {line[11:19]} {line.split(' ', 3)[-1]}", flush=True)
+                    date, clock, _, text = [*line.split(" ", 3), "", "", ""][:4]
+                    print(f"   {clock[:8]} {text}" if date[:2] == "20" else f"   {line}", flush=True)
                 position = file.tell()
         if last:
             return

@@ -43,38 +43,17 @@ MIDLINE_HALF_WIDTH = 0.05
 
 #: fastMRI+ labels of the brain that come with a box
 BOX_LABELS = (
-    "Absent septum pellucidum",
-    "Craniectomy",
-    "Craniectomy with Cranioplasty",
-    "Craniotomy",
-    "Dural thickening",
-    "Edema",
-    "Encephalomalacia",
-    "Enlarged ventricles",
-    "Extra-axial mass",
-    "Intraventricular substance",
-    "Lacunar infarct",
-    "Likely cysts",
-    "Mass",
-    "Nonspecific lesion",
-    "Nonspecific white matter lesion",
-    "Normal variant",
-    "Paranasal sinus opacification",
-    "Pineal cyst",
-    "Possible artifact",
-    "Posttreatment change",
+    "Absent septum pellucidum", "Craniectomy", "Craniectomy with Cranioplasty", "Craniotomy", "Dural thickening",
+    "Edema", "Encephalomalacia", "Enlarged ventricles", "Extra-axial mass", "Intraventricular substance",
+    "Lacunar infarct", "Likely cysts", "Mass", "Nonspecific lesion", "Nonspecific white matter lesion",
+    "Normal variant", "Paranasal sinus opacification", "Pineal cyst", "Possible artifact", "Posttreatment change",
     "Resection cavity",
 )
 #: fastMRI+ labels of the brain that apply to the whole volume
 STUDY_LABELS = (
-    "Colpocephaly",
-    "Extra-axial collection",
-    "Global Ischemia",
-    "Global label: Small vessel chronic white matter ischemic change",
-    "Global white matter disease",
-    "Innumerable bilateral focal brain lesions",
-    "Motion artifact",
-    "Normal for age",
+    "Colpocephaly", "Extra-axial collection", "Global Ischemia",
+    "Global label: Small vessel chronic white matter ischemic change", "Global white matter disease",
+    "Innumerable bilateral focal brain lesions", "Motion artifact", "Normal for age",
     "Possible demyelinating disease",
 )
 #: every label; the text has words for each of them both as a finding and as a label of the whole study

@@ -1,7 +1,7 @@
 """Training checkpoints: written whole or not at all, read without running code.
 
 A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)``
-reads it: the trainable part's weights, optimizer, schedule, random number states, history and the parameters of the run.
+reads it: the trainable part's weights, optimizer, schedule, random number states, history and the run's parameters.
 """
 
 import os
@@ -16,6 +16,11 @@ from torch import nn
 from mrilib.config import display_path
 
 FORMAT = 1
+# What torch.load raises for a damaged or foreign file, found by changing bytes at random.
+_DAMAGED = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError,
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -49,10 +54,12 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint '{name}' does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except _DAMAGED as error:
+        # torch's own text begins with advice to load the file unsafely; what is wrong stands at the end.
+        told = str(error).rpartition("WeightsUnpickler error:")[2].strip() or "it ends too early"
+        reason = told.splitlines()[0]
         raise CheckpointError(f"checkpoint '{name}' is damaged, or holds more than plain tensors: {reason}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT or "stage" not in content:
         raise CheckpointError(f"'{name}' is not a checkpoint of this project")
     if content["stage"] != stage:
         raise CheckpointError(f"checkpoint '{name}' is of {content['stage']}; {stage} is wanted here")
@@ -83,7 +90,7 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str)
 
 def rng_state() -> dict[str, Any]:
     """States of the random number generators, as tensors and plain numbers."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 (what is saved is the global one)
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": {
@@ -104,7 +111,7 @@ def set_rng_state(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     numpy_state = states["numpy"]
     keys = numpy_state["keys"].numpy().astype(np.uint32)
-    np.random.set_state(
+    np.random.set_state(  # noqa: NPY002
         (numpy_state["kind"], keys, numpy_state["position"], numpy_state["has_gauss"], numpy_state["cached"])
     )
     if "cuda" in states and torch.cuda.is_available():

@@ -8,7 +8,7 @@ and truth values are converted; what cannot be converted, or is not known, is re
 import ast
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -47,7 +47,7 @@ class Parameters(BaseModel):
         From `create`, `from_yaml` and `from_notebook`: names each parameter, what was given and what is wanted.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=False, allow_inf_nan=False)
     existing_paths: ClassVar[tuple[str, ...]] = ()
 
     @field_validator("*", mode="before")
@@ -59,11 +59,20 @@ class Parameters(BaseModel):
             raise ValueError("a number is wanted, not true or false")
         if isinstance(value, int | float) and not isinstance(value, bool) and annotation is bool:
             raise ValueError("true or false is wanted, not a number")
+        if isinstance(value, list) and annotation in (list[int], list[float]) and bool in map(type, value):
+            raise ValueError("numbers are wanted, not true or false")
         return value
 
     @classmethod
-    def create(cls, values: Mapping[str, Any]) -> Self:
-        """Validate values into parameters; see the class for the errors."""
+    def create(cls, values: Mapping[str, Any], written_later: Collection[str] = ()) -> Self:
+        """Validate values into parameters; see the class for the errors.
+
+        Parameters
+        ----------
+        values : mapping of str to plain values
+        written_later : collection of str
+            Path parameters whose files need not exist yet.
+        """
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
             raise ParameterError("; ".join(_unknown_sentence(cls, name) for name in unknown))
@@ -73,7 +82,7 @@ class Parameters(BaseModel):
             raise ParameterError("; ".join(_error_sentence(problem) for problem in error.errors())) from None
         for name in cls.existing_paths:
             path = getattr(config, name)
-            if path and not resolve(path).exists():
+            if path and name not in written_later and not resolve(path).exists():
                 raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip())
         return config
 
@@ -109,11 +118,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ParameterError(f"the params file '{display_path(path)}' does not exist")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{display_path(path)} is not YAML: {error}") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ParameterError(f"{display_path(path)} must hold one 'name: value' a line")
+    given = [key.value for key, _ in node.value]  # YAML would take the last of two values without a word
+    for name in given:
+        if given.count(name) > 1:
+            raise ParameterError(f"{display_path(path)}: '{name}' is given twice")
     return values
 
 
@@ -122,9 +138,9 @@ def _assigned_names(history: list[str]) -> list[str]:
     for source in reversed(history):
         if not source.lstrip().startswith("# Parameters"):
             continue
-        for node in ast.parse(source).body:
-            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]  # x = 1, or x: int = 1
-            names += [target.id for target in targets if isinstance(target, ast.Name) and target.id not in names]
+        for node in ast.walk(ast.parse(source)):  # x = 1, x: int = 1 and x, y = 1, 2 all store to names
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in names:
+                names.append(node.id)
         if source.lstrip().startswith(PARAMETERS_HEADER):
             return names
     raise ParameterError(f"run the parameters cell first (it begins with '{PARAMETERS_HEADER}')")
@@ -170,7 +186,7 @@ class DataParameters(OutputParameters):
 
     existing_paths = ("data_dir", "val_dir", "test_dir", "annotations_dir", "reports_path")
 
-    data_dir: str = P("data/demo", "folder of fastMRI brain multicoil h5 files (the training files)")
+    data_dir: str = P("data/demo", "folder of fastMRI brain multicoil h5 files (the training files)", min_length=1)
     val_dir: str = P("", "folder of validation files; empty: a part of data_dir, split by patient")
     test_dir: str = P("", "folder of test files; empty: a part of data_dir, split by patient")
     val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
@@ -207,7 +223,9 @@ class BackboneParameters(DataParameters):
     existing_paths = (*DataParameters.existing_paths, "config_path", "backbone_path", "tokenizer_path")
 
     config_path: str = P("models/nirvana_1_3B.json", "backbone configuration; unused if backbone_path is a folder")
-    backbone_path: str = P("models/model.safetensors", "backbone weights, or a Hugging Face causal-LM folder")
+    backbone_path: str = P(
+        "models/model.safetensors", "backbone weights, or a Hugging Face causal-LM folder", min_length=1
+    )
     tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
 
@@ -240,6 +258,11 @@ class TrainingParameters(BackboneParameters):
     save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1)
     log_interval: int = P(10, "steps between the lines of the text log", ge=1)
     early_stopping_patience: int = P(0, "epochs without a better validation loss before stopping; 0: never", ge=0)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yamls_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as false
 
 
 class ExploreParameters(DataParameters):
@@ -292,7 +315,9 @@ class Stage2Parameters(TrainingParameters):
     existing_paths = (*TrainingParameters.existing_paths, "stage1_checkpoint")
 
     learning_rate: float = P(1e-4, "peak learning rate", gt=0)
-    stage1_checkpoint: str = P("stage1_checkpoints/stage1_best_model.pt", "trained k-space encoder of stage 1")
+    stage1_checkpoint: str = P(
+        "stage1_checkpoints/stage1_best_model.pt", "trained k-space encoder of stage 1", min_length=1
+    )
     decoder_type: Literal["full", "lightweight"] = P("full", "full: 160M parameters at the defaults; lightweight: 80M")
     decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
@@ -317,9 +342,9 @@ class EvaluateParameters(BackboneParameters):
         "plain_checkpoint",
     )
 
-    stage1_checkpoint: str = P("stage1_checkpoints/stage1_best_model.pt", "k-space encoder of stage 1")
+    stage1_checkpoint: str = P("stage1_checkpoints/stage1_best_model.pt", "k-space encoder of stage 1", min_length=1)
     control_checkpoint: str = P("", "stage 1's control without k-space; empty: the text is scored without it")
-    stage2_checkpoint: str = P("stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2")
+    stage2_checkpoint: str = P("stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2", min_length=1)
     plain_checkpoint: str = P("", "stage 2's control, a decoder trained without tokens; empty: left out")
     batch_size: int = P(8, "slices a batch", ge=1)
     max_new_tokens: int = P(128, "longest generated analysis [tokens]", ge=1)

@@ -189,7 +189,7 @@ class ImageDecoder(nn.Module):
         return physics.center_crop_or_pad(physics.rss(coil_images), recon) * scale[:, None, None]
 
     def _padded(self, length: int) -> int:
-        # img_size plus a multiple of 32: then the ViT's crop starts on a token's edge, and tokens meet their own pixels.
+        # img_size plus a multiple of 32: the ViT's crop then starts on a token's edge; tokens meet their own pixels.
         return self.img_size + max(0, -(-(length - self.img_size) // (2 * PATCH))) * 2 * PATCH
 
     def _token_map(self, tokens: Tensor | None, kspace: Tensor, padded: tuple[int, int]) -> Tensor | None:

@@ -5,6 +5,7 @@ sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_di
 (B, (img_size/16)² + 2, output_dim).
 """
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -115,9 +116,12 @@ class KSpaceEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the names or shapes differ; they are listed.
+            If the names or shapes differ; they are listed. If the file is damaged or would run code.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"varnet_weights: {path} holds more than plain tensors, or is damaged") from error
         try:
             self.varnet.load_state_dict(state)
         except (RuntimeError, AttributeError, TypeError) as error:

@@ -1,8 +1,8 @@
 """Metrics, baselines and controls.
 
 Image metrics are fastMRI's official ones (fastmri.evaluate): per volume, with the volume's maximum, on the target's
-square crop, then the mean over volumes. Intervals and standard errors are over patients, since slices and contrasts of one
-patient are not independent.
+square crop, then the mean over volumes. Intervals and standard errors are over patients, since slices and contrasts of
+one patient are not independent.
 """
 
 from collections import defaultdict
@@ -125,7 +125,8 @@ def evaluate_volumes(volumes: Sequence[Volume], directory: str | Path) -> list[V
             raise FileNotFoundError(f"no reconstruction {path.name} in {directory}")
         with h5py.File(volume.path, "r") as target, h5py.File(path, "r") as reconstruction:
             truth, image = target["reconstruction_rss"][()], reconstruction["reconstruction"][()]
-        if image.ndim != 3 or image.shape[0] != truth.shape[0] or any(np.array(image.shape) < truth.shape):
+        height, width = min(truth.shape[1:]), truth.shape[2]  # what is evaluated of a volume narrower than high
+        if image.ndim != 3 or len(image) != len(truth) or image.shape[1] < height or image.shape[2] < width:
             raise ValueError(f"{path}: reconstruction {image.shape} does not cover the target {truth.shape}")
         scores.append(VolumeScore(volume.file, volume.patient, volume.acquisition, **score_volume(truth, image)))
     return scores
@@ -193,8 +194,8 @@ def _by_patient(values: Sequence[float], patients: Sequence[str]) -> tuple[np.nd
 class NearestTrainingSlice:
     """The control for memorising: a training slice's target given as the answer.
 
-    It is an oracle: the neighbour is chosen by the *test target* (largest correlation at 32×32) and scaled to it by least
-    squares, so that no method that could only recall training slices does better at this resolution.
+    It is an oracle: the neighbour is chosen by the *test target* (largest correlation at 32×32) and scaled to it by
+    least squares, so that no method that could only recall training slices does better at this resolution.
 
     Parameters
     ----------
@@ -255,7 +256,7 @@ def pick_slices(scores: Sequence[VolumeScore], volumes: Sequence[Volume], count:
     ranked = sorted(scores, key=lambda score: -score.ssim_head)
     places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     by_file = {volume.file: volume for volume in volumes}
-    names = {0: "best", len(ranked) - 1: "worst"}
+    names = {len(ranked) - 1: "worst", 0: "best"}  # a single one is the best
     middle = (len(ranked) - 1) / 2
     picked = []
     for place in places:

@@ -32,6 +32,7 @@ from mrilib.charts import (
     training_curves,
 )
 from mrilib.data import Slice, Volume
+from mrilib.decoder import zero_filled
 from mrilib.style import (
     BLACK,
     BLUE,
@@ -61,6 +62,7 @@ __all__ = [
     "display_box",
     "display_image",
     "kept_energy",
+    "log_kspace",
     "mask_gallery",
     "method_label",
     "metrics_bars",
@@ -74,6 +76,7 @@ __all__ = [
     "token_swap",
     "training_curves",
     "window_of",
+    "zero_filled_image",
 ]
 
 ERROR_SCALE = 5  # errors are shown so many times brighter than anatomy
@@ -110,11 +113,11 @@ def montage(images: NDArray, columns: int) -> NDArray:
 class SliceParts(NamedTuple):
     """What there is to see of one undersampled slice; images are displayed ones (anterior up) on the evaluated crop."""
 
-    log_kspace: NDArray  # float32 (coil, readout, phase): log10 of the magnitude over the slice's largest, −4 to 0
     mask: NDArray  # bool (phase,)
     zero_filled: NDArray  # float32 (h, w) [file units]
     target: NDArray | None  # float32 (h, w) [file units]
-    coil_images: NDArray  # float32 (coil, h, w): magnitude over the largest
+    coil_images: NDArray  # float32 (coil, h, w): magnitude [1]
+    coil_window: float  # upper end of their grey window
     maps: NDArray  # float32 (coil, h, w): magnitude of the sensitivities from the centre lines, 0 to 1
 
 
@@ -123,18 +126,27 @@ def slice_parts(one: Slice) -> SliceParts:
     with torch.inference_mode():
         coil_images = kspace.center_crop_or_pad(kspace.ifft2c(one.kspace), one.recon)
         maps = kspace.center_coil_maps(one.kspace[None], one.mask[None])[0]
-        zero_filled = kspace.rss(coil_images) * one.scale
-        magnitude = one.kspace.abs()
-        floor = max(float(magnitude.max()), torch.finfo(torch.float32).tiny)
-        coil_magnitude = coil_images.abs()
+        coil_magnitude = display_image(coil_images.abs())
         return SliceParts(
-            log_kspace=(magnitude / floor).clamp_min(1e-4).log10().numpy(),
             mask=one.mask.numpy(),
-            zero_filled=display_image(zero_filled),
+            zero_filled=display_image(kspace.rss(coil_images) * one.scale),
             target=None if one.target is None else display_image(one.target),
-            coil_images=display_image(coil_magnitude / coil_magnitude.max().clamp_min(1e-30)),
-            maps=display_image(kspace.center_crop_or_pad(maps.abs(), one.recon)),
+            coil_images=coil_magnitude,
+            coil_window=window_of(coil_magnitude[:, ::2, ::2]),
+            maps=display_image(kspace.center_crop_or_pad(maps, one.recon).abs()),
         )
+
+
+def zero_filled_image(one: Slice) -> Tensor:
+    """RSS of the inverse Fourier transform of a slice's measured k-space, cropped: (h, w) [file units], not flipped."""
+    return zero_filled(one.kspace[None], torch.tensor([one.scale]), one.recon)[0]
+
+
+def log_kspace(one: Slice, coil: int) -> NDArray:
+    """Log10 of a coil's k-space magnitude over its largest, from −4 to 0; float32 (readout, phase)."""
+    magnitude = one.kspace[coil].abs()
+    largest = max(float(magnitude.max()), torch.finfo(torch.float32).tiny)
+    return (magnitude / largest).clamp_min(1e-4).log10().numpy()
 
 
 def montage_columns(count: int) -> int:
@@ -152,7 +164,7 @@ def slice_scores(target: ArrayLike | Tensor, image: ArrayLike | Tensor, maximum:
     """fastMRI's SSIM and PSNR [dB] of one slice (h, w), with the volume's `maximum` [file units] as data range."""
     one, other = display_image(target)[None], display_image(image)[None]
     return {
-        "ssim": float(official.ssim(one, other, maxval=maximum)),
+        "ssim": float(official.ssim(one, other, maxval=maximum)[0]),
         "psnr": float(official.psnr(one, other, maxval=maximum)),
     }
 
@@ -205,7 +217,7 @@ def slice_overview(one: Slice, boxes: Sequence[Box] = (), coil: int = 0, title: 
     figure.suptitle(title or f"{one.file}, slice {one.slice_num}, {one.acceleration}x", fontsize=10)
     axes = figure.subplots(2, 3)
     window = window_of(parts.zero_filled if parts.target is None else parts.target)
-    axes[0, 0].imshow(parts.log_kspace[coil], cmap="gray", vmin=-4, vmax=0, aspect="auto")
+    axes[0, 0].imshow(log_kspace(one, coil), cmap="gray", vmin=-4, vmax=0, aspect="auto")
     axes[0, 0].set_box_aspect(1)
     axes[0, 0].set_axis_off()
     axes[0, 0].set_title(f"measured k-space, coil {coil + 1} of {coils}", pad=12)
@@ -226,7 +238,7 @@ def slice_overview(one: Slice, boxes: Sequence[Box] = (), coil: int = 0, title: 
         _boxes(axes[0, 2], boxes, parts.target.shape[0])
         error = np.abs(parts.zero_filled - parts.target)
         _image(axes[1, 2], error, 0, window / ERROR_SCALE, f"|zero-filled − target| ×{ERROR_SCALE}", ERROR_MAP)
-    _image(axes[1, 0], montage(parts.coil_images, columns), 0, window_of(parts.coil_images), "coil images")
+    _image(axes[1, 0], montage(parts.coil_images, columns), 0, parts.coil_window, "coil images")
     _image(axes[1, 1], montage(parts.maps, columns), 0, 1, "coil maps from the centre lines, 0 to 1")
     for axis in axes.flat:
         axis.set_anchor("N")
@@ -250,6 +262,7 @@ def reconstruction_comparison(
     error_scale: float = ERROR_SCALE,
     zoom: tuple[float, float, float] | None = None,
     title: str = "",
+    beside: bool | None = None,
 ) -> Figure:
     """Target and reconstructions of some slices, errors below them.
 
@@ -262,6 +275,8 @@ def reconstruction_comparison(
     zoom : (row, column, side), optional
         Centre and side of a square of the displayed image, as fractions of its size, shown enlarged in each corner.
     title : str
+    beside : bool, optional
+        Errors beside the images (small ones, a row a slice) or below them; by default whichever suits the numbers.
 
     Raises
     ------
@@ -277,7 +292,8 @@ def reconstruction_comparison(
             shape, wanted = display_image(image).shape, display_image(one.target).shape
             if shape != wanted:
                 raise ValueError(f"{name} is {shape}, its target {wanted}")
-    beside = len(names) == 1 or (len(names) == 2 and len(slices) > 1)  # errors beside the images, else below them
+    if beside is None:
+        beside = len(names) == 1 or (len(names) == 2 and len(slices) > 1)
     columns = 1 + len(names) * (2 if beside else 1)
     side = min(WIDTH / columns, 3.1)
     rows_each = 1 if beside else 2
@@ -447,6 +463,7 @@ def dataset_summary(split: Mapping[str, Sequence[Volume]], annotations: Annotati
             bottom += heights
         axis.grid(False, axis="x")
         axis.set_ylabel("volumes")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
     part_of = {volume.path: name for name, part in split.items() for volume in part}
     stack(by_part, list(split), lambda volume: part_of[volume.path], volumes)

@@ -18,7 +18,7 @@ from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters
 from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
 from mrilib.encoder import KSpaceEncoder, LearnedPrefix
-from mrilib.loading import load_backbone
+from mrilib.nirvana import load_backbone
 from mrilib.tokenizer import load_tokenizer
 
 

@@ -39,11 +39,11 @@ from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
 COMMON_LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion",
                  "Resection cavity")
 #: how often a slice has 0, 1, 2, … findings in the corpus
-FINDING_COUNTS = (0.35, 0.33, 0.2, 0.09, 0.03)
+FINDING_COUNTS = (0.3, 0.4, 0.2, 0.08, 0.02)
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2 as in Mistral's vocabulary; pad is eos, as in Nirvana
 #: what a prefix can carry
-FACT_WORDS = (*analysis.CONTRASTS.values(), *analysis.LEVELS, *analysis.SIDES, *analysis.REGIONS, *analysis.LABELS, "Whole study")
-STUDY = "<Whole study>"
+FACT_WORDS = (*analysis.CONTRASTS.values(), *analysis.LEVELS, *analysis.SIDES, *analysis.REGIONS, *analysis.LABELS,
+              "Whole study")
 
 
 # ------------------------------------------------------------------------------------------------- corpus
@@ -56,8 +56,7 @@ def fact_token(word: str) -> str:
 
 def fact_tokens() -> list[str]:
     """All of them, in a fixed order."""
-    words = FACT_WORDS
-    return [fact_token(word) for word in words]
+    return [fact_token(word) for word in FACT_WORDS]
 
 
 def random_facts(rng: np.random.Generator) -> Facts:
@@ -70,7 +69,7 @@ def random_facts(rng: np.random.Generator) -> Facts:
     if rng.random() < 0.05:
         return Facts(contrast, level, None)
     findings = tuple(
-        Finding(str(rng.choice(COMMON_LABELS if rng.random() < 0.5 else analysis.LABELS)),
+        Finding(str(rng.choice(COMMON_LABELS if rng.random() < 0.7 else analysis.LABELS)),
                 str(rng.choice(analysis.SIDES)), str(rng.choice(analysis.REGIONS)))
         for _ in range(rng.choice(len(FINDING_COUNTS), p=FINDING_COUNTS)))
     study = (str(rng.choice(analysis.STUDY_LABELS)),) if rng.random() < 1 / 12 else ()
@@ -122,16 +121,16 @@ class Steering(NamedTuple):
 
     clean_share: float = 0.25
     left_out: float = 0.05
-    noise: float = 1.5
-    common: float = 1.0
-    scale: float = 4.0
-    rivals: float = 0.3
+    noise: float = 1.2
+    common: float = 0.8
+    scale: float = 3.0
+    rivals: float = 0.25
 
     def at(self, progress: float) -> Steering:
         """Easier prefixes for the start of training, in proportion to `progress`, which counts up to 1."""
-        ease = min(1.0, progress)
-        return self._replace(noise=self.noise * ease, common=self.common * ease, scale=self.scale ** ease,
-                             rivals=self.rivals * ease)
+        ease = min(1.0, max(0.0, progress))
+        return self._replace(clean_share=1 - (1 - self.clean_share) * ease, noise=self.noise * ease,
+                             common=self.common * ease, scale=self.scale ** ease, rivals=self.rivals * ease)
 
 
 class Batch(NamedTuple):
@@ -176,7 +175,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, bat
     Parameters
     ----------
     prefix_length : int
-        P, at least 8 positions
+        P, at least 16 positions
     clean : bool or None
         all of the prefixes clean, or none, or (None) a `Steering.clean_share` of them, nothing left out where all are
     """
@@ -202,19 +201,12 @@ class PrefixWriter:
     """Writes facts into the weights (P, V) of a prefix's token embeddings."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, steering: Steering) -> None:
-        self.size, self.rng, self.steering = len(tokenizer), rng, steering
-        self.words = {word: self._word(tokenizer, word) for word in FACT_WORDS}
+        self.rng, self.steering = rng, steering
+        one_hot, ids = np.eye(len(tokenizer), dtype=np.float32), tokenizer.get_vocab()
+        self.words = {word: one_hot[ids[fact_token(word)]] for word in FACT_WORDS}
+        self.fillers = np.delete(one_hot, [ids[token] for token in fact_tokens()], axis=0)
         self.sides = np.stack([self.words[word] for word in analysis.SIDES])
         self.regions = np.stack([self.words[word] for word in analysis.REGIONS])
-
-    def _word(self, tokenizer: PreTrainedTokenizerFast, word: str) -> np.ndarray:
-        import os
-        if os.environ.get("FACT"):
-            ids = [tokenizer.get_vocab()[fact_token(word)]]
-        else:
-            ids = tokenizer.encode(f" {word if word in analysis.CONTRASTS.values() else word.lower()}", add_special_tokens=False)
-        weights = np.bincount(ids, minlength=self.size).astype(np.float32)
-        return weights / np.linalg.norm(weights)
 
     def _local(self, facts: Facts) -> list[np.ndarray]:
         """What has a place: each finding, each label of the study."""
@@ -231,9 +223,6 @@ class PrefixWriter:
                 both.append((self.words[word], self.words[rival]))
         return both
 
-    def _fillers(self, count: int) -> np.ndarray:
-        return np.eye(self.size, dtype=np.float32)[self.rng.integers(self.size, size=count)]
-
     def write_clean(self, weights: np.ndarray, facts: Facts, left_out: float) -> None:
         """Each position holds one fact or nothing; the facts in random places, some of them repeated."""
         rng, length = self.rng, len(weights)
@@ -247,7 +236,7 @@ class PrefixWriter:
         """Facts of random strength on top of each other, of fillers, rivals, and sides and regions of nothing."""
         rng, length = self.rng, len(weights)
         filled = np.flatnonzero(rng.random(length) < rng.random())
-        weights[filled] += rng.uniform(0, 0.7) * self._fillers(len(filled))
+        weights[filled] += rng.uniform(0, 0.7) * self.rng.choice(self.fillers, size=len(filled))
         # An encoder may tell places by giving every position its side's and region's vector; only a label makes that
         # a finding.
         background = np.zeros_like(weights)
@@ -316,8 +305,8 @@ def initialise(model: NirvanaForCausalLM, slowest: float = 1e-4, fastest: float 
 
     Every linear map begins with unit gain (standard deviation fan_in^−½), the low-rank maps of the attention branch
     with it: at the published 0.02, made for a width of 2,048, that branch would begin silent. The delta branch begins
-    with forgetting rates A·dt between `slowest` and `fastest` per token [1], log-uniform, instead of up to 1.6: an answer has to
-    reach back over all of a prefix.
+    with forgetting rates A·dt between `slowest` and `fastest` [1/token], log-uniform, instead of up to 1.6: an answer
+    has to reach back over all of a prefix.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
@@ -332,15 +321,53 @@ def initialise(model: NirvanaForCausalLM, slowest: float = 1e-4, fastest: float 
             value.mul_((2 * model.config.num_hidden_layers) ** -0.5)
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_hidden_layers: int = 4,
-             num_heads: int = 4, concept_dim: int = 32, logit_dim: int = 8, max_steps: int = 1500, batch_size: int = 32,
-             learning_rate: float = 3e-3, weight_decay: float = 0.01, warmup_ratio: float = 0.05,
-             max_grad_norm: float = 1.0, prefix_min: int = 16, prefix_max: int = 100, seed: int = 0,
+def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 96, num_hidden_layers: int = 4,
+             num_heads: int = 4, concept_dim: int = 32, logit_dim: int = 8, max_steps: int = 1400, batch_size: int = 32,
+             learning_rate: float = 4e-3, weight_decay: float = 0.01, warmup_ratio: float = 0.05,
+             max_grad_norm: float = 1.0, prefix_min: int = 16, prefix_max: int = 80, seed: int = 0,
              steering: Steering = Steering(),  # noqa: B008
-             ramp_fraction: float = 0.5, initializer_range: float = 0.05,
+             ramp: tuple[float, float] = (0.35, 0.75), initializer_range: float = 0.05,
              report: Callable[[dict[str, float]], None] | None = None,
              ) -> tuple[NirvanaForCausalLM, list[dict[str, float]]]:
-    """Train a small Nirvana on the corpus from scratch; deterministic for a seed and a number of threads."""
+    """Train a small Nirvana on the corpus from scratch; deterministic for a seed and a number of threads.
+
+    Parameters
+    ----------
+    hidden_size, num_hidden_layers, num_heads, concept_dim, logit_dim : int
+        see `NirvanaConfig`
+    max_steps, batch_size : int
+        steps, and texts a step
+    learning_rate, weight_decay : float
+        peak rate of Muon (the layers' matrices) and AdamW (all else, without decay); cosine after the warm-up
+    warmup_ratio : float
+        share of the steps with rising learning rate
+    max_grad_norm : float
+        gradients are clipped to this norm
+    prefix_min, prefix_max : int
+        lengths of prefixes [positions]; at least 16
+    steering : Steering
+        how hard the prefixes become
+    ramp : (float, float)
+        shares of the steps between which prefixes go from short and clean to those of `steering`
+    initializer_range : float
+        standard deviation of the untrained token embeddings
+    report : callable, optional
+        called after each step with the last entry of the history
+
+    Returns
+    -------
+    model : NirvanaForCausalLM
+        in eval mode
+    history : list of dict
+        for each step: step, loss [nats], exact (share of exact answers), gradient_norm, learning_rate, seconds
+
+    Raises
+    ------
+    ValueError
+        prefixes too short to hold the facts of one slice
+    """
+    if not 16 <= prefix_min <= prefix_max:
+        raise ValueError(f"prefix_min {prefix_min}, prefix_max {prefix_max}: wanted is 16 <= prefix_min <= prefix_max")
     torch.manual_seed(seed)
     model = NirvanaForCausalLM(NirvanaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_heads=num_heads,
@@ -349,7 +376,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_
     initialise(model)
     matrices = [value for name, value in model.named_parameters() if value.dim() == 2 and "layers" in name]
     others = [value for name, value in model.named_parameters() if not (value.dim() == 2 and "layers" in name)]
-    # Muon for the layers' matrices: such a model learns to look facts up in a third of AdamW's steps with it
+    # Muon for the layers' matrices: after 300 steps it names regions rightly where AdamW is still at chance
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))]
@@ -363,15 +390,20 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, num_
     start = time.perf_counter()
     model.train()
     for step in range(max_steps):
-        length = int(rng.integers(prefix_min, prefix_max + 1))
-        batch = make_batch(tokenizer, rng, batch_size, length, steering.at(step / max(1, ramp_fraction * max_steps)))
+        # First how to look a fact up at all, from short and clean prefixes; then from all others.
+        ease = min(1.0, max(0.0, (step / max_steps - ramp[0]) / (ramp[1] - ramp[0])))
+        span = prefix_max - prefix_min
+        longest = prefix_min + min(8, span) + round(ease * max(0, span - 8))
+        length = int(rng.integers(prefix_min, longest + 1))
+        batch = make_batch(tokenizer, rng, batch_size, length, steering.at(ease))
         prefix = prefix_embeddings(model.model.embeddings.weight, batch, generator)
         loss, right = answer_loss(model, prefix, batch.prompt_ids, batch.answer_ids, batch.lengths)
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        for stepper in (*optimizers, *schedulers):
-            stepper.step()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
         history.append({"step": step, "loss": loss.item(), "exact": right.all(1).float().mean().item(),
                         "gradient_norm": float(norm), "learning_rate": float(schedulers[0].get_last_lr()[0]),
                         "seconds": time.perf_counter() - start})

@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib.figure
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from mrilib.config import NOTEBOOKS, ROOT, OutputParameters, ParameterError, display_path, resolve
 
@@ -79,6 +80,7 @@ class Run:
 
     def note(self, notebook: str, **facts: Any) -> None:
         """Add facts (plain numbers, strings, lists, dicts) to a notebook's part of the record."""
+        json.dumps(facts, allow_nan=False)  # refused before the record holds what can never be written
         self.record["notebooks"][notebook].update(facts)
         self.save()
 
@@ -105,9 +107,10 @@ class Run:
 def start(notebook: str, config: OutputParameters) -> Run:
     """Open the run folder of a notebook, record its start, and begin its log.
 
-    An empty ``output_dir`` makes a new folder under outputs/, named after the notebook and the time. In IPython a cell that
-    fails marks the notebook, and with it the run, as failed.
+    An empty ``output_dir`` makes a new folder under outputs/, named after the notebook and the time. In IPython a cell
+    that fails marks the notebook, and with it the run, as failed.
     """
+    disable_progress_bar()  # transformers' bars for loading a file would stay in the record
     name = config.output_dir or f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"
     run = Run(resolve(name), [notebook])
     run.start(notebook, config)
@@ -137,7 +140,7 @@ def _mark_failures(run: Run, notebook: str) -> None:
     def after_cell(result: Any) -> None:
         error = result.error_in_exec or result.error_before_exec
         if error is not None and run.record["notebooks"][notebook]["status"] == "running":
-            logger.error("%s failed: %s", notebook, error)
+            logger.error("%s failed: %s", notebook, str(error).splitlines()[0])
             run.finish(notebook, "failed", error=f"{type(error).__name__}: {error}")
 
     shell.events.register("post_run_cell", after_cell)

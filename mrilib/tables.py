@@ -10,10 +10,10 @@ from mrilib import analysis
 from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
 from mrilib.data import Volume
 from mrilib.evaluation import VolumeScore, paired_difference
-from mrilib.figures import METHODS, method_label
 from mrilib.inference import parse_or_none
 from mrilib.model import TwoStageModel, count_parameters
 from mrilib.runs import all_runs, read_json
+from mrilib.style import METHODS, method_label
 
 
 def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
@@ -202,13 +202,13 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
             gain, error = (scores[f"cross_entropy_gain_over_{control}{end}"] for end in ("", "_se"))
             verdict = "lower than" if gain > 2 * error else "higher than" if gain < -2 * error else "no different from"
             lines.append(
-                f"- Cross-entropy with the own scan is {verdict} that of {words}: by {gain:.3f} ± {error:.3f} nats per token "
-                "(standard error clustered by patient)."
+                f"- Cross-entropy with the own scan is {verdict} that of {words}: by {gain:.3f} ± {error:.3f} nats per "
+                "token (standard error clustered by patient)."
             )
     share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
     lines.append(
-        f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['samples']} slices; always naming "
-        f"the commonest would give {share:.1%} ± {error:.1%}."
+        f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['samples']} slices; always "
+        f"naming the commonest would give {share:.1%} ± {error:.1%}."
     )
     lines.append(
         f"- Findings (exact label, side and region): F1 {scores['finding_f1']:.3f}; the best constant answer has "
@@ -227,21 +227,25 @@ def model_card(
     """What the model is, what it was trained on, and what it is not for; Markdown."""
     counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
+    crop = config.crop
+    if crop == "image":
+        crop += " (changes the acquisition: not comparable with published scores)"
     return f"""
 | | |
 |---|---|
-| **Model** | k-space encoder {encoder:,} parameters (VarNet with {stage1.varnet_num_cascades} cascades, ViT with \
-{stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
-| **Trained** | stage 1: {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: {stage2.epochs} epochs, SSIM loss |
-| **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test patients, \
-split by patient |
-| **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre fractions \
-{", ".join(map(str, config.center_fractions))} |
-| **Crop** | {config.crop}{"" if config.crop == "readout" else " (changes the acquisition: not comparable with published scores)"} |
-| **Licences** | code MIT; phantom anatomy: ICBM 152 2009 templates (© McConnell Brain Imaging Centre, McGill University, free use \
-with this notice); fastMRI+ annotations MIT; fastMRI data under its own agreement |
-| **Not for** | diagnosis or any clinical use; this is not a medical device. Phantom patients are warps of one head: numbers \
-on them say nothing of patients |
+| **Model** | k-space encoder {encoder:,} parameters (VarNet with {stage1.varnet_num_cascades} cascades, ViT \
+with {stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
+| **Trained** | stage 1: {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: {stage2.epochs} epochs, \
+SSIM loss |
+| **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test \
+patients, split by patient |
+| **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre \
+fractions {", ".join(map(str, config.center_fractions))} |
+| **Crop** | {crop} |
+| **Licences** | code MIT; phantom anatomy: ICBM 152 2009 templates (© McConnell Brain Imaging Centre, McGill \
+University, free use with this notice); fastMRI+ annotations MIT; fastMRI data under its own agreement |
+| **Not for** | diagnosis or any clinical use; this is not a medical device. Phantom patients are warps of one \
+head: numbers on them say nothing of patients |
 """
 
 

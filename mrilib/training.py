@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -225,6 +226,7 @@ def fit(
     parameters = model.freeze(stage.trainable)
     frozen_hash = tensor_hash(model.backbone)
     encoder_hash = tensor_hash(model.encoder) if stage.trainable == "decoder" else ""
+    AcceleratorState._reset_state()  # else a notebook that is run again with another precision is refused
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=model.device.type == "cpu")
     decayed = [p for p in parameters if p.ndim > 1]
     groups = [

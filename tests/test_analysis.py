@@ -85,7 +85,6 @@ def test_text_that_says_something_else_is_refused(text, reason):
 def test_the_prompt_tells_nothing():
     told = [*analysis.CONTRASTS, *analysis.CONTRASTS.values(), *analysis.LEVELS, *analysis.SIDES, *analysis.REGIONS]
     assert not [word for word in told if word.lower() in analysis.prompt().lower()]
-    assert analysis.prompt() == analysis.prompt()
 
 
 # ------------------------------------------------------------------------------------------------- fastMRI+ as it is
@@ -193,7 +192,7 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not a readable CSV"):
         analysis.read_annotations(csv, files)
     csv, files = write(tmp_path, "", files="a\n\nb\n")
-    with pytest.raises(ValueError, match="list.csv, line 2"):
+    with pytest.raises(ValueError, match=r"list\.csv, line 2"):
         analysis.read_annotations(csv, files)
     with pytest.raises(FileNotFoundError):
         analysis.read_annotations(csv, tmp_path / "absent.csv")

@@ -199,7 +199,7 @@ def test_one_acceleration_alone(volumes: list[Volume], tmp_path: Path) -> None:
 def test_a_mask_without_the_centre_line_is_refused(volumes: list[Volume], tmp_path: Path) -> None:
     config = parameters(tmp_path, mask_type="random", center_fractions=[0.001, 0.001])
     dataset = FastMRIDataset(volumes, config, training=True)
-    with pytest.raises(DataError, match=r"file_brain_\w+, slice \d: .*centre of k-space.*center_fractions"):
+    with pytest.raises(DataError, match=r"file_brain_\w+.h5, slice \d: .*centre of k-space.*center_fractions"):
         for index in range(len(dataset)):
             dataset[index]
 

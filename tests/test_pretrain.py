@@ -14,7 +14,7 @@ from mrilib.nirvana import NirvanaForCausalLM
 
 TINY = Path(__file__).parents[1] / "models" / "tiny_backbone"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2, "concept_dim": 4, "logit_dim": 2, "batch_size": 3,
-         "prefix_min": 9, "prefix_max": 17}
+         "prefix_min": 16, "prefix_max": 25}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,8 @@ def test_a_clean_prefix_holds_the_facts_and_nothing_else(tokenizer, length):
         wanted = {frozenset(map(pretrain.fact_token, (found.label, found.side, found.region)))
                   for found in facts.findings or ()}
         wanted |= {frozenset([pretrain.fact_token(word)]) for word in (facts.contrast, facts.level)}
-        wanted |= {frozenset([pretrain.STUDY, pretrain.fact_token(label)]) for label in facts.study_labels}
+        study = pretrain.fact_token("Whole study")
+        wanted |= {frozenset([study, pretrain.fact_token(label)]) for label in facts.study_labels}
         assert told == wanted
 
 
@@ -106,9 +107,9 @@ def test_a_mixed_prefix_tells_the_true_facts_louder_than_rivals(tokenizer):
 
 
 def test_easier_at_the_start():
-    steering = pretrain.Steering(noise=1.0, common=0.5, scale=4.0, rivals=0.2)
-    assert steering.at(0)[2:] == (0, 0, 1, 0)
-    assert steering.at(0.5)[2:] == (0.5, 0.25, 2, 0.1)
+    steering = pretrain.Steering(clean_share=0.5, left_out=0.1, noise=1.0, common=0.5, scale=4.0, rivals=0.2)
+    assert steering.at(0) == (1, 0.1, 0, 0, 1, 0)
+    assert steering.at(0.5) == (0.75, 0.1, 0.5, 0.25, 2, 0.1)
     assert steering.at(1) == steering.at(7) == steering
 
 
@@ -123,6 +124,11 @@ def test_two_trainings_with_one_seed_are_equal_and_lower_the_loss(tokenizer):
     assert not torch.equal(first.model.embeddings.weight, other.model.embeddings.weight)
     assert len(history) == 12 and history[-1]["loss"] < history[0]["loss"] - 0.5
     assert not first.training
+
+
+def test_prefixes_too_short_for_the_facts_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="prefix_min 15"):
+        pretrain.pretrain(tokenizer, max_steps=1, **{**SMALL, "prefix_min": 15})
 
 
 def test_the_loss_ignores_padding_and_counts_eos(tokenizer):

@@ -13,7 +13,8 @@ from mrilib.tokenizer import VOCAB_SIZE, load_tokenizer, mistral_tokenizer, sent
 TEXTS = [
     "", " ", "  ", "hello", " hello", "  hello  world ", "a\nb\n\n c\t d", "▁x", "日本語テキスト", "🧠🩻 lesion",
     "naïve café", "\u200b\x00\x07", "<s> hi </s>", "<unk>", "<0x0A>", "x" * 300, "   \n   ",
-    "T2-FLAIR: 5 mm, left frontal lobe.", "123456.789e-10", "مرحبا", "é", "e\u0301", "ﬁ", "\r\n", "…—“”", "a  b   c    d", " " * 50 + "x", "\u00a0", "½ × 3²",
+    "T2-FLAIR: 5 mm, left frontal lobe.", "123456.789e-10", "مرحبا", "é", "e\u0301", "ﬁ", "\r\n", "…—“”",
+    "a  b   c    d", " " * 50 + "x", "\u00a0", "½ × 3²",
 ]  # fmt: skip
 
 

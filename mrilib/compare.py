@@ -1,0 +1,183 @@
+"""Run records side by side: which runs, what differs, their histories, one slice from each."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mrilib import evaluation
+from mrilib.config import CompareParameters, ParameterError, display_path, resolve
+from mrilib.data import Volume, read_volume
+from mrilib.figures import Comparison
+from mrilib.runs import all_runs, read_json
+from mrilib.style import method_label
+from mrilib.training import History
+
+STAGES = {"stage1": "stage1", "control": "stage1", "stage2": "stage2", "plain": "stage2"}  # history → its notebook
+UNTOLD = ("output_dir", "interactive")  # parameters that are no part of an experiment
+
+
+def chosen_runs(config: CompareParameters, own: Path) -> dict[str, Path]:
+    """The runs to compare, by name: those of ``config.runs``, else every finished one under outputs/.
+
+    Parameters
+    ----------
+    config : CompareParameters
+    own : Path
+        The folder that the comparison itself is recorded in. It counts as finished if it has metrics: comparing is its
+        last step.
+
+    Raises
+    ------
+    ParameterError
+        If a named folder is no run, or there is nothing to compare.
+    """
+    if config.runs:
+        paths = [resolve(name) for name in config.runs]
+        for path in paths:
+            if not (path / "run.json").is_file():
+                raise ParameterError(f"runs: '{display_path(path)}' is no run folder, it has no run.json")
+    else:
+        paths = [path for path in all_runs() if _finished(path) or (path == own and (own / "metrics.json").is_file())]
+        if own not in paths and (own / "metrics.json").is_file():
+            paths.append(own)
+    if not paths:
+        raise ParameterError("runs: no finished run under outputs/; make one first: python -m mrilib run params/demo")
+    names = [path.name for path in paths]
+    return {path.name if names.count(path.name) == 1 else display_path(path): path for path in paths}
+
+
+def _finished(path: Path) -> bool:
+    record = read_json(path / "run.json")
+    return record["status"] == "done" and not {"stage1", "stage2", "evaluate"}.isdisjoint(record["notebooks"])
+
+
+def differing_parameters(runs: Mapping[str, Path]) -> pd.DataFrame:
+    """Parameters that are not the same in all runs: one row a parameter (notebook.name), one column a run.
+
+    A notebook that a run has not executed shows as "–".
+    """
+    values: dict[str, dict[str, str]] = {}
+    for run, path in runs.items():
+        for notebook, entry in read_json(path / "run.json")["notebooks"].items():
+            if notebook in ("explore", "compare", "pretrain"):
+                continue  # they decide nothing of a run's numbers
+            for name, value in entry["config"].items():
+                if name not in UNTOLD:
+                    values.setdefault(f"{notebook}.{name}", {})[run] = _relative(value, path)
+    table = pd.DataFrame(values).T.reindex(columns=list(runs)).fillna("–")
+    return table[table.nunique(axis=1) > 1] if len(table) else table
+
+
+def _relative(value: Any, run: Path) -> str:
+    """A parameter as text; a path into the run's own folder without the folder, which differs by name alone."""
+    inside = isinstance(value, str) and value and resolve(value).is_relative_to(run)
+    return f"<run>/{resolve(value).relative_to(run).as_posix()}" if inside else str(value)
+
+
+def metrics_table(runs: Mapping[str, Path]) -> pd.DataFrame:
+    """Headline metrics of each run; "–" where a run was not evaluated."""
+    rows = {}
+    for run, path in runs.items():
+        row: dict[str, str] = {}
+        metrics = read_json(path / "metrics.json") if (path / "metrics.json").is_file() else {}
+        for acceleration, methods in metrics.get("reconstruction", {}).items():
+            for method in ("zero_filled", "model"):
+                if method in methods:
+                    label = f"{acceleration}x {method_label(method)}"
+                    row[f"{label} SSIM"] = f"{methods[method]['ssim']:.3f}"
+                    row[f"{label} PSNR [dB]"] = f"{methods[method]['psnr']:.2f}"
+        scores, cost = metrics.get("analysis", {}), metrics.get("cost", {})
+        for name, label, form in (
+            ("cross_entropy", "cross-entropy [nats per token]", "{:.3f}"),
+            ("contrast_accuracy", "contrast named rightly", "{:.3f}"),
+            ("finding_f1", "finding F1", "{:.3f}"),
+        ):
+            if name in scores:
+                row[label] = form.format(scores[name])
+        for stage in ("stage1", "stage2"):
+            if f"{stage}_seconds" in cost:
+                row[f"{stage} [s]"] = f"{cost[f'{stage}_seconds']:.0f}"
+        rows[run] = row
+    return pd.DataFrame(rows).fillna("–")
+
+
+def read_history(run: Path, name: str) -> History | None:
+    """The history of a stage from a run's logs; None if the run did not train it.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    name : str
+        Key of `STAGES`. The log grows with every attempt; the last one counts.
+    """
+    steps_log, epochs_log = (run / "logs" / f"{name}{suffix}" for suffix in (".jsonl", "_history.csv"))
+    if not (steps_log.is_file() and epochs_log.is_file()):
+        return None
+    steps = [json.loads(line) for line in steps_log.read_text(encoding="utf-8").splitlines()]
+    first = max(number for number, step in enumerate(steps) if step["step"] == 1)
+    with open(epochs_log, newline="") as file:
+        epochs = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    history = History(steps=steps[first:], epochs=epochs)
+    best = min(epochs, key=lambda epoch: epoch["val_loss"])
+    history.best_epoch, history.best_loss = int(best["epoch"]), best["val_loss"]
+    return history
+
+
+def read_histories(runs: Mapping[str, Path]) -> dict[str, dict[str, History]]:
+    """Run → stage → history, for `figures.compare_curves`."""
+    found = {run: {name: read_history(path, name) for name in STAGES} for run, path in runs.items()}
+    return {run: {name: one for name, one in entry.items() if one is not None} for run, entry in found.items()}
+
+
+def same_slice(runs: Mapping[str, Path]) -> list[Comparison]:
+    """One test slice that all evaluated runs have reconstructed, at each acceleration that they share.
+
+    It is the middle slice of the first common file. Zero-filled images are the first run's.
+
+    Raises
+    ------
+    ParameterError
+        If no file was reconstructed by all of them, or its target is no longer where the first run found it.
+    """
+    evaluated = {run: path for run, path in runs.items() if (path / "reconstructions" / "model").is_dir()}
+    if not evaluated:
+        raise ParameterError("runs: none of them has reconstructions; run 04_evaluate on one first")
+    common = set.intersection(*(_reconstructed(path) for path in evaluated.values()))
+    if not common:
+        raise ParameterError("runs: there is no test file that all of them have reconstructed at one acceleration")
+    first = next(iter(evaluated.values()))
+    file = min(name for _, name in common)
+    volume = _find_volume(first, file)
+    slice_num = volume.slices // 2
+    shown = []
+    for acceleration in sorted({a for a, name in common if name == file}, key=float):
+        images = {}
+        if (first / "reconstructions" / "zero_filled" / acceleration / file).is_file():
+            images["zero_filled"] = _slice(first, "zero_filled", acceleration, volume, slice_num)
+        images |= {run: _slice(path, "model", acceleration, volume, slice_num) for run, path in evaluated.items()}
+        title = f"{volume.acquisition}\nslice {slice_num}, {acceleration}x"
+        target = evaluation.read_target(volume, slice_num)
+        shown.append(Comparison(target, images, volume.maximum, title=title))
+    return shown
+
+
+def _reconstructed(run: Path) -> set[tuple[str, str]]:
+    return {(path.parent.name, path.name) for path in (run / "reconstructions" / "model").glob("*/*.h5")}
+
+
+def _slice(run: Path, method: str, acceleration: str, volume: Volume, slice_num: int) -> Any:
+    return evaluation.read_slice(run / "reconstructions", method, acceleration, volume, slice_num)
+
+
+def _find_volume(run: Path, file: str) -> Volume:
+    config = read_json(run / "run.json")["notebooks"]["evaluate"]["config"]
+    folders: Sequence[Path] = [resolve(config[name]) for name in ("test_dir", "data_dir") if config[name]]
+    for folder in folders:
+        if (folder / file).is_file():
+            return read_volume(folder / file)
+    raise ParameterError(f"runs: the target of {file} is not in {' or '.join(map(display_path, folders))} any more")

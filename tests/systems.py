@@ -1,0 +1,80 @@
+"""Small systems for the tests: a random tiny backbone, an encoder and a decoder of 64×64 pixels."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrilib import model, pretrain
+from mrilib.config import Stage1Parameters, Stage2Parameters
+from mrilib.data import Batch, FastMRIDataset, collate
+from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
+
+SIZE = 64
+
+
+def write_backbone(directory: Path) -> Path:
+    """A random Nirvana of width 32 with its tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(0)
+    tokenizer = pretrain.make_tokenizer(vocab_size=500, texts=50)
+    config = NirvanaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_heads=2, concept_dim=8, logit_dim=4
+    )
+    pretrain.save(NirvanaForCausalLM(config), tokenizer, directory)
+    return directory
+
+
+def values(data: Path, backbone: Path, **others: Any) -> dict[str, Any]:
+    """Parameters that both stages know."""
+    return {
+        "data_dir": str(data),
+        "val_fraction": 0.25,
+        "test_fraction": 0.5,
+        "split_seed": 1,
+        "num_coils": 6,
+        "img_size": SIZE,
+        "config_path": "",
+        "backbone_path": str(backbone),
+        "device": "cpu",
+        "epochs": 2,
+        "batch_size": 3,
+        "interactive": False,
+        **others,
+    }
+
+
+ENCODER = {
+    "vit_embed_dim": 16,
+    "vit_num_layers": 1,
+    "vit_num_heads": 2,
+    "varnet_num_cascades": 1,
+    "varnet_chans": 2,
+    "varnet_pools": 2,
+    "varnet_sens_chans": 2,
+    "varnet_sens_pools": 2,
+}
+DECODER = {"decoder_type": "lightweight", "decoder_hidden_dim": 16}
+
+
+def stage1_config(data: Path, backbone: Path, **others: Any) -> Stage1Parameters:
+    """Stage 1 at its smallest."""
+    return Stage1Parameters.create(values(data, backbone, **ENCODER, **others))
+
+
+def stage2_config(data: Path, backbone: Path, checkpoint: Path, **others: Any) -> Stage2Parameters:
+    """Stage 2 at its smallest."""
+    return Stage2Parameters.create(values(data, backbone, stage1_checkpoint=str(checkpoint), **DECODER, **others))
+
+
+def build(config: Stage1Parameters) -> model.TwoStageModel:
+    """Encoder and backbone, seeded."""
+    torch.manual_seed(1)
+    backbone, tokenizer = model.build_backbone(config, "cpu")
+    return model.TwoStageModel(model.build_encoder(config, backbone), backbone, tokenizer)
+
+
+def batch_of(dataset: FastMRIDataset, count: int) -> Batch:
+    """The first slices of equal shape, up to `count`."""
+    key = dataset.shape_key(0)
+    same = [index for index in range(len(dataset)) if dataset.shape_key(index) == key]
+    return collate([dataset[index] for index in same[:count]])
