@@ -227,7 +227,7 @@ def model_card(
     """What the model is, what it was trained on, and what it is not for; Markdown."""
     counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
-    crop = config.crop
+    crop: str = config.crop
     if crop == "image":
         crop += " (changes the acquisition: not comparable with published scores)"
     return f"""

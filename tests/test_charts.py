@@ -44,7 +44,7 @@ def test_training_curves_of_text():
     assert list(validation.get_ydata()) == pytest.approx([0.5, 0.25, 1 / 6])
     raw = loss.lines[0]  # without label smoothing, as the validation loss is
     assert list(raw.get_ydata()) == pytest.approx([1 / step for step in range(1, 13)])
-    assert "cross-entropy [nats per token]" == loss.get_ylabel()
+    assert loss.get_ylabel() == "cross-entropy [nats per token]"
     gradients = figure.axes[3].get_legend_handles_labels()[1]
     assert gradients == ["all", "vit"]  # a logarithmic axis cannot show the part without a gradient
 

@@ -15,18 +15,12 @@ from mrilib.analysis import Annotations, Box
 from mrilib.config import DataParameters
 from mrilib.data import FastMRIDataset
 from mrilib.figures import Comparison
-from mrilib.phantom import make_dataset
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("phantom"), volumes=6, slices=2, img_size=48, coils=4, progress=False)
-
-
-@pytest.fixture(scope="module")
-def one(folder):
-    config = DataParameters.create({"data_dir": str(folder), "img_size": 48, "num_coils": 3})
-    return FastMRIDataset(data.index_volumes(folder), config, data.load_annotations(config), acceleration=4)[1]
+def one(phantom_dir):
+    config = DataParameters.create({"data_dir": str(phantom_dir), "img_size": 64, "num_coils": 3})
+    return FastMRIDataset(data.index_volumes(phantom_dir), config, data.load_annotations(config), acceleration=4)[1]
 
 
 def images_of(figure: Figure) -> list[np.ndarray]:
@@ -114,8 +108,8 @@ def test_reconstruction_comparison_has_one_window_a_row(beside):
     rng = np.random.default_rng(0)
     target = rng.random((20, 15)) * 1e-4
     rows = [
-        Comparison(factor * target, {"zero_filled": factor * target * 0.5, "model": factor * target * 0.999}, 2e-4 * factor)
-        for factor in (1.0, 3.0)
+        Comparison(unit * target, {"zero_filled": unit * target * 0.5, "model": unit * target * 0.999}, 2e-4 * unit)
+        for unit in (1.0, 3.0)
     ]
     figure = figures.reconstruction_comparison(rows, error_scale=4, beside=beside)
     windows = [axis.get_images()[0].get_clim()[1] for axis in figure.axes if axis.get_images()]
@@ -176,15 +170,14 @@ def test_kept_energy_is_what_compression_keeps():
     assert np.allclose(figure.axes[0].lines[0].get_ydata(), 1 - kept[:-1])
 
 
-def test_dataset_summary_counts(folder):
-    volumes = data.index_volumes(folder)
-    split = {"train": volumes[:4], "val": volumes[4:]}
-    annotations = analysis.read_annotations(folder / "brain.csv", folder / "brain_file_list.csv")
+def test_dataset_summary_counts(phantom_dir, volumes):
+    split = {"train": volumes[:8], "val": volumes[8:]}
+    annotations = analysis.read_annotations(phantom_dir / "brain.csv", phantom_dir / "brain_file_list.csv")
     figure = figures.dataset_summary(split, annotations)
     heights: dict[float, float] = {}
     for patch in figure.axes[0].patches:
         heights[round(patch.get_x(), 3)] = heights.get(round(patch.get_x(), 3), 0) + patch.get_height()
-    assert list(heights.values()) == [4, 2]
+    assert list(heights.values()) == [8, 4]
     slices = sum(
         len({box.label for box in annotations.boxes(volume.file, number, volume.recon[0])})
         for volume in volumes
