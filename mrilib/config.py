@@ -126,6 +126,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ParameterError(f"{display_path(path)} must hold one 'name: value' a line")
+    assert isinstance(node, yaml.MappingNode)
     given = [key.value for key, _ in node.value]  # YAML would take the last of two values without a word
     for name in given:
         if given.count(name) > 1:
@@ -184,7 +185,7 @@ class OutputParameters(Parameters):
 class DataParameters(OutputParameters):
     """The data, the masks, the coils."""
 
-    existing_paths = ("data_dir", "val_dir", "test_dir", "annotations_dir", "reports_path")
+    existing_paths: ClassVar[tuple[str, ...]] = ("data_dir", "val_dir", "test_dir", "annotations_dir", "reports_path")
 
     data_dir: str = P("data/demo", "folder of fastMRI brain multicoil h5 files (the training files)", min_length=1)
     val_dir: str = P("", "folder of validation files; empty: a part of data_dir, split by patient")
@@ -220,7 +221,12 @@ class DataParameters(OutputParameters):
 class BackboneParameters(DataParameters):
     """The frozen language model."""
 
-    existing_paths = (*DataParameters.existing_paths, "config_path", "backbone_path", "tokenizer_path")
+    existing_paths: ClassVar[tuple[str, ...]] = (
+        *DataParameters.existing_paths,
+        "config_path",
+        "backbone_path",
+        "tokenizer_path",
+    )
 
     config_path: str = P("models/nirvana_1_3B.json", "backbone configuration; unused if backbone_path is a folder")
     backbone_path: str = P(

@@ -70,6 +70,7 @@ class KSpaceEncoder(nn.Module):
         self.output_dim = output_dim
         self.activation_checkpointing = activation_checkpointing
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
+        start_from_zero_filled(self.varnet)
         vit_config = ViTConfig(
             hidden_size=vit_embed_dim,
             num_hidden_layers=vit_num_layers,
@@ -164,9 +165,7 @@ class KSpaceEncoder(nn.Module):
         -------
         Tensor, complex64, shape (B, readout, phase)
         """
-        # Coil compression leaves rounding errors, not zeros, in virtual coils beyond the rank: they count as empty.
-        peak = torch.view_as_real(kspace).abs().amax((-1, -2, -3))  # (B, coil)
-        alive = peak > torch.finfo(torch.float32).eps * peak.amax(1, keepdim=True)
+        alive = torch.view_as_real(kspace).abs().amax((-1, -2, -3)) > 0  # (B, coil)
         if bool(alive.all()):
             return self._varnet_image(kspace, mask)
         images = [
@@ -193,6 +192,47 @@ class KSpaceEncoder(nn.Module):
             # Not reentrant: the first input needs no gradient, and a reentrant checkpoint would then return none.
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
+
+
+@torch.no_grad()
+def start_from_zero_filled(varnet: VarNet) -> None:
+    """Initialize a VarNet so that it starts as the zero-filled image combined with centre-line coil maps.
+
+    fastMRI's random start scrambles the image, which a reconstruction loss soon mends and a loss on text does not: it would
+    have to learn to see through it. Here the cascades' U-Nets end in zeros (they take the image's mean off, no more), and
+    the sensitivity U-Net passes its input through. All weights are trained on from there; no shape changes.
+
+    Parameters
+    ----------
+    varnet : VarNet
+        With at least 4 sensitivity channels, which passing a complex image through a leaky ReLU takes; with fewer the
+        sensitivity U-Net keeps its random start.
+    """
+    for cascade in varnet.cascades:
+        last = cascade.model.unet.up_conv[-1][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    unet = varnet.sens_net.norm_unet.unet
+    if unet.chans < 4:
+        return
+    # The finest level's skip connection carries (a, −a) for the real and for the imaginary part: with slope s below zero,
+    # lrelu(a) − lrelu(−a) = (1 + s) a, and the instance norms find what NormUnet has normalised already.
+    down, (up, last) = unet.down_sample_layers[0].layers, unet.up_conv[-1]
+    inputs: list[list[tuple[int, float]]] = [[(0, 1.0)], [(1, 1.0)]]  # real, imaginary
+    pairs: list[list[tuple[int, float]]] = [[(0, 1.0), (1, -1.0)], [(2, 1.0), (3, -1.0)]]
+    skipped = [[(unet.chans + channel, sign) for channel, sign in part] for part in pairs]
+    for conv, sources in ((down[0], inputs), (down[4], pairs), (up.layers[0], skipped), (up.layers[4], pairs)):
+        conv.weight[:4] = 0
+        for part, terms in enumerate(sources):
+            for channel, sign in terms:
+                conv.weight[2 * part, channel, 1, 1] = sign
+                conv.weight[2 * part + 1, channel, 1, 1] = -sign
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    slope = up.layers[2].negative_slope
+    for part, terms in enumerate(pairs):
+        for channel, sign in terms:
+            last.weight[part, channel, 0, 0] = sign / (1 + slope)
 
 
 class LearnedPrefix(nn.Module):

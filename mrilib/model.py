@@ -263,6 +263,7 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
     encoder.match_embeddings(embedding_rms(backbone))
     if config.varnet_weights:
         encoder.load_varnet(resolve(config.varnet_weights))
+    encoder.varnet.to(memory_format=torch.channels_last)  # halves the time of narrow convolutions on CPUs
     return encoder
 
 
@@ -273,7 +274,7 @@ def build_control(config: Stage1Parameters, backbone: PreTrainedModel) -> Learne
 
 def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_tokens: bool = True) -> ImageDecoder:
     """The image decoder of stage 2's parameters; without tokens it is stage 2's control."""
-    return ImageDecoder(
+    decoder = ImageDecoder(
         decoder_type=config.decoder_type,
         token_dim=hidden_size(backbone) if use_tokens else 0,
         decoder_hidden_dim=config.decoder_hidden_dim,
@@ -282,6 +283,7 @@ def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_token
         image_skip=config.image_skip,
         activation_checkpointing=config.activation_checkpointing,
     )
+    return decoder.to(memory_format=torch.channels_last)
 
 
 def tensor_hash(module: nn.Module) -> str:

@@ -20,6 +20,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from mrilib.config import NOTEBOOKS, ROOT, OutputParameters, ParameterError, display_path, resolve
+from mrilib.style import png_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "fastmri", "safetensors", "h5py", "numpy", "papermill")
 logger = logging.getLogger("mrilib")
@@ -92,7 +93,7 @@ class Run:
         """Save a figure as figures/NAME.png."""
         path = self.directory / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+        path.write_bytes(png_bytes(figure, dpi=110))
         return path
 
     def update_metrics(self, **sections: Any) -> None:

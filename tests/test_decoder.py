@@ -251,7 +251,7 @@ def test_the_loss_is_fastmris_in_any_unit() -> None:
     found = loss(image, target, maximum)
     expected = [SSIMLoss()(image[i][None, None], target[i][None, None], maximum[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(loss(image * 1e-6, target * 1e-6, maximum * 1e-6), found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss(image * 1e-12, target * 1e-12, maximum * 1e-12), found, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss(target, target, maximum), torch.zeros(3), atol=1e-6, rtol=0)
 
 

@@ -154,6 +154,12 @@ def test_bootstrap_resamples_patients() -> None:
         (low, high)
     )
     assert evaluation.bootstrap_interval([0.3, 0.5], ["a", "a"]) == pytest.approx([0.4, 0.4])
+    # A patient with three volumes counts three times: 50 patients with one at 1 and 50 with three at 0 have mean 1/4.
+    low, high = evaluation.bootstrap_interval(
+        [1] * 50 + [0] * 150, [f"a{i}" for i in range(50)] + [f"b{i // 3}" for i in range(150)]
+    )
+    assert 0.15 < low < 0.25 < high < 0.36
+    low, high = evaluation.bootstrap_interval(values, patients, 2000)
     again = evaluation.bootstrap_interval(values, patients, 100, seed=1)
     assert again == evaluation.bootstrap_interval(values, patients, 100, seed=1) != [low, high]
 

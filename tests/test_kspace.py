@@ -204,12 +204,13 @@ def test_coil_maps_have_unit_rss_and_know_the_centre_alone() -> None:
     full = kspace.fft2c(noise(2, 5, 12, 15))
     mask = torch.zeros(2, 15, dtype=torch.bool)
     mask[0, 5:10] = mask[1, 7] = True
-    mask[:, 1] = True
+    mask[:, 1] = mask[0, 4] = True  # line 4 has no counterpart at 10: outside of the symmetric block
     masked = torch.where(mask[:, None, None], full, 0)
     maps = kspace.center_coil_maps(masked, mask)
     assert maps.shape == full.shape and maps.dtype == torch.complex64
     torch.testing.assert_close(kspace.rss(maps), torch.ones(2, 12, 15))
-    masked[..., 1] = 7  # a line outside of the centre block
+    masked[..., 1] = 7  # lines outside of the centre block
+    masked[0, ..., 4] = 7
     assert torch.equal(kspace.center_coil_maps(masked, mask), maps)
 
 
@@ -295,6 +296,13 @@ def test_compression_uses_every_coil_and_repeats() -> None:
     last_alone = torch.zeros(6, 4, 5, dtype=torch.complex64)
     last_alone[-1] = noise(4, 5)
     torch.testing.assert_close(kspace.rss(kspace.compress_coils(last_alone, 2)), last_alone[-1].abs())
+
+
+def test_the_phase_of_virtual_coils_is_fixed() -> None:
+    data = noise(6, 9, 8)
+    weights = kspace.compress_coils(data, 3).reshape(3, -1) @ torch.linalg.pinv(data.reshape(6, -1))
+    largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
+    torch.testing.assert_close(largest, largest.abs().to(largest.dtype), rtol=1e-3, atol=1e-4)
 
 
 def test_compression_of_nothing_is_nothing() -> None:

@@ -1,0 +1,202 @@
+"""The commands: a whole run on tiny data, its record, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import systems
+import yaml
+
+from mrilib.__main__ import main, parse_overrides
+from mrilib.config import ROOT, ParameterError
+from mrilib.data import index_volumes
+from mrilib.evaluation import evaluate_volumes
+
+NAME = "test-run"
+
+
+def write_params(folder: Path, data: Path, backbone: Path) -> Path:
+    """Params files for every notebook, at the smallest sizes."""
+    common = systems.values(data, backbone)
+    names = ("data_dir", "val_fraction", "test_fraction", "split_seed", "num_coils", "img_size")
+    shared = {name: common[name] for name in names}
+    language_model = {name: common[name] for name in ("config_path", "backbone_path", "device")}
+    checkpoints = dict.fromkeys(("stage1_checkpoint", "stage2_checkpoint", "control_checkpoint", "plain_checkpoint"), "x")
+    contents = {
+        "explore": shared,
+        "stage1": {**common, **systems.ENCODER, "epochs": "1", "learning_rate": "1e-3"},
+        "stage2": {**common, **systems.DECODER, "stage1_checkpoint": "x", "epochs": 1},
+        "evaluate": {**shared, **language_model, **checkpoints, "max_new_tokens": 8, "bootstrap_samples": 100},
+        "compare": {"runs": []},
+    }
+    folder.mkdir(exist_ok=True)
+    for name, values in contents.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory, phantom_dir, backbone_dir) -> Path:
+    return write_params(tmp_path_factory.mktemp("params"), phantom_dir, backbone_dir)
+
+
+@pytest.fixture(scope="module")
+def run(params, tmp_path_factory) -> Path:
+    """A finished run. Run folders lie under outputs/, so its name is a relative path out of there."""
+    directory = tmp_path_factory.mktemp("runs") / NAME
+    command = [sys.executable, "-m", "mrilib", "run", str(params), "--name", str(directory)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "zero-filled" in result.stdout and "contrast named rightly" in result.stdout
+    return directory
+
+
+def test_run_leaves_a_complete_record(run):
+    stems = ["01_explore_data", "02_train_stage1", "03_train_stage2", "04_evaluate", "05_compare_runs"]
+    for stem in stems:
+        notebook = json.loads((run / f"{stem}.ipynb").read_text())
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert all(cell["execution_count"] for cell in code)
+        assert "widgets" not in notebook["metadata"]
+        outputs = [output for cell in code for output in cell["outputs"]]
+        assert not any(output["output_type"] == "error" for output in outputs)
+        warnings = [o for o in outputs if o.get("name") == "stderr"]
+        assert not warnings, warnings
+        assert (run / f"{stem}.ipynb").stat().st_size < 2e6
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "done" and set(record["notebooks"]) == set(record["planned"])
+    assert all(section["status"] == "done" for section in record["notebooks"].values())
+    assert record["notebooks"]["stage1"]["config"]["learning_rate"] == 1e-3
+    assert {"git", "versions", "hardware", "started"} <= set(record)
+    for stage in ("stage1", "stage2"):
+        names = {path.name for path in (run / f"{stage}_checkpoints").iterdir()}
+        assert {f"{stage}_best_model.pt", f"{stage}_final_model.pt"} <= names
+        assert list((run / "logs").glob(f"{stage}-*.log")) and (run / "logs" / f"{stage}.jsonl").stat().st_size
+    assert {path.name for path in (run / "params").iterdir()} >= {"stage1.yaml", "evaluate.yaml"}
+    assert len(list((run / "figures").glob("*.png"))) >= 8
+
+
+def test_backbone_is_the_same_before_stage_1_and_after_stage_2(run):
+    notebooks = json.loads((run / "run.json").read_text())["notebooks"]
+    prints = [notebooks["stage1"]["frozen_before"], notebooks["stage2"]["frozen_after"], notebooks["evaluate"]["frozen"]]
+    assert prints[0] == prints[1] == prints[2]
+
+
+def test_metrics_are_those_of_the_written_reconstructions(run, phantom_dir):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics) == {"reconstruction", "analysis", "cost"}
+    assert set(metrics["reconstruction"]) == {"4", "8"}
+    split = json.loads((run / "run.json").read_text())["notebooks"]["stage2"]["split"]
+    tested = [volume for volume in index_volumes(phantom_dir) if volume.file in split["test"]]
+    for acceleration, methods in metrics["reconstruction"].items():
+        assert {"model", "zero_filled", "nearest_training_slice", "no_tokens", "other_patient_tokens"} <= set(methods)
+        for method, scores in methods.items():
+            again = evaluate_volumes(tested, run / "reconstructions" / method / acceleration)
+            for name in ("ssim", "psnr", "nmse"):
+                assert scores[name] == pytest.approx(np.mean([getattr(one, name) for one in again]), abs=1e-9)
+            assert scores["volumes"] == len(tested)
+    wanted = {
+        "cross_entropy", "cross_entropy_without_kspace", "cross_entropy_other_patient", "token_accuracy",
+        "contrast_accuracy", "contrast_accuracy_without_kspace", "finding_f1", "finding_f1_without_kspace",
+        "finding_f1_best_constant", "samples", "patients",
+    }  # fmt: skip
+    assert wanted <= set(metrics["analysis"])
+    assert {"stage1_seconds", "stage2_seconds", "peak_memory_bytes", "trainable_parameters"} <= set(metrics["cost"])
+
+
+def test_reconstruct_one_file_gives_the_runs_own_image(run, phantom_dir, tmp_path, capsys):
+    split = json.loads((run / "run.json").read_text())["notebooks"]["stage2"]["split"]
+    file = phantom_dir / f"{split['test'][0]}.h5"
+    assert main(["reconstruct", str(run), str(file), "--out", str(tmp_path)]) == 0
+    assert "SSIM" in capsys.readouterr().out
+    with h5py.File(tmp_path / file.name) as new, h5py.File(run / "reconstructions" / "model" / "4" / file.name) as old:
+        np.testing.assert_allclose(new["reconstruction"][()], old["reconstruction"][()], rtol=1e-3, atol=1e-7)
+    lines = (tmp_path / f"{file.stem}.jsonl").read_text().splitlines()
+    assert len(lines) == index_volumes(phantom_dir)[0].slices and "analysis" in json.loads(lines[0])
+    assert (tmp_path / f"{file.stem}.png").stat().st_size
+
+
+def test_a_run_folder_is_not_overwritten_unasked(run, params, capsys):
+    before = (run / "run.json").read_text()
+    assert main(["run", str(params), "--name", str(run)]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (run / "run.json").read_text() == before
+
+
+def test_runs_table(run, capsys):
+    assert main(["runs", str(run.parent)]) == 0
+    out = capsys.readouterr().out
+    assert NAME in out and "done" in out and "SSIM 4x" in out
+
+
+def test_stage2_alone_takes_the_given_checkpoint(run, params, tmp_path):
+    checkpoint = run / "stage1_checkpoints" / "stage1_final_model.pt"
+    alone = tmp_path / "alone"
+    overrides = ["-p", "stage2.train_control=false", "-p", "stage2.max_train_slices=6"]
+    status = main(["run", str(params), "--name", str(alone), "--stage2-only", "-c", str(checkpoint), *overrides])
+    record = json.loads((alone / "run.json").read_text())
+    assert status == 0 and record["status"] == "done" and record["planned"] == ["stage2"]
+    assert record["notebooks"]["stage2"]["config"]["stage1_checkpoint"] == str(checkpoint)
+    assert (alone / "stage2_checkpoints" / "stage2_best_model.pt").exists()
+
+
+def test_a_notebook_that_fails_leaves_the_error_in_its_record(run, params, tmp_path, capsys):
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes((run / "stage1_checkpoints" / "stage1_final_model.pt").read_bytes()[:1000])
+    failed = tmp_path / "failed"
+    assert main(["run", str(params), "--name", str(failed), "--stage2-only", "-c", str(damaged)]) == 1
+    record = json.loads((failed / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "damaged" in record["notebooks"]["stage2"]["error"]
+    assert "damaged" in (failed / "03_train_stage2.ipynb").read_text()
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["-p", "stage1.learnin_rate=1"], "learning_rate"),
+        (["-p", "stage1.epochs=many"], "epochs"),
+        (["-p", "stage1.data_dir=nowhere"], "nowhere"),
+        (["-p", "epochs=3"], "NOTEBOOK.NAME=VALUE"),
+        (["--stage2-only"], "-c CHECKPOINT"),
+    ],
+)
+def test_bad_parameters_are_refused_before_anything_starts(params, tmp_path, capsys, arguments, told):
+    directory = tmp_path / "never"
+    assert main(["run", str(params), "--name", str(directory), *arguments]) == 1
+    assert told in capsys.readouterr().err
+    assert not directory.exists()
+
+
+def test_params_folder_that_is_not_there(capsys):
+    assert main(["run", "params/nowhere"]) == 1
+    assert "params/nowhere" in capsys.readouterr().err
+
+
+def test_overrides_are_yaml():
+    given = ["stage1.learning_rate=1e-4", "stage1.train_control=false", "evaluate.accelerations=[4]"]
+    parsed = parse_overrides(given, ("stage1", "evaluate"))
+    assert parsed == {
+        "stage1": {"learning_rate": "1e-4", "train_control": False},  # YAML 1.1 reads 1e-4 as text; config converts it
+        "evaluate": {"accelerations": [4]},
+    }
+    with pytest.raises(ParameterError, match="stage3"):
+        parse_overrides(["stage3.epochs=1"], ("stage1",))
+
+
+def test_make_data(tmp_path, capsys):
+    arguments = ["make-data", str(tmp_path / "d"), "--volumes", "2", "--slices", "2", "--img-size", "32", "--coils", "4"]
+    assert main(arguments) == 0
+    assert len(index_volumes(tmp_path / "d")) == 2
+    assert main([*arguments, "--seed", "9"]) == 1  # other parameters, same folder
+    assert "choose another directory" in capsys.readouterr().err

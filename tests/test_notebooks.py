@@ -1,0 +1,110 @@
+"""Notebook sources: no outputs, a parameters cell that is exactly the config, params files that fit; papermill alone."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import systems
+import yaml
+
+from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
+
+PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
+
+
+def source_of(stem: str) -> dict:
+    return json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text())
+
+
+def parameters_cell(stem: str) -> str:
+    cells = [cell for cell in source_of(stem)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(cells) == 1, f"{stem} needs one parameters cell"
+    return "".join(cells[0]["source"])
+
+
+def test_every_notebook_is_known():
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == {stem for stem, _ in NOTEBOOKS.values()}
+
+
+@pytest.mark.parametrize("stem", [stem for stem, _ in NOTEBOOKS.values()])
+def test_sources_carry_no_outputs_and_no_widget_state(stem):
+    notebook = source_of(stem)
+    assert "widgets" not in notebook["metadata"]
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+@pytest.mark.parametrize("key", NOTEBOOKS)
+def test_parameters_cell_is_the_config(key):
+    """Same names, plain literals that the config accepts, each with the config's own words as its comment."""
+    stem, cls = NOTEBOOKS[key]
+    source = parameters_cell(stem)
+    assert source.startswith(PARAMETERS_HEADER)
+    assigned = {}
+    for node in ast.parse(source).body:
+        assert isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        comment = source.splitlines()[node.end_lineno - 1].split("  # ", 1)[1]
+        name = node.targets[0].id
+        assigned[name] = ast.literal_eval(node.value)
+        assert comment == cls.model_fields[name].description
+    assert list(assigned) == list(cls.model_fields)
+    assert assigned["interactive"] is True
+    cls(**assigned)
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_params_files_fit_their_notebook(path):
+    cls = NOTEBOOKS[path.stem][1]
+    values = yaml.safe_load(path.read_text())
+    assert set(values) <= set(cls.model_fields)
+    assert values["interactive"] is False
+    cls(**values)
+
+
+def test_demo_and_full_have_a_file_for_each_notebook():
+    for folder in ("demo", "full"):
+        names = {path.stem for path in PARAMS if path.parent.name == folder}
+        assert {"explore", "stage1", "stage2", "evaluate", "compare"} <= names
+
+
+def papermill(notebook: str, out: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def stage1_values(phantom_dir, tmp_path_factory):
+    backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+    return systems.values(phantom_dir, backbone, **systems.ENCODER, epochs=1, max_train_slices=6, train_control=False)
+
+
+def test_a_notebook_runs_by_plain_papermill(stage1_values, tmp_path):
+    params = tmp_path / "stage1.yaml"
+    params.write_text(yaml.safe_dump({**stage1_values, "output_dir": str(tmp_path / "run")}))
+    result = papermill("02_train_stage1", tmp_path / "out.ipynb", "-f", str(params), "-p", "learning_rate", "1e-4")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["notebooks"]["stage1"]["config"]["learning_rate"] == 1e-4
+    assert (tmp_path / "run" / "stage1_checkpoints" / "stage1_best_model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"learnin_rate": 1e-4}, "learning_rate"),
+        ({"epochs": "several"}, "epochs"),
+        ({"data_dir": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_first_cell_refuses_what_it_does_not_know(stage1_values, tmp_path, changed, told):
+    params = tmp_path / "stage1.yaml"
+    params.write_text(yaml.safe_dump({**stage1_values, "output_dir": str(tmp_path / "run"), **changed}))
+    result = papermill("02_train_stage1", tmp_path / "out.ipynb", "-f", str(params))
+    assert result.returncode != 0
+    assert "ParameterError" in result.stderr and told in result.stderr
+    assert not (tmp_path / "run").exists()
