@@ -43,17 +43,38 @@ MIDLINE_HALF_WIDTH = 0.05
 
 #: fastMRI+ labels of the brain that come with a box
 BOX_LABELS = (
-    "Absent septum pellucidum", "Craniectomy", "Craniectomy with Cranioplasty", "Craniotomy", "Dural thickening",
-    "Edema", "Encephalomalacia", "Enlarged ventricles", "Extra-axial mass", "Intraventricular substance",
-    "Lacunar infarct", "Likely cysts", "Mass", "Nonspecific lesion", "Nonspecific white matter lesion",
-    "Normal variant", "Paranasal sinus opacification", "Pineal cyst", "Possible artifact", "Posttreatment change",
+    "Absent septum pellucidum",
+    "Craniectomy",
+    "Craniectomy with Cranioplasty",
+    "Craniotomy",
+    "Dural thickening",
+    "Edema",
+    "Encephalomalacia",
+    "Enlarged ventricles",
+    "Extra-axial mass",
+    "Intraventricular substance",
+    "Lacunar infarct",
+    "Likely cysts",
+    "Mass",
+    "Nonspecific lesion",
+    "Nonspecific white matter lesion",
+    "Normal variant",
+    "Paranasal sinus opacification",
+    "Pineal cyst",
+    "Possible artifact",
+    "Posttreatment change",
     "Resection cavity",
 )
 #: fastMRI+ labels of the brain that apply to the whole volume
 STUDY_LABELS = (
-    "Colpocephaly", "Extra-axial collection", "Global Ischemia",
-    "Global label: Small vessel chronic white matter ischemic change", "Global white matter disease",
-    "Innumerable bilateral focal brain lesions", "Motion artifact", "Normal for age",
+    "Colpocephaly",
+    "Extra-axial collection",
+    "Global Ischemia",
+    "Global label: Small vessel chronic white matter ischemic change",
+    "Global white matter disease",
+    "Innumerable bilateral focal brain lesions",
+    "Motion artifact",
+    "Normal for age",
     "Possible demyelinating disease",
 )
 #: every label; the text has words for each of them both as a finding and as a label of the whole study
@@ -94,8 +115,11 @@ class Finding:
     region: str
 
     def __post_init__(self) -> None:
-        for kind, value, known in (("label", self.label, LABELS), ("side", self.side, SIDES),
-                                   ("region", self.region, REGIONS)):
+        for kind, value, known in (
+            ("label", self.label, LABELS),
+            ("side", self.side, SIDES),
+            ("region", self.region, REGIONS),
+        ):
             if value not in known:
                 raise ValueError(f"finding: unknown {kind} {value!r}{_nearest(value, known)}")
 
@@ -184,8 +208,10 @@ class Annotations:
         for box in self._boxes.get((file, slice_num), ()):
             y = image_height - box.y - box.height
             if y < 0:
-                raise ValueError(f"{file}, slice {slice_num}: box {box.label!r} reaches row {box.y + box.height:g} of "
-                                 f"{image_height} rows; the annotations belong to a larger reconstruction")
+                raise ValueError(
+                    f"{file}, slice {slice_num}: box {box.label!r} reaches row {box.y + box.height:g} of "
+                    f"{image_height} rows; the annotations belong to a larger reconstruction"
+                )
             flipped.append(Box(box.x, y, box.width, box.height, box.label))
         return tuple(flipped)
 
@@ -252,8 +278,11 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
             boxes.setdefault((file, int(values["slice"])), []).append(Box(x, y, width, height, label))
         else:
             raise ValueError(f"{where}: study_level is {values['study_level']!r}; it must be Yes or No")
-    return Annotations(frozenset(files), {key: tuple(found) for key, found in boxes.items()},
-                       {file: tuple(sorted(labels)) for file, labels in study.items()})
+    return Annotations(
+        frozenset(files),
+        {key: tuple(found) for key, found in boxes.items()},
+        {file: tuple(sorted(labels)) for file, labels in study.items()},
+    )
 
 
 def _read_file_list(path: Path) -> set[str]:
@@ -317,8 +346,14 @@ def box_finding(box: Box, image_shape: tuple[int, int]) -> Finding:
     return Finding(box.label, side, REGIONS[min(2, int(3 * down))])
 
 
-def slice_facts(annotations: Annotations | None, file: str, slice_num: int, num_slices: int, acquisition: str,
-                image_shape: tuple[int, int]) -> Facts:
+def slice_facts(
+    annotations: Annotations | None,
+    file: str,
+    slice_num: int,
+    num_slices: int,
+    acquisition: str,
+    image_shape: tuple[int, int],
+) -> Facts:
     """Facts of one slice.
 
     Parameters
@@ -343,8 +378,7 @@ def slice_facts(annotations: Annotations | None, file: str, slice_num: int, num_
     if annotations is None or not annotations.reviewed(file):
         return Facts(contrast, level, None)
     boxes = annotations.boxes(file, slice_num, image_shape[0])
-    return Facts(contrast, level, tuple(box_finding(box, image_shape) for box in boxes),
-                 annotations.study_labels(file))
+    return Facts(contrast, level, tuple(box_finding(box, image_shape) for box in boxes), annotations.study_labels(file))
 
 
 # ------------------------------------------------------------------------------------------------- text and back
@@ -370,8 +404,10 @@ def answer(facts: Facts) -> str:
     return text
 
 
-_ANSWER = re.compile(r"Axial (?P<contrast>[^,.]+) image, (?P<level>[^,.]+) third of the brain\."
-                     r"(?: Findings: (?P<findings>[^.]+)\.)?(?: Whole study: (?P<study>[^.]+)\.)?")
+_ANSWER = re.compile(
+    r"Axial (?P<contrast>[^,.]+) image, (?P<level>[^,.]+) third of the brain\."
+    r"(?: Findings: (?P<findings>[^.]+)\.)?(?: Whole study: (?P<study>[^.]+)\.)?"
+)
 
 
 def parse(text: str) -> Facts:
@@ -541,6 +577,8 @@ def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None]
     """Share of slices whose "contrast" or "level" the text names rightly; text that did not parse is wrong."""
     if attribute not in ("contrast", "level"):
         raise ValueError(f"attribute {attribute!r} is neither 'contrast' nor 'level'")
-    right = sum(guess is not None and getattr(facts, attribute) == getattr(guess, attribute)
-                for facts, guess in zip(truth, predicted, strict=True))
+    right = sum(
+        guess is not None and getattr(facts, attribute) == getattr(guess, attribute)
+        for facts, guess in zip(truth, predicted, strict=True)
+    )
     return _ratio(right, len(truth))

@@ -283,11 +283,13 @@ class ExploreParameters(DataParameters):
     volume: str = P("", "file to look at; empty: the first with a finding")
     slice_num: int = P(-1, "slice to look at; -1: the one with most findings", ge=-1)
 
-    @model_validator(mode="after")
-    def _data_or_phantom(self) -> Self:
-        if not self.phantom_volumes and not resolve(self.data_dir).exists():
-            raise ValueError(f"data_dir: '{self.data_dir}' does not exist. {_hint('data_dir')}")
-        return self
+    @classmethod
+    def create(cls, values: Mapping[str, Any], written_later: Collection[str] = ()) -> Self:
+        """As for the other notebooks; data_dir may be missing if a phantom is to be made there."""
+        config = super().create(values, written_later)
+        if not config.phantom_volumes and not resolve(config.data_dir).exists():
+            raise ParameterError(f"data_dir: '{config.data_dir}' does not exist. {_hint('data_dir')}")
+        return config
 
 
 class Stage1Parameters(TrainingParameters):
@@ -367,7 +369,24 @@ class CompareParameters(OutputParameters):
 
 
 class PretrainParameters(OutputParameters):
-    """00_pretrain_tiny_backbone; filled in below by its owner."""
+    """00_pretrain_tiny_backbone."""
+
+    model_dir: str = P("models/tiny_backbone", "folder that the model and its tokenizer are written to", min_length=1)
+    vocab_size: int = P(768, "upper limit of the tokenizer's entries", ge=512)
+    hidden_size: int = P(96, "width of the model", ge=16)
+    num_hidden_layers: int = P(4, "blocks; the first two have neither Trigger nor attention", ge=1)
+    num_heads: int = P(4, "heads of both branches", ge=1)
+    concept_dim: int = P(32, "width of the Trigger's input and output", ge=1)
+    logit_dim: int = P(8, "adaptable factors per weight of the Trigger", ge=1)
+    max_steps: int = P(1800, "training steps", ge=1)
+    batch_size: int = P(32, "texts a step", ge=1)
+    learning_rate: float = P(4e-3, "peak learning rate of Muon (layers) and AdamW (embeddings, norms)", gt=0)
+    weight_decay: float = P(0.01, "weight decay of the layers' matrices", ge=0)
+    warmup_ratio: float = P(0.05, "share of the steps with rising learning rate", ge=0, le=1)
+    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0)
+    prefix_min: int = P(16, "shortest prefix [positions]", ge=16)
+    prefix_max: int = P(80, "longest prefix [positions]", ge=16)
+    noise: float = P(1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0)
 
 
 NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {

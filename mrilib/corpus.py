@@ -25,14 +25,26 @@ from mrilib import analysis
 from mrilib.analysis import Facts, Finding
 
 #: labels that the phantom makes; they are three quarters of all findings in the corpus
-COMMON_LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion",
-                 "Resection cavity")
+COMMON_LABELS = (
+    "Edema",
+    "Encephalomalacia",
+    "Lacunar infarct",
+    "Mass",
+    "Nonspecific white matter lesion",
+    "Resection cavity",
+)
 #: how often a slice has 0, 1, 2, … findings in the corpus
 FINDING_COUNTS = (0.27, 0.36, 0.25, 0.09, 0.03)
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2 as in Mistral's vocabulary; pad is eos, as in Nirvana
 #: what a prefix can carry
-FACT_WORDS = (*analysis.CONTRASTS.values(), *analysis.LEVELS, *analysis.SIDES, *analysis.REGIONS, *analysis.LABELS,
-              "Whole study")
+FACT_WORDS = (
+    *analysis.CONTRASTS.values(),
+    *analysis.LEVELS,
+    *analysis.SIDES,
+    *analysis.REGIONS,
+    *analysis.LABELS,
+    "Whole study",
+)
 
 
 def fact_token(word: str) -> str:
@@ -55,9 +67,13 @@ def random_facts(rng: np.random.Generator) -> Facts:
     if rng.random() < 0.05:
         return Facts(contrast, level, None)
     findings = tuple(
-        Finding(str(rng.choice(COMMON_LABELS if rng.random() < 0.7 else analysis.LABELS)),
-                str(rng.choice(analysis.SIDES)), str(rng.choice(analysis.REGIONS)))
-        for _ in range(rng.choice(len(FINDING_COUNTS), p=FINDING_COUNTS)))
+        Finding(
+            str(rng.choice(COMMON_LABELS if rng.random() < 0.7 else analysis.LABELS)),
+            str(rng.choice(analysis.SIDES)),
+            str(rng.choice(analysis.REGIONS)),
+        )
+        for _ in range(rng.choice(len(FINDING_COUNTS), p=FINDING_COUNTS))
+    )
     study = (str(rng.choice(analysis.STUDY_LABELS)),) if rng.random() < 1 / 12 else ()
     return Facts(contrast, level, findings, study)
 
@@ -86,12 +102,24 @@ def make_tokenizer(vocab_size: int = 768, texts: int = 4000, seed: int = 0) -> P
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = [UNK, BOS, EOS, *fact_tokens()]
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS,
-                                   pad_token=EOS, additional_special_tokens=fact_tokens(),
-                                   clean_up_tokenization_spaces=False)
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        additional_special_tokens=fact_tokens(),
+        clean_up_tokenization_spaces=False,
+    )
 
 
 class Steering(NamedTuple):
@@ -115,8 +143,13 @@ class Steering(NamedTuple):
     def at(self, progress: float) -> Steering:
         """Easier prefixes for the start of training, in proportion to `progress`, which counts up to 1."""
         ease = min(1.0, max(0.0, progress))
-        return self._replace(clean_share=1 - (1 - self.clean_share) * ease, noise=self.noise * ease,
-                             common=self.common * ease, scale=self.scale ** ease, rivals=self.rivals * ease)
+        return self._replace(
+            clean_share=1 - (1 - self.clean_share) * ease,
+            noise=self.noise * ease,
+            common=self.common * ease,
+            scale=self.scale**ease,
+            rivals=self.rivals * ease,
+        )
 
 
 class Batch(NamedTuple):
@@ -154,8 +187,14 @@ def encode_answers(tokenizer: PreTrainedTokenizerFast, facts: Sequence[Facts]) -
     return torch.tensor(padded), lengths
 
 
-def make_batch(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, batch_size: int, prefix_length: int,
-               steering: Steering, clean: bool | None = None) -> Batch:
+def make_batch(
+    tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator,
+    batch_size: int,
+    prefix_length: int,
+    steering: Steering,
+    clean: bool | None = None,
+) -> Batch:
     """Draw facts and write them into prefixes of one length; see `Steering`.
 
     Parameters
@@ -179,8 +218,16 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, bat
             scale[row] = steering.scale ** rng.uniform(-1, 1)
     answer_ids, lengths = encode_answers(tokenizer, all_facts)
     prompt_ids = torch.tensor(tokenizer.encode(analysis.prompt(), add_special_tokens=False))
-    return Batch(torch.from_numpy(weights), torch.from_numpy(noise), torch.from_numpy(common), torch.from_numpy(scale),
-                 prompt_ids, answer_ids, lengths, all_facts)
+    return Batch(
+        torch.from_numpy(weights),
+        torch.from_numpy(noise),
+        torch.from_numpy(common),
+        torch.from_numpy(scale),
+        prompt_ids,
+        answer_ids,
+        lengths,
+        all_facts,
+    )
 
 
 class PrefixWriter:
@@ -197,8 +244,10 @@ class PrefixWriter:
     def _local(self, facts: Facts) -> list[tuple[np.ndarray, np.ndarray]]:
         """What has a place, as label and place: each finding, each label of the study."""
         study = [(self.words[label], self.words["Whole study"]) for label in facts.study_labels]
-        return [(self.words[found.label], self.words[found.side] + self.words[found.region])
-                for found in facts.findings or ()] + study
+        return [
+            (self.words[found.label], self.words[found.side] + self.words[found.region])
+            for found in facts.findings or ()
+        ] + study
 
     def _global(self, facts: Facts, left_out: float) -> list[tuple[np.ndarray, np.ndarray]]:
         """Contrast and level, each with a rival; now and then one is not told."""
@@ -227,8 +276,9 @@ class PrefixWriter:
         # An encoder may tell places by giving every position its side's and region's vector; only a label makes that
         # a finding. Its strength has nothing to do with theirs.
         places_strength = rng.uniform(0.2, 1.2) * (rng.random() < 0.7)
-        background = places_strength * (self.sides[rng.integers(3, size=length)]
-                                        + self.regions[rng.integers(3, size=length)])
+        background = places_strength * (
+            self.sides[rng.integers(3, size=length)] + self.regions[rng.integers(3, size=length)]
+        )
         free = rng.permutation(length)
         for label, place in self._local(facts):
             count = 1 + int(rng.integers(max(1, min(5, len(free) // 4))))

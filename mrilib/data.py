@@ -72,7 +72,7 @@ class Batch(NamedTuple):
     target: Tensor | None  # float32 (B, h, w) [file units]
     maximum: Tensor  # float32 (B,) [file units]
     recon: tuple[int, int]
-    slices: list[Slice]
+    slices: list[Slice]  # what is not stacked above; without their k-space and target
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -439,7 +439,7 @@ def collate(slices: list[Slice]) -> Batch:
         target=torch.stack(targets) if len(targets) == len(slices) else None,
         maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
         recon=slices[0].recon,
-        slices=slices,
+        slices=[s._replace(kspace=s.kspace[:0], target=None) for s in slices],  # stacked above; not sent twice
     )
 
 

@@ -96,9 +96,7 @@ def _precise(q: Tensor, k: Tensor) -> Tensor:
     return (q.double() @ k.double()).float()
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """One token: q, k, v (B, 1, H, D) in float32, q scaled; returns o (B, 1, H, Dv) and the state after it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     beta = beta.transpose(1, 2).unsqueeze(-1)

@@ -70,7 +70,7 @@ class KSpaceEncoder(nn.Module):
         self.output_dim = output_dim
         self.activation_checkpointing = activation_checkpointing
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
-        start_from_zero_filled(self.varnet)
+        pass_maps_through(self.varnet)
         vit_config = ViTConfig(
             hidden_size=vit_embed_dim,
             num_hidden_layers=vit_num_layers,
@@ -84,6 +84,7 @@ class KSpaceEncoder(nn.Module):
         )
         self.vit = ViTModel(vit_config, add_pooling_layer=False)
         self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config)
+        initialize_vit(self.vit)
         if activation_checkpointing:
             self.vit.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.projection = nn.Linear(vit_embed_dim, output_dim)
@@ -195,23 +196,40 @@ class KSpaceEncoder(nn.Module):
 
 
 @torch.no_grad()
-def start_from_zero_filled(varnet: VarNet) -> None:
-    """Initialize a VarNet so that it starts as the zero-filled image combined with centre-line coil maps.
+def initialize_vit(vit: ViTModel) -> None:
+    """Initialize a ViT so that a narrow one learns from few images; no shape changes, everything is trained on from there.
 
-    fastMRI's random start scrambles the image, which a reconstruction loss soon mends and a loss on text does not: it would
-    have to learn to see through it. Here the cascades' U-Nets end in zeros (they take the image's mean off, no more), and
-    the sensitivity U-Net passes its input through. All weights are trained on from there; no shape changes.
+    Linear maps keep the size of their input (LeCun: variance 1 / inputs; twice that deviation before the MLP's
+    nonlinearity) where transformers' fixed 0.02 suits widths of 768 and long training. Patch filters are random
+    mixtures of the 4×4 lowest cosines, smooth where noise and aliasing are not. Their biases are as large as a bright
+    patch, because the LayerNorm behind them would otherwise take a patch's brightness off and leave its pattern.
+    """
+    for layer in vit.layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                gain = 2.0 if name.endswith("fc1") else 1.0
+                nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+    projection = vit.embeddings.patch_embeddings.projection
+    place = (torch.arange(PATCH) + 0.5) / PATCH
+    waves = torch.cos(torch.pi * torch.arange(4)[:, None] * place) * (2**0.5 / PATCH) ** 0.5  # (wave, pixel)
+    mixture = torch.randn(*projection.weight.shape[:2], 4, 4) / 4
+    projection.weight.copy_(torch.einsum("dcuv,ux,vy->dcxy", mixture, waves, waves))
+    nn.init.normal_(projection.bias, std=3.0)
+
+
+@torch.no_grad()
+def pass_maps_through(varnet: VarNet) -> None:
+    """Initialize a VarNet's sensitivity U-Net to pass its input through, so that maps start as the centre lines' images.
+
+    fastMRI's random start gives random maps, which cancel the coils against each other; a reconstruction loss soon mends
+    that and a loss on text does not. No shape changes; everything is trained on from there.
 
     Parameters
     ----------
     varnet : VarNet
-        With at least 4 sensitivity channels, which passing a complex image through a leaky ReLU takes; with fewer the
-        sensitivity U-Net keeps its random start.
+        With at least 4 sensitivity channels, which passing a complex image through a leaky ReLU takes; with fewer its
+        random start is kept.
     """
-    for cascade in varnet.cascades:
-        last = cascade.model.unet.up_conv[-1][-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
     unet = varnet.sens_net.norm_unet.unet
     if unet.chans < 4:
         return

@@ -222,9 +222,7 @@ class Tester:
         batch = collate([one]).to(self.model.device)
         return self.model.encoder(batch.kspace, batch.mask)
 
-    def _images(
-        self, batch: Batch, prefix: Tensor, other_prefix: Tensor
-    ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+    def _images(self, batch: Batch, prefix: Tensor, other_prefix: Tensor) -> Iterator[tuple[str, Tensor | np.ndarray]]:
         model = self.model
         yield "zero_filled", zero_filled(batch.kspace, batch.scale, batch.recon)
         yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix))

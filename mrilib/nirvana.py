@@ -186,9 +186,7 @@ class Interpolation(nn.Module):
     def __init__(self, in_features: int, hidden_size: int) -> None:
         super().__init__()
         inner = hidden_size // 8
-        self.lora = nn.Sequential(
-            Linear(in_features, inner), nn.SiLU(), Linear(inner, hidden_size)
-        )
+        self.lora = nn.Sequential(Linear(in_features, inner), nn.SiLU(), Linear(inner, hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, 2d + 2C) to (B, T, d)."""
@@ -214,9 +212,7 @@ class TaskAwareDeltaNet(nn.Module):
         self.heads, self.layer_idx = heads, layer_idx
         self.has_trigger = layer_idx >= FIRST_TRIGGER_LAYER
         self.q_proj, self.k_proj, self.v_proj = (Linear(d, d) for _ in range(3))
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = (
-            nn.Conv1d(d, d, KERNEL, groups=d, bias=False) for _ in range(3)
-        )
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (nn.Conv1d(d, d, KERNEL, groups=d, bias=False) for _ in range(3))
         self.g_proj = Linear(d, d)
         self.a_proj = Linear(d, heads)
         self.b_proj = Linear(d, heads)

@@ -40,8 +40,9 @@ def prefix_embeddings(embedding: Tensor, batch: Batch, generator: torch.Generato
     return (vectors + rms * (noise + common)) * batch.scale[:, None, None]
 
 
-def answer_loss(model: NirvanaForCausalLM, prefix: Tensor, prompt_ids: Tensor, answer_ids: Tensor,
-                lengths: Tensor) -> tuple[Tensor, Tensor]:
+def answer_loss(
+    model: NirvanaForCausalLM, prefix: Tensor, prompt_ids: Tensor, answer_ids: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers after prefix and prompt.
 
     Parameters
@@ -61,7 +62,7 @@ def answer_loss(model: NirvanaForCausalLM, prefix: Tensor, prompt_ids: Tensor, a
     embed = model.model.embeddings
     size = len(answer_ids)
     inputs = torch.cat([prefix, embed(prompt_ids).expand(size, -1, -1), embed(answer_ids[:, :-1])], dim=1)
-    hidden = model.model(inputs_embeds=inputs).last_hidden_state[:, -answer_ids.shape[1]:]
+    hidden = model.model(inputs_embeds=inputs).last_hidden_state[:, -answer_ids.shape[1] :]
     logits = model.lm_head(hidden)
     inside = torch.arange(answer_ids.shape[1]) < lengths[:, None]
     loss = F.cross_entropy(logits[inside], answer_ids[inside])
@@ -79,7 +80,7 @@ def initialise(model: NirvanaForCausalLM, slowest: float = 1e-4, fastest: float 
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
-            module.weight.normal_(std=module.in_features ** -0.5)
+            module.weight.normal_(std=module.in_features**-0.5)
     for name, value in model.named_parameters():
         if name.endswith("A_log"):
             value.zero_()
@@ -90,14 +91,28 @@ def initialise(model: NirvanaForCausalLM, slowest: float = 1e-4, fastest: float 
             value.mul_((2 * model.config.num_hidden_layers) ** -0.5)
 
 
-def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 96, num_hidden_layers: int = 4,
-             num_heads: int = 4, concept_dim: int = 32, logit_dim: int = 8, max_steps: int = 1800, batch_size: int = 32,
-             learning_rate: float = 4e-3, weight_decay: float = 0.01, warmup_ratio: float = 0.05,
-             max_grad_norm: float = 1.0, prefix_min: int = 16, prefix_max: int = 80, seed: int = 0,
-             steering: Steering = Steering(),  # noqa: B008
-             ramp: tuple[float, float] = (0.3, 0.6), initializer_range: float = 0.05,
-             report: Callable[[dict[str, float]], None] | None = None,
-             ) -> tuple[NirvanaForCausalLM, list[dict[str, float]]]:
+def pretrain(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 96,
+    num_hidden_layers: int = 4,
+    num_heads: int = 4,
+    concept_dim: int = 32,
+    logit_dim: int = 8,
+    max_steps: int = 1800,
+    batch_size: int = 32,
+    learning_rate: float = 4e-3,
+    weight_decay: float = 0.01,
+    warmup_ratio: float = 0.05,
+    max_grad_norm: float = 1.0,
+    prefix_min: int = 16,
+    prefix_max: int = 80,
+    seed: int = 0,
+    steering: Steering = Steering(),  # noqa: B008
+    ramp: tuple[float, float] = (0.3, 0.6),
+    initializer_range: float = 0.05,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> tuple[NirvanaForCausalLM, list[dict[str, float]]]:
     """Train a small Nirvana on the corpus from scratch; deterministic for a seed and a number of threads.
 
     Parameters
@@ -138,22 +153,40 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 96, num_h
     if not 16 <= prefix_min <= prefix_max:
         raise ValueError(f"prefix_min {prefix_min}, prefix_max {prefix_max}: wanted is 16 <= prefix_min <= prefix_max")
     torch.manual_seed(seed)
-    model = NirvanaForCausalLM(NirvanaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, num_heads=num_heads,
-        concept_dim=concept_dim, logit_dim=logit_dim, window_size=2048, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        initializer_range=initializer_range, use_cache=False))
+    model = NirvanaForCausalLM(
+        NirvanaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_heads=num_heads,
+            concept_dim=concept_dim,
+            logit_dim=logit_dim,
+            window_size=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            initializer_range=initializer_range,
+            use_cache=False,
+        )
+    )
     initialise(model)
     matrices = [value for name, value in model.named_parameters() if value.dim() == 2 and "layers" in name]
     others = [value for name, value in model.named_parameters() if not (value.dim() == 2 and "layers" in name)]
     # Muon for the layers' matrices: after 300 steps it names regions rightly where AdamW is still at chance
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95))]
+        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
     warmup = max(1, int(warmup_ratio * max_steps))
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup,
-                                    0.5 * (1 + np.cos(np.pi * max(0, step - warmup) / max(1, max_steps - warmup)))))
-        for optimizer in optimizers]
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: min(
+                (step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * max(0, step - warmup) / max(1, max_steps - warmup)))
+            ),
+        )
+        for optimizer in optimizers
+    ]
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
     start = time.perf_counter()
@@ -173,9 +206,16 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 96, num_h
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
-        history.append({"step": step, "loss": loss.item(), "exact": right.all(1).float().mean().item(),
-                        "gradient_norm": float(norm), "learning_rate": float(schedulers[0].get_last_lr()[0]),
-                        "seconds": time.perf_counter() - start})
+        history.append(
+            {
+                "step": step,
+                "loss": loss.item(),
+                "exact": right.all(1).float().mean().item(),
+                "gradient_norm": float(norm),
+                "learning_rate": float(schedulers[0].get_last_lr()[0]),
+                "seconds": time.perf_counter() - start,
+            }
+        )
         if report is not None:
             report(history[-1])
     model.zero_grad(set_to_none=True)
@@ -192,8 +232,16 @@ def save(model: NirvanaForCausalLM, tokenizer: PreTrainedTokenizerFast, director
 
 
 @torch.no_grad()
-def exact_share(model: NirvanaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, samples: int = 256,
-                batch_size: int = 32, prefix_length: int = 66, seed: int = 1, clean: bool = True) -> float:
+def exact_share(
+    model: NirvanaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    samples: int = 256,
+    batch_size: int = 32,
+    prefix_length: int = 66,
+    seed: int = 1,
+    clean: bool = True,
+) -> float:
     """Share of held-out facts whose answer comes out exact, word for word, from a prefix that carries them."""
     rng, generator = np.random.default_rng([seed, 99]), torch.Generator().manual_seed(seed)
     right = 0
@@ -239,9 +287,18 @@ def imaginary_scans(rng: np.random.Generator, batch_size: int, side: int = 8) ->
     return Scans(torch.from_numpy(features).reshape(batch_size, side * side, -1), all_facts)
 
 
-def steering_test(model: NirvanaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, max_steps: int = 150,
-                  batch_size: int = 16, learning_rate: float = 0.1, scale: float = 1.0, side: int = 8, seed: int = 0,
-                  evaluate_every: int = 25) -> list[dict[str, float]]:
+def steering_test(
+    model: NirvanaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_steps: int = 150,
+    batch_size: int = 16,
+    learning_rate: float = 0.1,
+    scale: float = 1.0,
+    side: int = 8,
+    seed: int = 0,
+    evaluate_every: int = 25,
+) -> list[dict[str, float]]:
     """Train the least encoder there is to steer the frozen model: a linear map of `imaginary_scans` plus positions.
 
     Parameters
@@ -298,6 +355,9 @@ def _steering_scores(tokenizer: PreTrainedTokenizerFast, right: Tensor, answer_i
     rows = torch.arange(len(right))
     level = right[rows, at_level]
     contrast = torch.stack([one[:place].all() for one, place in zip(right, at_level, strict=True)])
-    rest = torch.stack([one[place + 1:].all() for one, place in zip(right, at_level, strict=True)])
-    return {"contrast": contrast.float().mean().item(), "level": level.float().mean().item(),
-            "findings_exact": rest.float().mean().item()}
+    rest = torch.stack([one[place + 1 :].all() for one, place in zip(right, at_level, strict=True)])
+    return {
+        "contrast": contrast.float().mean().item(),
+        "level": level.float().mean().item(),
+        "findings_exact": rest.float().mean().item(),
+    }

@@ -32,7 +32,7 @@ def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, Eval
         raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
     values = {**record["notebooks"]["evaluate"]["config"], "device": device}
     # The run's data may be gone, or lie elsewhere; its weights and the backbone must be there.
-    values |= {name: "" for name in ("val_dir", "test_dir", "annotations_dir", "reports_path", "data_dir")}
+    values |= dict.fromkeys(("val_dir", "test_dir", "annotations_dir", "reports_path", "data_dir"), "")
     config = EvaluateParameters.create(values)
     backbone, tokenizer = build_backbone(config, pick_device(device))
     model, _ = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)

@@ -33,9 +33,7 @@ class TriggerWeights(nn.Module):
         self.bias_linear = nn.Parameter(torch.empty(concept_dim, logit_dim))
         self.bias_ln = nn.Parameter(torch.empty(concept_dim, logit_dim))
 
-    def forward(
-        self, c_q: Tensor, c_k: Tensor, c_v: Tensor, theta: TriggerState | None
-    ) -> tuple[Tensor, TriggerState]:
+    def forward(self, c_q: Tensor, c_k: Tensor, c_v: Tensor, theta: TriggerState | None) -> tuple[Tensor, TriggerState]:
         """Learn from (c_k, c_v) by one gradient step on θ, then predict at c_q.
 
         With W_t = W·θ_w and so on (contracting L), the step descends ½|w_t ẑ + c_t + c_k − c_v|², ẑ the normalised

@@ -259,9 +259,7 @@ class ReconstructionBrowser(_Browser):
         self.zoom = ipywidgets.FloatSlider(1, min=1, max=6, step=0.5, description="zoom")
         self.row = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02, description="zoom at row")
         self.column = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02, description="and column")
-        super().__init__(
-            [self.volume, self.slice, self.acceleration, self.method, self.zoom, self.row, self.column]
-        )
+        super().__init__([self.volume, self.slice, self.acceleration, self.method, self.zoom, self.row, self.column])
 
     def _zoomed(self, image: NDArray) -> NDArray:
         size = [max(1, round(length / self.zoom.value)) for length in image.shape]

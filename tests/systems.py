@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mrilib import model, pretrain
+from mrilib import corpus, model, pretrain
 from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.data import Batch, FastMRIDataset, collate
 from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
@@ -16,7 +16,7 @@ SIZE = 64
 def write_backbone(directory: Path) -> Path:
     """A random Nirvana of width 32 with its tokenizer, as a Hugging Face folder."""
     torch.manual_seed(0)
-    tokenizer = pretrain.make_tokenizer(vocab_size=500, texts=50)
+    tokenizer = corpus.make_tokenizer(vocab_size=500, texts=50)
     config = NirvanaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_heads=2, concept_dim=8, logit_dim=4
     )

@@ -15,8 +15,9 @@ PLUS = Path(__file__).parents[1] / "data" / "fastmri_plus"
 CSV, FILE_LIST = PLUS / "brain.csv", PLUS / "brain_file_list.csv"
 HEADER = "file,slice,study_level,x,y,width,height,label\n"
 
-findings = st.builds(Finding, st.sampled_from(analysis.LABELS), st.sampled_from(analysis.SIDES),
-                     st.sampled_from(analysis.REGIONS))
+findings = st.builds(
+    Finding, st.sampled_from(analysis.LABELS), st.sampled_from(analysis.SIDES), st.sampled_from(analysis.REGIONS)
+)
 found = st.lists(findings, max_size=6).map(tuple)
 contrasts, levels = st.sampled_from(list(analysis.CONTRASTS.values())), st.sampled_from(analysis.LEVELS)
 all_facts = st.one_of(
@@ -50,10 +51,16 @@ def test_different_facts_have_different_texts(one, other):
 
 
 def test_wording():
-    facts = Facts("FLAIR", "upper", (Finding("Mass", "right", "posterior"),
-                                     Finding("Edema", "left", "anterior")), ("Motion artifact",))
-    assert analysis.answer(facts) == ("Axial FLAIR image, upper third of the brain. Findings: edema, left anterior; "
-                                      "mass, right posterior. Whole study: motion artifact.")
+    facts = Facts(
+        "FLAIR",
+        "upper",
+        (Finding("Mass", "right", "posterior"), Finding("Edema", "left", "anterior")),
+        ("Motion artifact",),
+    )
+    assert analysis.answer(facts) == (
+        "Axial FLAIR image, upper third of the brain. Findings: edema, left anterior; "
+        "mass, right posterior. Whole study: motion artifact."
+    )
     assert analysis.answer(Facts("T2", "lower", ())).endswith(" Findings: none.")
     assert "Findings" not in analysis.answer(Facts("T2", "lower", None))
 
@@ -65,18 +72,24 @@ def test_several_boxes_in_one_place_are_one_finding_and_order_does_not_matter():
     assert analysis.parse(text).findings == (edema, mass)
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("", "not an answer"),
-    ("Axial T1 image, lower third of the brain", "not an answer"),
-    ("Axial T1 image, lower third of the brain. Findings: none. And more.", "not an answer"),
-    ("Axial T3 image, lower third of the brain.", "unknown contrast 'T3'"),
-    ("Axial T1 image, top third of the brain.", "unknown level 'top'"),
-    ("Axial T1 image, lower third of the brain. Findings: mas, left central.", "unknown label 'mas'; did you mean 'ma"),
-    ("Axial T1 image, lower third of the brain. Findings: mass, centre central.", "unknown side"),
-    ("Axial T1 image, lower third of the brain. Findings: mass, left front.", "unknown region"),
-    ("Axial T1 image, lower third of the brain. Findings: mass left central.", "not of the form"),
-    ("Axial T1 image, lower third of the brain. Whole study: normal for age.", "not reviewed"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not an answer"),
+        ("Axial T1 image, lower third of the brain", "not an answer"),
+        ("Axial T1 image, lower third of the brain. Findings: none. And more.", "not an answer"),
+        ("Axial T3 image, lower third of the brain.", "unknown contrast 'T3'"),
+        ("Axial T1 image, top third of the brain.", "unknown level 'top'"),
+        (
+            "Axial T1 image, lower third of the brain. Findings: mas, left central.",
+            "unknown label 'mas'; did you mean 'ma",
+        ),
+        ("Axial T1 image, lower third of the brain. Findings: mass, centre central.", "unknown side"),
+        ("Axial T1 image, lower third of the brain. Findings: mass, left front.", "unknown region"),
+        ("Axial T1 image, lower third of the brain. Findings: mass left central.", "not of the form"),
+        ("Axial T1 image, lower third of the brain. Whole study: normal for age.", "not reviewed"),
+    ],
+)
 def test_text_that_says_something_else_is_refused(text, reason):
     with pytest.raises(ValueError, match=reason):
         analysis.parse(text)
@@ -140,12 +153,15 @@ def test_side_and_region_are_those_of_the_flipped_image():
 
 def test_flipping_up_and_down_keeps_the_box_on_its_pixels(tmp_path):
     csv, files = write(tmp_path, "a,0,No,3,1,2,4,Edema\n")
-    box, = analysis.read_annotations(csv, files).boxes("a", 0, 11)
+    (box,) = analysis.read_annotations(csv, files).boxes("a", 0, 11)
     displayed = [[row in range(1, 5) and column in range(3, 5) for column in range(7)] for row in range(11)]
     array = displayed[::-1]
     inside = {(row, column) for row in range(11) for column in range(7) if array[row][column]}
-    assert inside == {(row, column) for row in range(int(box.y), int(box.y + box.height))
-                      for column in range(int(box.x), int(box.x + box.width))}
+    assert inside == {
+        (row, column)
+        for row in range(int(box.y), int(box.y + box.height))
+        for column in range(int(box.x), int(box.x + box.width))
+    }
 
 
 def test_levels_of_odd_stacks():
@@ -160,20 +176,23 @@ def test_unknown_acquisition_is_named():
         analysis.contrast_name("AXT1POSTT")
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    ("a,0,No,1,2,3,x,Mass", "line 3: height 'x' is not a number"),
-    ("a,0,No,1,2,3,,Mass", "line 3: height '' is not a number"),
-    ("a,0,No,1,2,-3,4,Mass", "line 3: width is -3"),
-    ("a,0,No,nan,2,3,4,Mass", "line 3: x is nan"),
-    ("a,0.5,No,1,2,3,4,Mass", "line 3: slice '0.5'"),
-    ("a,-1,No,1,2,3,4,Mass", "line 3: slice '-1'"),
-    ("a,0,no,1,2,3,4,Mass", "line 3: study_level is 'no'; it must be Yes or No"),
-    ("a,0,Yes,1,,,,Motion artifact", "line 3: study_level Yes, but x given"),
-    ("a,0,No,1,2,3,4,Masss", "line 3: unknown label 'Masss'; did you mean 'Mass'"),
-    ("c,0,No,1,2,3,4,Mass", "line 3: 'c' is not in"),
-    ("a,0,No,1,2,3", "line 3: unknown label ''"),
-    ("a,0,No,1,2,3,4,Mass,5", "brain.csv: not a readable CSV.*line 3"),
-])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("a,0,No,1,2,3,x,Mass", "line 3: height 'x' is not a number"),
+        ("a,0,No,1,2,3,,Mass", "line 3: height '' is not a number"),
+        ("a,0,No,1,2,-3,4,Mass", "line 3: width is -3"),
+        ("a,0,No,nan,2,3,4,Mass", "line 3: x is nan"),
+        ("a,0.5,No,1,2,3,4,Mass", "line 3: slice '0.5'"),
+        ("a,-1,No,1,2,3,4,Mass", "line 3: slice '-1'"),
+        ("a,0,no,1,2,3,4,Mass", "line 3: study_level is 'no'; it must be Yes or No"),
+        ("a,0,Yes,1,,,,Motion artifact", "line 3: study_level Yes, but x given"),
+        ("a,0,No,1,2,3,4,Masss", "line 3: unknown label 'Masss'; did you mean 'Mass'"),
+        ("c,0,No,1,2,3,4,Mass", "line 3: 'c' is not in"),
+        ("a,0,No,1,2,3", "line 3: unknown label ''"),
+        ("a,0,No,1,2,3,4,Mass,5", "brain.csv: not a readable CSV.*line 3"),
+    ],
+)
 def test_bad_rows_are_refused_with_file_and_line(tmp_path, row, reason):
     with pytest.raises(ValueError, match=reason) as error:
         analysis.read_annotations(*write(tmp_path, f"a,0,No,1,2,3,4,Edema\n{row}\n"))
@@ -208,18 +227,21 @@ def test_reports(tmp_path):
     assert analysis.read_reports(path) == {("a", 3): analysis.Report("a", 3, "What is seen?", "A brain — normal.")}
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    ('{"file": "a", "slice": 1, "prompt": "p"', "not a JSON object"),
-    ("", "not a JSON object"),
-    ("[1, 2]", "a JSON list"),
-    ('{"file": "a", "slice": 1, "prompt": "p"}', "key 'response' is missing"),
-    ('{"file": "a", "slice": 1, "prompt": "p", "respons": "r"}', "unknown key 'respons'; did you mean 'response'"),
-    ('{"file": "a", "slice": "1", "prompt": "p", "response": "r"}', "slice is '1'"),
-    ('{"file": "a", "slice": true, "prompt": "p", "response": "r"}', "slice is True"),
-    ('{"file": "a", "slice": -1, "prompt": "p", "response": "r"}', "slice is -1"),
-    ('{"file": "a", "slice": 1, "prompt": "p", "response": " "}', "response is ' '"),
-    ('{"file": "a", "slice": 0, "prompt": "p", "response": "r"}', "slice 0 was already given in line 1"),
-])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"file": "a", "slice": 1, "prompt": "p"', "not a JSON object"),
+        ("", "not a JSON object"),
+        ("[1, 2]", "a JSON list"),
+        ('{"file": "a", "slice": 1, "prompt": "p"}', "key 'response' is missing"),
+        ('{"file": "a", "slice": 1, "prompt": "p", "respons": "r"}', "unknown key 'respons'; did you mean 'response'"),
+        ('{"file": "a", "slice": "1", "prompt": "p", "response": "r"}', "slice is '1'"),
+        ('{"file": "a", "slice": true, "prompt": "p", "response": "r"}', "slice is True"),
+        ('{"file": "a", "slice": -1, "prompt": "p", "response": "r"}', "slice is -1"),
+        ('{"file": "a", "slice": 1, "prompt": "p", "response": " "}', "response is ' '"),
+        ('{"file": "a", "slice": 0, "prompt": "p", "response": "r"}', "slice 0 was already given in line 1"),
+    ],
+)
 def test_malformed_reports_are_refused_with_their_line(tmp_path, line, reason):
     path = tmp_path / "reports.jsonl"
     good = {"file": "a", "slice": 0, "prompt": "p", "response": "r"}

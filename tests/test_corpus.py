@@ -65,8 +65,9 @@ def test_a_clean_prefix_holds_the_facts_and_nothing_else(tokenizer, length):
     for weights, facts in zip(batch.weights, batch.facts, strict=True):
         told = {frozenset(tokens[int(number)] for number in row.nonzero()[:, 0]) & known for row in weights}
         told.discard(frozenset())  # fillers
-        wanted = {frozenset(map(corpus.fact_token, (found.label, found.side, found.region)))
-                  for found in facts.findings or ()}
+        wanted = {
+            frozenset(map(corpus.fact_token, (found.label, found.side, found.region))) for found in facts.findings or ()
+        }
         wanted |= {frozenset([corpus.fact_token(word)]) for word in (facts.contrast, facts.level)}
         study = corpus.fact_token("Whole study")
         wanted |= {frozenset([study, corpus.fact_token(label)]) for label in facts.study_labels}

@@ -25,11 +25,13 @@ def write_params(folder: Path, data: Path, backbone: Path) -> Path:
     names = ("data_dir", "val_fraction", "test_fraction", "split_seed", "num_coils", "img_size")
     shared = {name: common[name] for name in names}
     language_model = {name: common[name] for name in ("config_path", "backbone_path", "device")}
-    checkpoints = dict.fromkeys(("stage1_checkpoint", "stage2_checkpoint", "control_checkpoint", "plain_checkpoint"), "x")
+    checkpoints = dict.fromkeys(
+        ("stage1_checkpoint", "stage2_checkpoint", "control_checkpoint", "plain_checkpoint"), "x"
+    )
     contents = {
         "explore": shared,
         "stage1": {**common, **systems.ENCODER, "epochs": "1", "learning_rate": "1e-3"},
-        "stage2": {**common, **systems.DECODER, "stage1_checkpoint": "x", "epochs": 1},
+        "stage2": {**common, **systems.DECODER, "stage1_checkpoint": "x", "epochs": 1, "train_control": True},
         "evaluate": {**shared, **language_model, **checkpoints, "max_new_tokens": 8, "bootstrap_samples": 100},
         "compare": {"runs": []},
     }
@@ -87,7 +89,11 @@ def test_run_leaves_a_complete_record(run):
 
 def test_backbone_is_the_same_before_stage_1_and_after_stage_2(run):
     notebooks = json.loads((run / "run.json").read_text())["notebooks"]
-    prints = [notebooks["stage1"]["frozen_before"], notebooks["stage2"]["frozen_after"], notebooks["evaluate"]["frozen"]]
+    prints = [
+        notebooks["stage1"]["frozen_before"],
+        notebooks["stage2"]["frozen_after"],
+        notebooks["evaluate"]["frozen"],
+    ]
     assert prints[0] == prints[1] == prints[2]
 
 
@@ -195,7 +201,18 @@ def test_overrides_are_yaml():
 
 
 def test_make_data(tmp_path, capsys):
-    arguments = ["make-data", str(tmp_path / "d"), "--volumes", "2", "--slices", "2", "--img-size", "32", "--coils", "4"]
+    arguments = [
+        "make-data",
+        str(tmp_path / "d"),
+        "--volumes",
+        "2",
+        "--slices",
+        "2",
+        "--img-size",
+        "32",
+        "--coils",
+        "4",
+    ]
     assert main(arguments) == 0
     assert len(index_volumes(tmp_path / "d")) == 2
     assert main([*arguments, "--seed", "9"]) == 1  # other parameters, same folder

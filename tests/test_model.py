@@ -136,5 +136,12 @@ def test_tokenizer_that_does_not_fit_the_backbone_is_refused(config, backbone_di
     from mrilib import tokenizer
 
     tokenizer.mistral_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="31999.*500"):
+    with pytest.raises(ValueError, match=r"31999.*500"):
         model.build_backbone(config.model_copy(update={"tokenizer_path": str(tmp_path)}), "cpu")
+
+
+def test_hash_does_not_depend_on_the_memory_format():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(4, 1, 3)
+    before = model.tensor_hash(conv)
+    assert model.tensor_hash(conv.to(memory_format=torch.channels_last)) == before

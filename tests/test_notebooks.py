@@ -1,4 +1,4 @@
-"""Notebook sources: no outputs, a parameters cell that is exactly the config, params files that fit; papermill alone."""
+"""Notebook sources: no outputs, a parameters cell that is exactly the config, params that fit; papermill alone."""
 
 import ast
 import json
@@ -60,7 +60,8 @@ def test_parameters_cell_is_the_config(key):
 def test_params_files_fit_their_notebook(path):
     cls = NOTEBOOKS[path.stem][1]
     values = yaml.safe_load(path.read_text())
-    assert set(values) <= set(cls.model_fields)
+    # Complete: a key left out would take the value of the notebook's cell, which is the demo's.
+    assert list(values) == list(cls.model_fields)
     assert values["interactive"] is False
     cls(**values)
 
@@ -72,7 +73,15 @@ def test_demo_and_full_have_a_file_for_each_notebook():
 
 
 def papermill(notebook: str, out: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        f"notebooks/{notebook}.ipynb",
+        str(out),
+        "--no-progress-bar",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

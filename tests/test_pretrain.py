@@ -12,8 +12,16 @@ from mrilib.analysis import Facts, Finding
 from mrilib.nirvana import NirvanaForCausalLM
 
 TINY = Path(__file__).parents[1] / "models" / "tiny_backbone"
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2, "concept_dim": 4, "logit_dim": 2, "batch_size": 3,
-         "prefix_min": 16, "prefix_max": 25}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_heads": 2,
+    "concept_dim": 4,
+    "logit_dim": 2,
+    "batch_size": 3,
+    "prefix_min": 16,
+    "prefix_max": 25,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +59,10 @@ def test_the_loss_ignores_padding_and_counts_eos(tokenizer):
     prefix = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         both, right = pretrain.answer_loss(model, prefix, prompt, *corpus.encode_answers(tokenizer, facts))
-        alone = [pretrain.answer_loss(model, prefix[i:i + 1], prompt, *corpus.encode_answers(tokenizer, [one]))
-                 for i, one in enumerate(facts)]
+        alone = [
+            pretrain.answer_loss(model, prefix[i : i + 1], prompt, *corpus.encode_answers(tokenizer, [one]))
+            for i, one in enumerate(facts)
+        ]
     counts = [answer.shape[1] for _, answer in alone]
     assert right.shape == (2, max(counts))
     expected = sum(loss * count for (loss, _), count in zip(alone, counts, strict=True)) / sum(counts)
