@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in self._asdict().items()
             if isinstance(value, Tensor)
@@ -295,8 +295,8 @@ class FastMRIDataset(Dataset[Slice]):
         self.training = training
         self.masks_per_slice = masks_per_slice
         self.epoch = 0
-        pairs = zip(config.center_fractions, config.accelerations, strict=True)
-        pairs = [(fraction, a) for fraction, a in pairs if acceleration in (None, a)]
+        paired = zip(config.center_fractions, config.accelerations, strict=True)
+        pairs = [(fraction, a) for fraction, a in paired if acceleration in (None, a)]
         if not pairs:
             raise ParameterError(f"acceleration {acceleration} is not one of accelerations {config.accelerations}")
         self.mask_func = kspace.make_mask_func(config.mask_type, *zip(*pairs, strict=True))
@@ -443,7 +443,7 @@ def collate(slices: list[Slice]) -> Batch:
     )
 
 
-def make_loader(dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> DataLoader[Batch]:
+def make_loader(dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> DataLoader:
     """A loader of equal-shape batches; set ``dataset.epoch`` before each pass."""
     sampler = ShapeBatchSampler(dataset, batch_size, seed, shuffle)
     return DataLoader(

@@ -86,7 +86,7 @@ class KSpaceEncoder(nn.Module):
         self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config)
         initialize_vit(self.vit)
         if activation_checkpointing:
-            self.vit.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.projection = nn.Linear(vit_embed_dim, output_dim)
         self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
         self.end = nn.Parameter(torch.randn(output_dim) * 0.02)
@@ -197,7 +197,7 @@ class KSpaceEncoder(nn.Module):
 
 @torch.no_grad()
 def initialize_vit(vit: ViTModel) -> None:
-    """Initialize a ViT so that a narrow one learns from few images; no shape changes, everything is trained on from there.
+    """Initialize a ViT so that a narrow one learns from few images; everything is trained on from there.
 
     Linear maps keep the size of their input (LeCun: variance 1 / inputs; twice that deviation before the MLP's
     nonlinearity) where transformers' fixed 0.02 suits widths of 768 and long training. Patch filters are random
@@ -214,15 +214,16 @@ def initialize_vit(vit: ViTModel) -> None:
     waves = torch.cos(torch.pi * torch.arange(4)[:, None] * place) * (2**0.5 / PATCH) ** 0.5  # (wave, pixel)
     mixture = torch.randn(*projection.weight.shape[:2], 4, 4) / 4
     projection.weight.copy_(torch.einsum("dcuv,ux,vy->dcxy", mixture, waves, waves))
+    assert projection.bias is not None
     nn.init.normal_(projection.bias, std=3.0)
 
 
 @torch.no_grad()
 def pass_maps_through(varnet: VarNet) -> None:
-    """Initialize a VarNet's sensitivity U-Net to pass its input through, so that maps start as the centre lines' images.
+    """Initialize a VarNet's sensitivity U-Net to pass its input on, so that maps start as the centre lines' images.
 
-    fastMRI's random start gives random maps, which cancel the coils against each other; a reconstruction loss soon mends
-    that and a loss on text does not. No shape changes; everything is trained on from there.
+    fastMRI's random start gives random maps, which cancel the coils against each other; a reconstruction loss soon
+    mends that and a loss on text does not. No shape changes; everything is trained on from there.
 
     Parameters
     ----------
@@ -233,7 +234,7 @@ def pass_maps_through(varnet: VarNet) -> None:
     unet = varnet.sens_net.norm_unet.unet
     if unet.chans < 4:
         return
-    # The finest level's skip connection carries (a, −a) for the real and for the imaginary part: with slope s below zero,
+    # The finest level's skip connection carries (a, −a) for the real and the imaginary part: with slope s below zero,
     # lrelu(a) − lrelu(−a) = (1 + s) a, and the instance norms find what NormUnet has normalised already.
     down, (up, last) = unet.down_sample_layers[0].layers, unet.up_conv[-1]
     inputs: list[list[tuple[int, float]]] = [[(0, 1.0)], [(1, 1.0)]]  # real, imaginary

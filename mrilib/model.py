@@ -6,12 +6,12 @@ k-space positions. The backbone is causal, so they depend on the scan alone, not
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrilib import analysis
 from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, resolve
@@ -118,8 +118,9 @@ class TwoStageModel(nn.Module):
     def tokenize(self, slices: Sequence[Slice]) -> Texts:
         """Prompts and analyses of slices as ids.
 
-        Labels are masked by length, never by id: padding and end of sequence are one id, and the end is to be learned. The
-        analysis of a volume that nobody reviewed says nothing of findings; its end is not learned, as more could follow.
+        Labels are masked by length, never by id: padding and end of sequence are one id, and the end is to be learned.
+        The analysis of a volume that nobody reviewed says nothing of findings; its end is not learned, as more could
+        follow.
         """
         prompts, answers, ends = [], [], []
         for one in slices:
@@ -179,7 +180,6 @@ class TwoStageModel(nn.Module):
         prompts : sequence of str
             One a slice; they may differ in length (padded on the left, where the k-space tokens start).
         """
-        assert isinstance(self.backbone, GenerationMixin)
         ids = [self._ids(prompt) for prompt in prompts]
         embed = self.backbone.get_input_embeddings()
         rows = [
@@ -189,7 +189,8 @@ class TwoStageModel(nn.Module):
         length = max(len(row) for row in rows)
         inputs = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])
         attention = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        output = self.backbone.generate(
+        generator: Any = self.backbone  # a GenerationMixin too, as every causal language model of the library is
+        output = generator.generate(
             inputs_embeds=inputs,
             attention_mask=attention,
             max_new_tokens=max_new_tokens,
@@ -207,8 +208,9 @@ class TwoStageModel(nn.Module):
 
     def image_tokens_from_prefix(self, prefix: Tensor) -> Tensor:
         """The same from k-space tokens (B, N + 2, hidden)."""
-        prefix = prefix.to(self.backbone.get_input_embeddings().weight.dtype)
-        hidden = self.backbone.base_model(inputs_embeds=prefix, use_cache=False).last_hidden_state
+        prefix = prefix.to(word_embeddings(self.backbone).dtype)
+        base: Any = self.backbone.base_model
+        hidden = base(inputs_embeds=prefix, use_cache=False).last_hidden_state
         return hidden[:, 1:-1].float()
 
     def reconstruct(self, batch: Batch, tokens: Tensor | None) -> Tensor:
@@ -223,14 +225,21 @@ class TwoStageModel(nn.Module):
         return self.reconstruct(batch, self.image_tokens(batch) if use_tokens else None)
 
 
+def word_embeddings(backbone: PreTrainedModel) -> Tensor:
+    """The backbone's embedding matrix, (vocabulary, hidden)."""
+    weight = backbone.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def embedding_rms(backbone: PreTrainedModel) -> float:
     """Root mean square of the word embeddings."""
-    return backbone.get_input_embeddings().weight.float().square().mean().sqrt().item()
+    return word_embeddings(backbone).float().square().mean().sqrt().item()
 
 
 def hidden_size(backbone: PreTrainedModel) -> int:
     """Width of the backbone's word embeddings."""
-    return backbone.get_input_embeddings().weight.shape[1]
+    return word_embeddings(backbone).shape[1]
 
 
 def build_backbone(

@@ -44,9 +44,9 @@ def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, Eval
 def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = None) -> Iterator[str]:
     """Reconstruct one fastMRI brain file and tell what the model says of it.
 
-    Writes ``<file>.h5`` in fastMRI's submission format [file units], ``<file>.jsonl`` with the analysis of each slice, and
-    ``<file>.png``, all slices in a row. A file with its own mask is taken as it is; a fully sampled one is undersampled with
-    fastMRI's mask for its name.
+    Writes ``<file>.h5`` in fastMRI's submission format [file units], ``<file>.jsonl`` with the analysis of each slice,
+    and ``<file>.png``, all slices in a row. A file with its own mask is taken as it is; a fully sampled one is
+    undersampled with fastMRI's mask for its name.
 
     Parameters
     ----------

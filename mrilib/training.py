@@ -1,7 +1,7 @@
 """The training loop. The stages differ by a loss.
 
-`fit` knows AdamW, warm-up and schedule, accumulation, clipping, validation, early stopping, logs and checkpoints; a `Stage`
-knows what is trained, its loss and its validation metrics.
+`fit` knows AdamW, warm-up and schedule, accumulation, clipping, validation, early stopping, logs and checkpoints; a
+`Stage` knows what is trained, its loss and its validation metrics.
 """
 
 import csv
@@ -139,14 +139,14 @@ class ReconstructionStage(Stage):
         image = self.reconstruct(batch)
         losses = self.ssim_loss(image, batch.target, batch.maximum)
         unit = batch.maximum[:, None, None]
-        statistics = {}
+        statistics: dict[str, float] = {}
         for name, values in (("reconstruction", image.detach() / unit), ("target", batch.target / unit)):
             statistics |= {f"{name}_mean": float(values.mean()), f"{name}_max": float(values.max())}
         statistics["reconstruction_min"] = float((image.detach() / unit).min())
         return BatchLoss(losses.sum(), statistics)
 
     def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Mean SSIM loss of the slices; official SSIM, PSNR [dB] and NMSE of the volumes (of the slices that are used)."""
+        """Mean SSIM loss of the slices; official SSIM, PSNR [dB] and NMSE of the volumes, over the slices used."""
         loss, count = 0.0, 0
         volumes: dict[str, list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         for batch in batches:
@@ -303,9 +303,8 @@ def fit(
             norm = float(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
             if not (np.isfinite(loss_value) and np.isfinite(norm)):
                 where = ", ".join(f"{s.file} slice {s.slice_num}" for batch in moved for s in batch.slices)
-                raise FloatingPointError(
-                    f"{stage.name}, epoch {epoch}, step {step}: loss {loss_value}, gradient norm {norm}; slices: {where}"
-                )
+                told = f"loss {loss_value}, gradient norm {norm}"
+                raise FloatingPointError(f"{stage.name}, epoch {epoch}, step {step}: {told}; slices: {where}")
             learning_rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()

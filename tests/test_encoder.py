@@ -18,7 +18,7 @@ SMALL = {
 def encoder(**changes: int | bool) -> KSpaceEncoder:
     torch.manual_seed(0)
     model = KSpaceEncoder(**{**SMALL, **changes})
-    with torch.no_grad():  # the ViT starts with weights of 0.02, which would hide a mistake
+    with torch.no_grad():  # larger weights than it starts with show a mistake sooner
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(2)
@@ -224,3 +224,22 @@ def test_the_control_is_as_long_and_sees_nothing() -> None:
     assert tokens.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.05)
     tokens.sum().backward()
     assert control.prefix.grad is not None and (control.prefix.grad == 2).all()
+
+
+def test_sensitivity_maps_start_as_the_images_of_the_centre_lines():
+    torch.manual_seed(0)
+    encoder = KSpaceEncoder(
+        16, 32, 16, 1, 2, num_cascades=1, chans=2, pools=2, sens_chans=4, sens_pools=2
+    )
+    generator = torch.Generator().manual_seed(1)
+    masked = torch.randn(1, 3, 32, 30, dtype=torch.complex64, generator=generator)
+    mask = torch.zeros(1, 30, dtype=torch.bool)
+    mask[:, 11:19] = True
+    masked = masked * mask[:, None, None]
+    with torch.no_grad():
+        maps = encoder.varnet.sens_net(torch.view_as_real(masked), mask[:, None, None, :, None])
+    images = kspace.ifft2c(masked)
+    expected = images / kspace.rss(images).unsqueeze(-3)
+    # NormUnet takes each part's mean off and puts it back; the instance norms inside find it gone already.
+    similarity = (torch.view_as_complex(maps.contiguous()) * expected.conj()).real.sum(1)
+    assert similarity.mean() > 0.99
