@@ -8,6 +8,7 @@ import h5py
 import matplotlib.image
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from mrilib import analysis
 from mrilib.config import EvaluateParameters, ParameterError, display_path, resolve
@@ -32,8 +33,9 @@ def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, Eval
         raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
     values = {**record["notebooks"]["evaluate"]["config"], "device": device}
     # The run's data may be gone, or lie elsewhere; its weights and the backbone must be there.
-    values |= dict.fromkeys(("val_dir", "test_dir", "annotations_dir", "reports_path", "data_dir"), "")
-    config = EvaluateParameters.create(values)
+    values |= dict.fromkeys(("val_dir", "test_dir", "annotations_dir", "reports_path"), "")
+    config = EvaluateParameters.create(values, written_later=("data_dir",))
+    disable_progress_bar()  # transformers' bars for loading a file say nothing here
     backbone, tokenizer = build_backbone(config, pick_device(device))
     model, _ = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
     load_stage2(resolve(config.stage2_checkpoint), model)
