@@ -228,9 +228,7 @@ def test_the_control_is_as_long_and_sees_nothing() -> None:
 
 def test_sensitivity_maps_start_as_the_images_of_the_centre_lines():
     torch.manual_seed(0)
-    encoder = KSpaceEncoder(
-        16, 32, 16, 1, 2, num_cascades=1, chans=2, pools=2, sens_chans=4, sens_pools=2
-    )
+    encoder = KSpaceEncoder(16, 32, 16, 1, 2, num_cascades=1, chans=2, pools=2, sens_chans=4, sens_pools=2)
     generator = torch.Generator().manual_seed(1)
     masked = torch.randn(1, 3, 32, 30, dtype=torch.complex64, generator=generator)
     mask = torch.zeros(1, 30, dtype=torch.bool)
