@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,8 +40,6 @@ from mrilib.evaluation import (
 from mrilib.figures import Comparison
 from mrilib.model import TwoStageModel, build_control, build_decoder, build_encoder, tensor_hash
 from mrilib.runs import progress_bar
-
-logger = logging.getLogger("mrilib")
 
 
 def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:

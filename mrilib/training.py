@@ -24,7 +24,7 @@ from transformers import get_scheduler
 
 from mrilib import evaluation
 from mrilib.checkpoint import rng_state, save_checkpoint
-from mrilib.config import TrainingParameters, display_path
+from mrilib.config import TrainingParameters
 from mrilib.data import Batch, FastMRIDataset
 from mrilib.decoder import VolumeSSIMLoss
 from mrilib.model import TwoStageModel, count_parameters, tensor_hash
@@ -402,8 +402,3 @@ def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(path)
-
-
-def describe_checkpoint(path: Path, content: dict[str, Any]) -> str:
-    """One line on a loaded checkpoint."""
-    return f"{display_path(path)}: {content['stage']}, epoch {content['epoch']}, step {content['step']}"
