@@ -66,7 +66,9 @@ def read_history(run: Path, name: str) -> History | None:
     epochs = read_epochs(epochs_path(run, name))
     if not epochs:
         return None
-    history = History(steps=read_json_lines(steps_path(run, name)), epochs=epochs)
+    steps = read_json_lines(steps_path(run, name))
+    first = max(number for number, step in enumerate(steps) if step["step"] == 1)  # the last attempt counts
+    history = History(steps=steps[first:], epochs=epochs)
     best = min(epochs, key=lambda epoch: epoch["val_loss"])
     history.best_epoch, history.best_loss = int(best["epoch"]), best["val_loss"]
     return history

@@ -87,6 +87,11 @@ class Run:
         self.record["notebooks"][notebook] = {"status": "running", "started": _now(), "config": config.to_dict()}
         self.save()
 
+    def resumed(self) -> None:
+        """Record that the run goes on, and with which code."""
+        self.record.setdefault("resumed", []).append({"time": _now(), "git": git_state()})
+        self.save()
+
     def note(self, notebook: str, **facts: Any) -> None:
         """Add facts (plain numbers, strings, lists, dicts) to a notebook's part of the record."""
         json.dumps(facts, allow_nan=False)  # refused before the record holds what can never be written
