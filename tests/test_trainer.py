@@ -171,7 +171,7 @@ def test_a_full_disk_ends_in_an_error_and_the_last_checkpoint_is_whole(config, t
         if entry["step"] == 2:  # writing there meets the kernel's own "no space left"
             (folder / "stage1_resume.pt.part").symlink_to("/dev/full")
 
-    with pytest.raises(OSError, match="No space left on device.*the one before is whole"):
+    with pytest.raises(OSError, match=r"No space left on device.*the one before is whole"):
         fit(stage_of(config), every, tmp_path, on_step=fill)
     assert load_checkpoint(folder / "stage1_resume.pt", "stage1")["step"] == 1
     again = fit(stage_of(config), with_(every, resume=True), tmp_path)
