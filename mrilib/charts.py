@@ -247,7 +247,9 @@ def _bars(axis: Axes, groups: Sequence[str], series: Series, colors: Mapping[str
 
 def _number(axis: Axes, text: str, x: float, y: float, upright: bool = False) -> None:
     turned: Any = {"rotation": 90, "va": "bottom"} if upright else {}
-    axis.annotate(text.replace("-", "−"), (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=7.5, **turned)
+    axis.annotate(
+        text.replace("-", "−"), (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=7.5, **turned
+    )
 
 
 @styled
@@ -313,7 +315,9 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> Figure:
                 axis.plot(center + spread, values, "o", color=colors[method], markersize=3, alpha=0.6, label=label)
                 if values:
                     mean = float(np.mean(values))
-                    axis.plot([center - 0.4 * share, center + 0.4 * share], [mean, mean], color=colors[method], linewidth=2.2)
+                    axis.plot(
+                        [center - 0.4 * share, center + 0.4 * share], [mean, mean], color=colors[method], linewidth=2.2
+                    )
         axis.set_xticks(range(len(contrasts)), contrasts)
         axis.grid(False, axis="x")
         axis.set_title(f"{acceleration}x")
