@@ -470,8 +470,8 @@ def dataset_summary(split: Mapping[str, Sequence[Volume]], annotations: Annotati
     contrasts = sorted({volume.acquisition for volume in volumes})
     shades = dict(zip(contrasts, COLORS * 3, strict=False))
     figure = RecordFigure(WIDTH, 5.6)
-    above, below = figure.subfigures(2, 1)  # each row by itself: the labels' long names must not narrow the bars above
-    (by_part, coils), (widths, labels) = above.subplots(1, 2), below.subplots(1, 2)
+    rows = figure.subfigures(2, 1, squeeze=False)[:, 0]  # each by itself: long names of labels must not narrow the bars
+    (by_part, coils), (widths, labels) = (row.subplots(1, 2) for row in rows)
 
     def stack(axis: Axes, places: Sequence[Any], key: Callable[[Volume], Any], members: Sequence[Volume]) -> None:
         bottom = np.zeros(len(places))

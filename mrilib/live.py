@@ -1,6 +1,6 @@
 """What one sees while a stage trains: its curves as they grow, and examples of what the model says or draws.
 
-In a headless record nothing of this is shown; the curves and the examples, which are kept, have their figures at the end.
+A headless record shows none of it while it happens: curves and examples, which are kept, have their figures at the end.
 """
 
 import html

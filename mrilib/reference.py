@@ -16,7 +16,7 @@ from mrilib.config import (
 )
 
 PATH = ROOT / "docs" / "parameters.md"
-SHARED = {
+SHARED: dict[type[Parameters], str] = {
     OutputParameters: "All notebooks",
     DataParameters: "Data, masks and coils",
     BackboneParameters: "The frozen language model",
@@ -24,9 +24,10 @@ SHARED = {
 }
 HEADER = """# Parameters
 
-Every parameter of every notebook: type with its limits, default, meaning. `mrilib/config.py` is the source; this page is made from it by
-`python -m mrilib.reference`. The defaults are the description's sizes. A params file names every parameter of its notebook, so what counts in a
-run is its file: `params/demo`, `params/bench` and `params/full`. `papermill --help-notebook notebooks/02_train_stage1.ipynb` shows a notebook's own.
+Every parameter of every notebook: type with its limits, default, meaning. `mrilib/config.py` is the source; this page
+is made from it by `python -m mrilib.reference`. The defaults are those of `params/full`, but for paths and checkpoints;
+the cells of the notebooks hold the demo's. A params file names every parameter of its notebook, so its values are what
+counts in a run. `papermill --help-notebook notebooks/02_train_stage1.ipynb` shows a notebook's own.
 """
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: the same params folder with some parameters varied, one run folder for each combination, then the comparison."""
+"""Sweeps: a params folder with some parameters varied, one run folder for each combination, then the comparison."""
 
 import argparse
 import itertools
@@ -114,7 +114,8 @@ def sweep(options: argparse.Namespace) -> int:
     only = ["stage1"] if options.stage1_only else ["stage2"] if options.stage2_only else None
     steps = only or ["explore", "stage1", "stage2", "evaluate", "compare"]
     planned = variants(base, parse_grid(options.parameter))
-    check(folder, planned, [name for name in steps if (folder / f"{name}.yaml").is_file()])
+    notebooks = [name for name in steps if (folder / f"{name}.yaml").is_file()]
+    check(folder, planned, notebooks)
     own = {one.name: resolve("outputs") / one.name for one in planned}
     comparison = resolve("outputs") / f"{base}-sweep"
     if not options.overwrite:
@@ -122,7 +123,8 @@ def sweep(options: argparse.Namespace) -> int:
         if unfinished:
             raise ParameterError(f"not finished: {', '.join(unfinished)}; delete them, or --overwrite runs all anew")
         for one in planned:
-            _check_same(own[one.name], folder, one)
+            if own[one.name].exists():
+                _check_same(own[one.name], folder, one, notebooks)
 
     states: dict[str, str] = {}
     for number, one in enumerate(planned, 1):
@@ -151,11 +153,13 @@ def _status(path: Path) -> str:
     return str(read_json(path / "run.json")["status"]) if (path / "run.json").is_file() else "no run"
 
 
-def _check_same(path: Path, folder: Path, one: Variant) -> None:
-    """A finished run is taken as it is only if it was made with the parameters that are asked for now."""
-    if not path.exists():
-        return
-    for notebook, section in read_json(path / "run.json")["notebooks"].items():
+def _check_same(path: Path, folder: Path, one: Variant, notebooks: Sequence[str]) -> None:
+    """A finished run is taken as it is only if it was made with the notebooks and parameters that are asked for now."""
+    made = read_json(path / "run.json")["notebooks"]
+    if set(made) != set(notebooks):
+        told = f"consists of {', '.join(made)}, not of {', '.join(notebooks)}"
+        raise ParameterError(f"'{display_path(path)}' {told}; choose another --name, or --overwrite")
+    for notebook, section in made.items():
         given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}
         values = {**read_yaml(folder / f"{notebook}.yaml"), **given}
         wanted = NOTEBOOKS[notebook][1].create(values, written_later=LATER).to_dict()
