@@ -25,7 +25,7 @@ SHARED: dict[type[Parameters], str] = {
 HEADER = """# Parameters
 
 Every parameter of every notebook: type with its limits, default, meaning. `mrilib/config.py` is the source; this page
-is made from it by `python -m mrilib.reference`. The defaults are those of `params/full`, but for paths and checkpoints;
+is made from it by `python -m mrilib.reference`. The defaults are the full-size model's;
 the cells of the notebooks hold the demo's. A params file names every parameter of its notebook, so its values are what
 counts in a run. `papermill --help-notebook notebooks/02_train_stage1.ipynb` shows a notebook's own.
 """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from mrilib import analysis
 from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
@@ -195,6 +196,14 @@ def marked_text(true: str, generated: str) -> str:
 
 def _html(text: str) -> str:
     return html.escape(text).replace(BOLD, "<b>").replace(PLAIN, "</b>")
+
+
+def token_line(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text in its tokens, as HTML: what the language model reads and is trained to say, one box a token."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
+    shown = [str(piece).replace("▁", "␣").replace("Ġ", "␣") for piece in [*pieces, tokenizer.eos_token]]
+    boxes = " ".join(f"<code>{html.escape(piece)}</code>" for piece in shown)
+    return f"<p>{len(shown)} tokens, the one that ends it included: {boxes}</p>"
 
 
 def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:
