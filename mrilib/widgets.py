@@ -5,6 +5,7 @@ is ready to wait; `figures` draws their static twins for headless records.
 """
 
 import functools
+import html
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -162,7 +163,8 @@ class _Browser(ipywidgets.VBox):
         self._changed()
 
     def _changed(self, change: Any = None) -> None:
-        self.text.value, self.picture.value = self.draw()
+        text, self.picture.value = self.draw()
+        self.text.value = f'<p role="status">{html.escape(text)}</p>'  # screen readers tell it when it changes
 
     def draw(self) -> tuple[str, bytes]:
         """The line of text and the PNG for the controls' present values."""

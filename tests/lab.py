@@ -20,13 +20,14 @@ from selenium.webdriver.remote.webelement import WebElement
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-ABSENT = "" if CHROMIUM and DRIVER else "no Chromium with its chromedriver here (apt-get install chromium-driver)"
+ABSENT = "" if CHROMIUM and DRIVER else "needs Chromium and its driver: apt-get install chromium chromium-driver"
 
 
 class Server:
     """A JupyterLab of the installed environment on a folder, without the user's own settings."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -37,10 +38,12 @@ class Server:
             "ServerApp.port_retries": 0,
             "IdentityProvider.token": "",
             "LabApp.expose_app_in_browser": True,
-            "LabApp.news_url": None,  # no questions, no calls to the outside
-            "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
+            "LabApp.user_settings_dir": folder / "settings",
             "LabApp.extension_manager": "readonly",
         }
+        quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no questions, no calls to the outside
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", *(f"--{k}={v}" for k, v in options.items())]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--allow-root")
@@ -73,6 +76,8 @@ class Lab:
             options.add_argument(argument)
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             options.add_argument("--no-sandbox")  # Chromium refuses it for root
+        for switch in ("--disable-background-networking", "--hide-scrollbars"):
+            options.add_argument(switch)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.server = server
         self.driver = webdriver.Chrome(options, Service(DRIVER))
@@ -144,7 +149,7 @@ class Lab:
         handle.send_keys(key)
 
     def picture(self) -> Any:
-        """The widgets' picture as the page has it: pixels' checksum, width, alternative text."""
+        """The widgets' picture as the page has it: a checksum of its pixels, and its size [pixels]; None: not there."""
         return self.driver.execute_script("""
             const image = document.querySelector('img.widget-image');
             if (!image || !image.complete || !image.naturalWidth) return null;
@@ -155,8 +160,26 @@ class Lab:
             let sum = 0;
             for (const value of context.getImageData(0, 0, canvas.width, canvas.height).data)
                 sum = (sum * 31 + value) % 4294967291;
-            return {sum, width: image.naturalWidth, title: image.alt || image.title};
+            return [sum, image.naturalWidth, image.naturalHeight];
         """)
+
+    def contrast(self, css: str) -> float:
+        """Contrast of an element's text with the nearest background behind it, 1 to 21 (WCAG 2.1's ratio)."""
+        return self.driver.execute_script(
+            """
+            const numbers = color => color.match(/[0-9.]+/g).map(Number);
+            const luminance = color => numbers(color).slice(0, 3).map(value => value / 255)
+                .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+            const element = document.querySelector(arguments[0]);
+            const text = getComputedStyle(element).color;
+            let behind = element;
+            while (numbers(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+            const both = [text, getComputedStyle(behind).backgroundColor].map(luminance).sort((a, b) => b - a);
+            return (both[0] + 0.05) / (both[1] + 0.05);
+            """,
+            css,
+        )
 
     def theme(self, name: str) -> None:
         """Change JupyterLab's theme."""
