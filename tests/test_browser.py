@@ -3,6 +3,7 @@
 Screenshots go to tests/screenshots. Without Chromium and its driver the tests are skipped, and say so.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mrilib.config import ROOT
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
 
 pytestmark = pytest.mark.skipif(bool(lab.ABSENT), reason=f"the notebooks were not tried in a browser: {lab.ABSENT}")
+READ = (".widget-slider .widget-label", ".widget-slider .widget-readout", ".widget-html-content [role=status]")
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 
 
@@ -68,6 +70,11 @@ def window(tmp_path_factory):
         server.close()
 
 
+def differs(window: Any, before: Any) -> bool:
+    """Whether there is a picture, and another one."""
+    return window.picture() not in (None, before)
+
+
 def try_notebook(window: Any, folder: Path, stem: str, values: dict[str, Any], sliders: tuple[str, ...]) -> None:
     """Run all cells, move each slider by one step, and look at it in both themes."""
     window.open(put_notebook(Path(window.server.folder), stem, {**values, "output_dir": str(folder / "run")}))
@@ -77,18 +84,13 @@ def try_notebook(window: Any, folder: Path, stem: str, values: dict[str, Any], s
         lab.until(window.picture, 20, "no picture")
         before, seen = window.picture(), handle.get_attribute("aria-valuenow")
         window.press(handle)
-        lab.until(
-            lambda before=before: window.picture() not in (None, before), 10, f"'{label}' does not move the picture"
-        )
+        changed = functools.partial(differs, window, before)
+        lab.until(changed, 10, f"'{label}' does not change the picture")
         assert handle.get_attribute("aria-valuenow") != seen
         assert window.picture()[1:] == before[1:], "the picture must not jump in size"
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
         window.theme(theme)
-        for css in (
-            ".widget-slider .widget-label",
-            ".widget-slider .widget-readout",
-            ".widget-html-content [role=status]",
-        ):
+        for css in READ:
             assert window.contrast(css) >= 4.5, f"{css} in {theme}"
         window.screenshot(SCREENSHOTS / f"{stem}_{theme.rsplit(' ', 1)[-1].lower()}.png")
     window.theme("JupyterLab Light")
