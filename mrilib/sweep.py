@@ -71,7 +71,7 @@ def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        told = [f"{name}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', str(chosen[name])).strip('_')}" for name in varying]
+        told = [f"{name}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', str(chosen[name])).strip('_')[-40:]}" for name in varying]
         found.append(Variant("-".join([base, *told]), chosen))
     names = [one.name for one in found]
     if len(set(names)) < len(names):
@@ -194,4 +194,4 @@ def _compare(folder: Path, directory: Path, done: Sequence[Path]) -> int:
         path = Path(temporary) / "compare.yaml"
         path.write_text(given.read_text() if given.is_file() else "interactive: false\n")
         runs = _flow([display_path(run) for run in done])
-        return _mrilib(["run", temporary, "--name", directory.name, "-p", f"compare.runs={runs}"])
+        return _mrilib(["run", temporary, "--name", str(directory), "-p", f"compare.runs={runs}"])
