@@ -71,12 +71,16 @@ def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        told = [f"{name}-{re.sub(r'[^A-Za-z0-9_.+-]+', '_', str(chosen[name])).strip('_')[-40:]}" for name in varying]
-        found.append(Variant("-".join([base, *told]), chosen))
+        found.append(Variant("-".join([base, *(f"{name}-{_word(chosen[name])}" for name in varying)]), chosen))
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         raise ParameterError(f"two of the values give one folder name: {', '.join(names)}")
     return found
+
+
+def _word(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_")[-40:] or "empty"
 
 
 def check(folder: Path, planned: Sequence[Variant], notebooks: Sequence[str]) -> None:
