@@ -154,7 +154,7 @@ def test_papermills_help_tells_every_parameter_with_its_meaning(key):
 
 def test_documented_papermill_commands_are_right():
     """Notebooks, params files and parameter names of the commands in README and docs."""
-    stems = {stem: cls for stem, cls in NOTEBOOKS.values()}
+    stems = dict(NOTEBOOKS.values())
     commands = []
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = path.read_text().replace("\\\n", " ")
