@@ -305,7 +305,6 @@ class Stage1Parameters(TrainingParameters):
     varnet_pools: int = P(4, "down-sampling levels of the cascades' U-Nets", ge=1)
     varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1)
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
-    varnet_train_sens: bool = P(True, "train the sensitivity U-Net too; false: coil maps stay the centre lines' own")
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")

@@ -45,9 +45,6 @@ class KSpaceEncoder(nn.Module):
         The ViT (transformers' own), with an MLP four times as wide.
     num_cascades, chans, pools, sens_chans, sens_pools : int
         fastMRI's VarNet; the defaults have its published 29,936,966 parameters.
-    train_sens : bool
-        False: `requires_grad_` leaves the sensitivity U-Net frozen. It starts by passing its input on, so that coil
-        maps stay those of the centre lines; training it is a third of the encoder's cost.
     activation_checkpointing : bool
         Recompute each cascade and ViT layer in the backward pass.
     """
@@ -64,7 +61,6 @@ class KSpaceEncoder(nn.Module):
         pools: int = 4,
         sens_chans: int = 8,
         sens_pools: int = 4,
-        train_sens: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -72,7 +68,6 @@ class KSpaceEncoder(nn.Module):
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the ViT's patch")
         self.img_size = img_size
         self.output_dim = output_dim
-        self.train_sens = train_sens
         self.activation_checkpointing = activation_checkpointing
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         pass_maps_through(self.varnet)
@@ -100,13 +95,6 @@ class KSpaceEncoder(nn.Module):
     def num_tokens(self) -> int:
         """Image tokens, without start and end: (img_size/16)²."""
         return (self.img_size // PATCH) ** 2
-
-    def requires_grad_(self, requires_grad: bool = True) -> "KSpaceEncoder":
-        """As nn.Module's, but for the sensitivity U-Net if it is not to be trained."""
-        super().requires_grad_(requires_grad)
-        if not self.train_sens:
-            self.varnet.sens_net.requires_grad_(False)
-        return self
 
     def match_embeddings(self, rms: float) -> None:
         """Scale the projection so that tokens start out about as large as the backbone's word embeddings.

@@ -88,7 +88,7 @@ class TwoStageModel(nn.Module):
         if part is None:
             raise ValueError(f"this model has no {trainable} to train")
         part.requires_grad_(True)
-        return [parameter for parameter in part.parameters() if parameter.requires_grad]
+        return list(part.parameters())
 
     def train(self, mode: bool = True) -> "TwoStageModel":
         """Training mode for the trainable part alone."""
@@ -108,7 +108,7 @@ class TwoStageModel(nn.Module):
         wrong = [
             name
             for name, parameter in self.named_parameters()
-            if (parameter.grad is not None) != (name.split(".")[0] == self.trainable and parameter.requires_grad)
+            if (parameter.grad is not None) != (name.split(".")[0] == self.trainable)
         ]
         if wrong:
             raise RuntimeError(f"only the {self.trainable} is to be trained, but gradients are wrong at: {wrong[:8]}")
@@ -267,7 +267,6 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
         pools=config.varnet_pools,
         sens_chans=config.varnet_sens_chans,
         sens_pools=config.varnet_sens_pools,
-        train_sens=config.varnet_train_sens,
         activation_checkpointing=config.activation_checkpointing,
     )
     encoder.match_embeddings(embedding_rms(backbone))
