@@ -1,4 +1,4 @@
-"""The commands: python -m mrilib run | make-data | reconstruct | runs."""
+"""The commands: python -m mrilib run | sweep | make-data | reconstruct | runs."""
 
 import argparse
 import os
@@ -32,6 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
     run.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE")
     run.add_argument("--overwrite", action="store_true", help="delete the run folder first, if it is there")
+
+    sweep = commands.add_parser("sweep", help="a run for each combination of parameter values, then their comparison")
+    sweep.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
+    sweep.add_argument("--name", help="the run folders' names begin with it (default: the params folder's)")
+    sweep.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE,VALUE")
+    sweep_stages = sweep.add_mutually_exclusive_group()
+    sweep_stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
+    sweep_stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
+    sweep.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
+    sweep.add_argument("--overwrite", action="store_true", help="run finished and failed ones anew")
 
     data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
     data.add_argument("directory", type=Path)
@@ -235,6 +245,13 @@ def reconstruct_file(options: argparse.Namespace) -> int:
     return 0
 
 
+def sweep_runs(options: argparse.Namespace) -> int:
+    """A grid of runs and their comparison."""
+    from mrilib.sweep import sweep
+
+    return sweep(options)
+
+
 def list_runs(options: argparse.Namespace) -> int:
     """Print the table of run records."""
     from mrilib.tables import runs_text
@@ -243,7 +260,13 @@ def list_runs(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": run_notebooks, "make-data": make_data, "reconstruct": reconstruct_file, "runs": list_runs}
+COMMANDS = {
+    "run": run_notebooks,
+    "sweep": sweep_runs,
+    "make-data": make_data,
+    "reconstruct": reconstruct_file,
+    "runs": list_runs,
+}
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

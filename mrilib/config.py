@@ -274,8 +274,9 @@ class TrainingParameters(BackboneParameters):
 class ExploreParameters(DataParameters):
     """01_explore_data."""
 
-    existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path")
+    existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path", "tokenizer_path")
 
+    tokenizer_path: str = P("", "tokenizer.json or its folder, to show a text's tokens; empty: Mistral 7B v0.1's")
     phantom_volumes: int = P(0, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0)
     phantom_slices: int = P(4, "slices a phantom volume", ge=1)
     phantom_coils: int = P(8, "typical coil count of the phantom", ge=2)

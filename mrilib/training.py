@@ -196,6 +196,7 @@ def fit(
     directory: Path,
     *,
     interactive: bool = False,
+    on_step: Callable[[dict[str, float]], None] | None = None,
     on_epoch: Callable[[History], None] | None = None,
 ) -> History:
     """Train one part of the model.
@@ -210,6 +211,8 @@ def fit(
         Run folder: checkpoints go to ``<stage>_checkpoints/``, logs to ``logs/``.
     interactive : bool
         Show a notebook's progress widget.
+    on_step : callable, optional
+        Called with the log entry of each step.
     on_epoch : callable, optional
         Called with the history after each epoch.
 
@@ -321,6 +324,8 @@ def fit(
             }
             history.steps.append(entry)
             log.write(**entry)
+            if on_step is not None:
+                on_step(entry)
             bar.set_postfix(loss=f"{loss_value:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
             bar.update()
             if step % config.log_interval == 0 or step == total_steps:
