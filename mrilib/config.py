@@ -234,6 +234,7 @@ class BackboneParameters(DataParameters):
     )
     tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    delta_rule: Literal["auto", "fused", "plain"] = P("auto", "auto: fused GPU kernels if installed; plain: PyTorch alone")
 
     @field_validator("device")
     @classmethod

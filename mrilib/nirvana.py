@@ -236,7 +236,8 @@ class TaskAwareDeltaNet(nn.Module):
         x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat((before, x), 1)
         if layer is not None:
             layer.conv[index] = x[:, 1 - KERNEL :].detach().clone()
-        return F.silu(CausalConv.apply(x, (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index].weight))
+        weight = (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index].weight
+        return F.silu(CausalConv.apply(x, weight.to(x.dtype)))  # under autocast x is narrower
 
     def forward(
         self,
