@@ -38,7 +38,8 @@ def delta_branch(w: Weights, x: Tensor, raw: list[Tensor], keep: Tensor, heads: 
     length, d = x.shape
     width = d // heads
     q, k, v = (
-        convolution(y, w[f"{n}_conv1d.weight"], keep).view(length, heads, width) for y, n in zip(raw, "qkv", strict=True)
+        convolution(y, w[f"{n}_conv1d.weight"], keep).view(length, heads, width)
+        for y, n in zip(raw, "qkv", strict=True)
     )
     beta = sigmoid(x @ w["b_proj.weight"].T) * keep[:, None]
     g = -w["A_log"].exp() * torch.log1p((x @ w["a_proj.weight"].T + w["dt_bias"]).exp()) * keep[:, None]
