@@ -170,7 +170,7 @@ def cost_around(times: list[float], token: int) -> float:
     return statistics.median(times[max(0, token - AROUND) : token + AROUND])
 
 
-class _Saved(AbstractContextManager["_Saved"]):
+class Saved(AbstractContextManager["Saved"]):
     """Counts the bytes of distinct tensors that a graph keeps for its backward pass, the weights left out."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -184,7 +184,7 @@ class _Saved(AbstractContextManager["_Saved"]):
             self.sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
-    def __enter__(self) -> "_Saved":
+    def __enter__(self) -> "Saved":
         self.hooks.__enter__()
         return self
 
@@ -211,7 +211,7 @@ def backward_memory(model: NirvanaForCausalLM, tokens: int) -> dict[str, float]:
 
     def run(backward: bool) -> int:
         leaf = x.clone().requires_grad_()
-        with _Saved(model) as saved:
+        with Saved(model) as saved:
             loss = model.model(inputs_embeds=leaf, use_cache=False).last_hidden_state.float().square().mean()
         if backward:
             loss.backward()
