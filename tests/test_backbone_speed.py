@@ -53,11 +53,10 @@ def test_products_are_the_models(config, found):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(inputs_embeds=torch.randn(1, config.prefill_tokens, config.hidden_size))
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    # the Trigger's two products are made with a weight that is no linear map
-    trigger = 2 * 2 * config.prefill_tokens * config.concept_dim**2 * config.logit_dim
-    small = 2 * config.prefill_tokens * config.concept_dim * config.logit_dim
-    assert counted - trigger * (config.num_hidden_layers - 2) <= found["prefill"]["matmul_flops"] + 40 * small
-    assert counted >= found["prefill"]["matmul_flops"]
+    # the Trigger's products are with weights that are no linear maps: two with W, six with the vectors' versions
+    n, c, versions = config.prefill_tokens, config.concept_dim, config.logit_dim
+    trigger = 2 * (2 * n * c * c * versions) + 6 * (2 * n * c * versions)
+    assert counted == found["prefill"]["matmul_flops"] + trigger * (config.num_hidden_layers - 2)
 
 
 def test_decoding_is_compared_on_the_same_tokens(found):
