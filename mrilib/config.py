@@ -218,6 +218,12 @@ class DataParameters(OutputParameters):
         return self
 
 
+def _cuda_is_there(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
+    return device
+
+
 class BackboneParameters(DataParameters):
     """The frozen language model."""
 
@@ -234,13 +240,14 @@ class BackboneParameters(DataParameters):
     )
     tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    delta_rule: Literal["auto", "fused", "plain"] = P(
+        "auto", "auto: fused kernels on GPUs if installed; plain: without"
+    )
 
     @field_validator("device")
     @classmethod
-    def _cuda_is_there(cls, value: str) -> str:
-        if value == "cuda" and not torch.cuda.is_available():
-            raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
-        return value
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
 
 
 class TrainingParameters(BackboneParameters):
@@ -368,6 +375,29 @@ class CompareParameters(OutputParameters):
     runs: list[str] = P([], "run folders to compare; empty: every finished run under outputs/")
 
 
+class BenchmarkParameters(OutputParameters):
+    """06_benchmark."""
+
+    device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0)
+    backbone_speed: bool = P(True, "time the backbone: decoding, prefill, memory")
+    hidden_size: int = P(1024, "width of the timed backbone", ge=16)
+    num_hidden_layers: int = P(8, "blocks of the timed backbone", ge=1)
+    num_heads: int = P(8, "heads of the timed backbone", ge=1)
+    vocab_size: int = P(32000, "vocabulary of the timed backbone", ge=2)
+    concept_dim: int = P(64, "width of the timed backbone's Trigger", ge=1)
+    logit_dim: int = P(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1)
+    prefill_tokens: int = P(1024, "tokens of the timed prefill", ge=1)
+    prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1)
+    new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1)
+    repeats: int = P(5, "the best of so many is told for a prefill", ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
+
+
 class PretrainParameters(OutputParameters):
     """00_pretrain_tiny_backbone."""
 
@@ -397,4 +427,5 @@ NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {
     "stage2": ("03_train_stage2", Stage2Parameters),
     "evaluate": ("04_evaluate", EvaluateParameters),
     "compare": ("05_compare_runs", CompareParameters),
+    "benchmark": ("06_benchmark", BenchmarkParameters),
 }
