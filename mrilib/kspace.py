@@ -148,6 +148,23 @@ def sample_mask(
     return mask, acceleration
 
 
+def check_mask(mask_type: str, center_fraction: float, acceleration: int, width: int) -> None:
+    """Refuse a mask that fastMRI's class cannot make at this width, which it finds by dividing by zero.
+
+    Raises
+    ------
+    ValueError
+        Names the pair and the width.
+    """
+    try:
+        make_mask_func(mask_type, [center_fraction], [acceleration])((1, width, 2), None, 0)
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(
+            f"center_fractions {center_fraction:g} with accelerations {acceleration}: fastMRI's {mask_type} mask "
+            f"cannot be made for {width} phase-encoding lines ({error}); lower center_fractions or the acceleration"
+        ) from None
+
+
 def center_lines(mask: Tensor) -> tuple[int, int]:
     """The block of sampled lines around the centre of k-space, symmetric about the centre line.
 
