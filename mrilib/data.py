@@ -39,6 +39,7 @@ class Slice(NamedTuple):
     patient: str
     facts: Facts
     report: Report | None
+    acquired: Tensor | None = None  # bool (phase,): False on the header's padding; None: every line was acquired
 
 
 class Batch(NamedTuple):
@@ -51,6 +52,7 @@ class Batch(NamedTuple):
     maximum: Tensor  # float32 (B,) [file units]
     recon: tuple[int, int]
     slices: list[Slice]  # what is not stacked above; without their k-space and target
+    acquired: Tensor | None = None  # bool (B, phase)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -150,6 +152,16 @@ def load_annotations(config: DataParameters) -> Annotations | None:
     return analysis.read_annotations(*tables)
 
 
+def require_targets(volumes: Sequence[Volume]) -> None:
+    """Refuse volumes that the image decoder cannot be trained on; DataError naming them."""
+    without = [volume.path.name for volume in volumes if not volume.has_target]
+    if without:
+        raise DataError(
+            f"{len(without)} files have no reconstruction_rss, which training the image decoder needs: "
+            f"{', '.join(without[:5])}{', …' if len(without) > 5 else ''}; give test files as test_dir"
+        )
+
+
 class FastMRIDataset(Dataset[Slice]):
     """Masked, normalised slices of fastMRI volumes.
 
@@ -208,6 +220,9 @@ class FastMRIDataset(Dataset[Slice]):
         if max_slices and max_slices < len(samples):
             samples = [samples[i] for i in np.linspace(0, len(samples) - 1, max_slices).round().astype(int)]
         self.samples = samples
+        if annotations is not None:
+            for index in range(len(samples)):  # a box outside of its image is told now, not after a night
+                self.facts(index)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -249,7 +264,6 @@ class FastMRIDataset(Dataset[Slice]):
                 if volume.has_target:
                     target = torch.from_numpy(h5["reconstruction_rss"][slice_num].astype(np.float32, copy=False))
                 own_mask = torch.from_numpy(h5["mask"][()].astype(bool)) if volume.has_mask else None
-                own_acceleration = int(h5.attrs.get("acceleration", 0))
         except OSError as error:
             raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({error})") from None
 
@@ -261,7 +275,7 @@ class FastMRIDataset(Dataset[Slice]):
             padding, recon, readout = (0, size[1]), size, size[0]
         width = raw.shape[-1]
         if own_mask is not None:
-            mask, acceleration = own_mask, own_acceleration
+            mask, acceleration = own_mask, volume.acceleration
             mask[: padding[0]] = False
             mask[padding[1] :] = False
         else:
@@ -295,6 +309,10 @@ class FastMRIDataset(Dataset[Slice]):
         acceleration: int,
     ) -> Slice:
         volume, slice_num = self._sample(index)
+        acquired = torch.ones_like(mask)
+        if self.config.crop == "readout":  # the other crop mixes acquired lines and others
+            acquired[: volume.padding[0]] = False
+            acquired[volume.padding[1] :] = False
         return Slice(
             kspace=masked,
             mask=mask,
@@ -308,6 +326,7 @@ class FastMRIDataset(Dataset[Slice]):
             patient=volume.patient,
             facts=self.facts(index),
             report=self.reports.get((volume.file, slice_num)),
+            acquired=acquired,
         )
 
     def _mask_seed(self, volume: Volume, slice_num: int) -> int | tuple[int, ...]:
@@ -365,6 +384,7 @@ def collate(slices: list[Slice]) -> Batch:
         maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
         recon=slices[0].recon,
         slices=[s._replace(kspace=s.kspace[:0], target=None) for s in slices],  # stacked above; not sent twice
+        acquired=torch.stack([torch.ones_like(s.mask) if s.acquired is None else s.acquired for s in slices]),
     )
 
 

@@ -237,22 +237,29 @@ def expand(image: Tensor, maps: Tensor) -> Tensor:
     return maps * image.unsqueeze(-3)
 
 
-def data_consistency(image: Tensor, maps: Tensor, kspace: Tensor, mask: Tensor) -> Tensor:
+def data_consistency(
+    image: Tensor, maps: Tensor, kspace: Tensor, mask: Tensor, acquired: Tensor | None = None
+) -> Tensor:
     """Coil images whose measured lines are the measured ones and whose others come from `image`.
 
-    ifft(where(mask, measured k-space, F(S x))).
+    ifft(where(mask, measured k-space, F(S x))); lines that the fully sampled scan has not acquired either stay zero, as
+    they are in the target.
 
     Parameters
     ----------
     image : Tensor, complex64, shape (batch, readout, phase)
     maps, kspace : Tensor, complex64, shape (batch, coil, readout, phase)
     mask : Tensor, bool, shape (batch, phase)
+    acquired : Tensor, bool, shape (batch, phase), optional
+        False on the header's padding; by default every line was acquired.
 
     Returns
     -------
     Tensor, complex64, shape (batch, coil, readout, phase)
     """
     predicted = fft2c(expand(image, maps))
+    if acquired is not None:
+        predicted = predicted * acquired[:, None, None, :]
     return ifft2c(torch.where(mask[:, None, None, :], kspace, predicted))
 
 
