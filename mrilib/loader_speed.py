@@ -19,7 +19,7 @@ from mrilib.config import DataParameters
 from mrilib.data import FastMRIDataset, make_loader
 from mrilib.phantom import draw_exam, image_exam
 from mrilib.scanner import SEQUENCES, simulate_volume, write_h5
-from mrilib.style import BLUE, INK_2
+from mrilib.style import BLUE, GREY
 from mrilib.volume import Volume, read_volume
 
 OURS, FASTMRI, FASTMRI_CROPPED, WHOLE = "this loader", "fastMRI", "fastMRI + crop", "whole volumes"
@@ -155,7 +155,7 @@ def speed_bars(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.add_subplot()
     names, rates = list(table.index), table["slices a second"].to_numpy()
-    bars = axis.barh(names, rates, color=[BLUE if name == OURS else INK_2 for name in names])
+    bars = axis.barh(names, rates, color=[BLUE if name == OURS else GREY for name in names])
     axis.bar_label(bars, [f"{rate:.1f}" for rate in rates], padding=3)
     axis.invert_yaxis()
     axis.set_xlabel("slices a second, one process")
