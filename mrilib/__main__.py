@@ -1,4 +1,4 @@
-"""The commands: python -m mrilib run | sweep | make-data | reconstruct | runs."""
+"""The commands: python -m mrilib run | sweep | make-data | check | reconstruct | runs."""
 
 import argparse
 import os
@@ -50,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_argument("--img-size", type=int, default=128, help="reconstructed image side [pixels]")
     data.add_argument("--coils", type=int, default=8, help="typical coil count")
     data.add_argument("--seed", type=int, default=0)
+
+    check = commands.add_parser("check", help="read every h5 file of a folder and list every problem; exit 1 if any")
+    check.add_argument("directory", type=Path, help="folder of fastMRI brain multicoil h5 files")
+    check.add_argument("--processes", type=int, help="files read at once (default: one a core)")
 
     reconstruct = commands.add_parser("reconstruct", help="one file to images and analyses with a run's model")
     reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
@@ -236,6 +240,17 @@ def make_data(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_data(options: argparse.Namespace) -> int:
+    """Print what is wrong with the files of a folder, and what is in it; 1 if any has a problem."""
+    from mrilib.check import check_directory
+
+    if options.processes is not None and options.processes < 1:
+        raise ParameterError("--processes must be at least 1")
+    report, fine = check_directory(options.directory.resolve(), options.processes)
+    print(report)
+    return 0 if fine else 1
+
+
 def reconstruct_file(options: argparse.Namespace) -> int:
     """One h5 file to ``OUT/<file>.h5`` (fastMRI's submission format), ``OUT/<file>.jsonl`` and ``OUT/<file>.png``."""
     from mrilib.reconstruct import reconstruct
@@ -264,6 +279,7 @@ COMMANDS = {
     "run": run_notebooks,
     "sweep": sweep_runs,
     "make-data": make_data,
+    "check": check_data,
     "reconstruct": reconstruct_file,
     "runs": list_runs,
 }

@@ -193,6 +193,7 @@ class DataParameters(OutputParameters):
     val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
     test_fraction: float = P(0.1, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
     split_seed: int = P(0, "seed of the split by patient", ge=0)
+    on_bad_file: Literal["refuse", "skip"] = P("refuse", "unusable data files; skip: left out and listed in run.json")
     annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
     reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
     num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1)
@@ -215,6 +216,15 @@ class DataParameters(OutputParameters):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
         if self.mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type: '{self.mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
+        if self.mask_type.endswith("_fraction"):
+            # These spread over the rest what the centre leaves of the lines, and divide by it, rounded to whole lines.
+            for fraction, acceleration in zip(self.center_fractions, self.accelerations, strict=True):
+                if fraction * acceleration > 0.9:
+                    raise ValueError(
+                        f"center_fractions {fraction:g} with accelerations {acceleration}: the centre alone is "
+                        f"{fraction * acceleration:.2f} of the lines that {acceleration}x may sample, which leaves "
+                        f"{self.mask_type} too few to spread; at most {0.9 / acceleration:.3f} fits, or take equispaced"
+                    )
         return self
 
 
