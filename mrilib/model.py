@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrilib import analysis
-from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, resolve
+from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, TrainingParameters, resolve
 from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
 from mrilib.encoder import KSpaceEncoder, LearnedPrefix
@@ -245,9 +245,13 @@ def hidden_size(backbone: PreTrainedModel) -> int:
 def build_backbone(
     config: BackboneParameters, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load backbone and tokenizer, checked against each other."""
+    """Load backbone and tokenizer, checked against each other; with activation checkpointing if that is trained with."""
     path = resolve(config.backbone_path)
-    backbone = load_backbone(resolve(config.config_path), path, device=device)
+    dtype = getattr(torch, config.backbone_dtype)
+    backbone = load_backbone(resolve(config.config_path), path, dtype, device)
+    if isinstance(config, TrainingParameters) and config.activation_checkpointing:
+        # Stage 1's gradient goes back through the frozen layers: their activations are the bulk of its memory.
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
     own = path / "tokenizer.json"
     tokenizer_path = resolve(config.tokenizer_path) if config.tokenizer_path else own.parent if own.exists() else ""
     tokenizer = load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)
