@@ -303,7 +303,6 @@ class Stage1Parameters(TrainingParameters):
     vit_embed_dim: int = P(768, "ViT embedding dimension", ge=1)
     vit_num_layers: int = P(6, "ViT layers", ge=1)
     vit_num_heads: int = P(12, "ViT attention heads", ge=1)
-    vit_patch_size: int = P(16, "side of a ViT patch [pixels]; image tokens are (img_size / 16)²", ge=16, le=16)
     varnet_num_cascades: int = P(12, "VarNet cascades", ge=1)
     varnet_chans: int = P(18, "channels of the cascades' U-Nets", ge=1)
     varnet_pools: int = P(4, "down-sampling levels of the cascades' U-Nets", ge=1)

@@ -4,6 +4,7 @@ What reaches the model comes from the masked k-space alone: scale, coil compress
 attributes are for the loss and the metrics.
 """
 
+import copy
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
@@ -293,6 +294,7 @@ class FastMRIDataset(Dataset[Slice]):
         self.config = config
         self.annotations = annotations
         self.training = training
+        self.texts_only = False
         self.masks_per_slice = masks_per_slice
         self.epoch = 0
         paired = zip(config.center_fractions, config.accelerations, strict=True)
@@ -310,6 +312,12 @@ class FastMRIDataset(Dataset[Slice]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def without_kspace(self) -> "FastMRIDataset":
+        """The same slices in the same order with empty tensors, for a control that sees none: nothing is read."""
+        other = copy.copy(self)
+        other.texts_only = True
+        return other
 
     def shape_key(self, index: int) -> tuple[int, ...]:
         """What must be equal for slices to be stacked: coils, k-space matrix and evaluated image."""
@@ -332,6 +340,9 @@ class FastMRIDataset(Dataset[Slice]):
 
     def __getitem__(self, index: int) -> Slice:
         volume, slice_num = self._sample(index)
+        if self.texts_only:
+            nothing = torch.zeros(0)
+            return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0)
         try:
             with h5py.File(volume.path, "r") as h5:
                 raw = torch.from_numpy(h5["kspace"][slice_num].astype(np.complex64, copy=False))
@@ -343,37 +354,47 @@ class FastMRIDataset(Dataset[Slice]):
         except OSError as error:
             raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({error})") from None
 
-        padding, recon = volume.padding, volume.recon
+        padding, recon, readout = volume.padding, volume.recon, volume.readout
         if self.config.crop == "image":
             size = (self.config.img_size, self.config.img_size)
             raw = kspace.fft2c(kspace.center_crop_or_pad(kspace.ifft2c(raw), size))
             target = None if target is None else kspace.center_crop_or_pad(target, size)
-            padding, recon = (0, size[1]), size
-        else:
-            raw = kspace.remove_readout_oversampling(raw, volume.readout)
-
+            padding, recon, readout = (0, size[1]), size, size[0]
+        width = raw.shape[-1]
         if own_mask is not None:
             mask, acceleration = own_mask, own_acceleration
             mask[: padding[0]] = False
             mask[padding[1] :] = False
         else:
-            mask, acceleration = kspace.sample_mask(
-                self.mask_func, raw.shape[-1], self._mask_seed(volume, slice_num), padding
-            )
-        if not mask[mask.shape[0] // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
+            mask, acceleration = kspace.sample_mask(self.mask_func, width, self._mask_seed(volume, slice_num), padding)
+        if not mask[width // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
             raise DataError(
                 f"{volume.path.name}, slice {slice_num}: the mask does not sample the centre of k-space; "
                 "raise center_fractions, or leave this file out if it brings the mask itself"
             )
-        # From here on only measured lines are seen. torch.where, not a product: unmeasured NaNs must not spread.
-        masked = torch.where(mask, raw, torch.zeros((), dtype=raw.dtype))
-        masked = kspace.compress_coils(masked, self.config.num_coils)
-        scale = torch.view_as_real(masked).square().sum(-1).mean().sqrt().item()
-        masked = masked / scale if scale else masked
+        # From here on only measured lines are seen, and worked on: readout crop and compression know nothing of phase.
+        lines = kspace.remove_readout_oversampling(raw[..., mask], readout)
+        lines = kspace.compress_coils(lines, self.config.num_coils)
+        masked = torch.zeros(*lines.shape[:-1], width, dtype=lines.dtype)
+        scale = (torch.view_as_real(lines).square().sum() / masked.numel()).sqrt().item()
+        masked[..., mask] = lines / scale if scale else lines
+        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration)
+
+    def _slice(
+        self,
+        index: int,
+        masked: Tensor,
+        mask: Tensor,
+        scale: float,
+        target: Tensor | None,
+        recon: tuple[int, int],
+        acceleration: int,
+    ) -> Slice:
+        volume, slice_num = self._sample(index)
         return Slice(
             kspace=masked,
             mask=mask,
-            scale=scale or 1.0,
+            scale=scale,
             target=target,
             maximum=volume.maximum,
             recon=recon,

@@ -42,4 +42,4 @@ def write_random_backbone(config_path: Path, path: Path, dtype: torch.dtype = to
 
 def make_data(directory: Path, img_size: int = 320) -> Path:
     """Phantom files of full size: `img_size` pixels, 2·`img_size` readout points, 20 coils and more."""
-    return make_dataset(directory, volumes=9, slices=4, img_size=img_size, coils=20, seed=1, progress=False)
+    return make_dataset(directory, volumes=9, slices=4, img_size=img_size, coils=20, seed=8, progress=False)

@@ -540,3 +540,13 @@ def test_workers_load_the_same(phantom_dir: Path, volumes: list[Volume]) -> None
     for a, b in zip(alone, workers, strict=True):
         assert torch.equal(a.kspace, b.kspace) and torch.equal(a.mask, b.mask)
         assert [s.slice_num for s in a.slices] == [s.slice_num for s in b.slices]
+
+
+def test_without_kspace_the_same_texts_come_in_the_same_batches(volumes: list[Volume]) -> None:
+    data = FastMRIDataset(volumes, parameters(volumes[0].path.parent), training=True)
+    seeing = make_loader(data, 3, seed=5, shuffle=True)
+    blind = make_loader(data.without_kspace(), 3, seed=5, shuffle=True)
+    for a, b in zip(seeing, blind, strict=True):
+        assert [(s.file, s.slice_num, s.facts) for s in a.slices] == [(s.file, s.slice_num, s.facts) for s in b.slices]
+        assert a.target is not None and b.target is None
+        assert b.kspace.shape == (len(b.slices), 0)
