@@ -62,6 +62,7 @@ class Slice(NamedTuple):
     patient: str
     facts: Facts
     report: Report | None
+    tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
 
 
 class Batch(NamedTuple):
@@ -73,7 +74,8 @@ class Batch(NamedTuple):
     target: Tensor | None  # float32 (B, h, w) [file units]
     maximum: Tensor  # float32 (B,) [file units]
     recon: tuple[int, int]
-    slices: list[Slice]  # what is not stacked above; without their k-space and target
+    slices: list[Slice]  # what is not stacked above; without their tensors
+    tokens: Tensor | None = None  # image tokens (B, N, hidden) if a token cache holds them for all the slices
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -453,6 +455,7 @@ class ShapeBatchSampler(Sampler[list[int]]):
 def collate(slices: list[Slice]) -> Batch:
     """Stack slices of equal shape."""
     targets = [s.target for s in slices if s.target is not None]
+    tokens = [s.tokens for s in slices if s.tokens is not None]
     return Batch(
         kspace=torch.stack([s.kspace for s in slices]),
         mask=torch.stack([s.mask for s in slices]),
@@ -460,7 +463,9 @@ def collate(slices: list[Slice]) -> Batch:
         target=torch.stack(targets) if len(targets) == len(slices) else None,
         maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
         recon=slices[0].recon,
-        slices=[s._replace(kspace=s.kspace[:0], target=None) for s in slices],  # stacked above; not sent twice
+        # stacked here; not sent twice
+        slices=[s._replace(kspace=s.kspace[:0], target=None, tokens=None) for s in slices],
+        tokens=torch.stack(tokens) if len(tokens) == len(slices) else None,
     )
 
 

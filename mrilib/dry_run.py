@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mrilib import inference, model, training
-from mrilib.config import Stage1Parameters, Stage2Parameters, TrainingParameters, display_path, resolve
+from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
 from mrilib.data import FastMRIDataset, collate, load_annotations, make_loader, split_volumes
 from mrilib.runs import peak_memory_bytes
 
