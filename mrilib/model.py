@@ -254,7 +254,7 @@ def build_backbone(
     backbone = load_backbone(resolve(config.config_path), path, dtype, device)
     if isinstance(config, TrainingParameters) and config.activation_checkpointing:
         # Stage 1's gradient goes back through the frozen layers: their activations are the bulk of its memory.
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     own = path / "tokenizer.json"
     tokenizer_path = resolve(config.tokenizer_path) if config.tokenizer_path else own.parent if own.exists() else ""
     tokenizer = load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)

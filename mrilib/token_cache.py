@@ -334,7 +334,9 @@ def read_entry(shard: Shard, row: int) -> tuple[dict[str, Tensor], dict[str, Any
             facts = json.loads(metadata["rows"])[row]
             prefix = f"{row}."
             tensors = {
-                name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)
+                name.removeprefix(prefix): file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118  (it is no dict)
+                if name.startswith(prefix)
             }
         checksum = facts.pop("checksum")
     except (FileNotFoundError, SafetensorError, LookupError, ValueError, TypeError, AttributeError):
