@@ -262,7 +262,7 @@ class TokenCache:
             tensors |= {f"{row}.{name}": tensor for name, tensor in entry.items()}
         try:
             # Not synced to the disk: what a power cut damages is noticed on reading.
-            _write(shard.path, save(tensors, {"key": shard.key, "rows": json.dumps(rows)}))
+            _write(shard.path, save(tensors, {"shard": json.dumps({"key": shard.key, "rows": rows})}))
         except OSError as error:
             raise OSError(f"token_cache_dir: {display_path(shard.path)} cannot be written ({error})") from None
 
@@ -328,10 +328,11 @@ def read_entry(shard: Shard, row: int) -> tuple[dict[str, Tensor], dict[str, Any
     """Tensors and facts of one slice; None if the shard is missing, damaged, or another one under this name."""
     try:
         with safe_open(shard.path, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["key"] != shard.key:
+            # One entry: the library writes several in an order that differs from time to time.
+            content = json.loads(file.metadata()["shard"])
+            if content["key"] != shard.key:
                 return None
-            facts = json.loads(metadata["rows"])[row]
+            facts = content["rows"][row]
             prefix = f"{row}."
             tensors = {
                 name.removeprefix(prefix): file.get_tensor(name)
