@@ -5,6 +5,7 @@ square crop, then the mean over volumes. Intervals and standard errors are over 
 one patient are not independent.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,34 @@ def score_volume(target: np.ndarray, reconstruction: np.ndarray) -> dict[str, fl
         "ssim_head": float(np.mean(np.stack(maps)[head])),
         "psnr_head": float(10 * np.log10(maximum**2 / error)),
     }
+
+
+def score_slice(target: np.ndarray, reconstruction: np.ndarray, maximum: float) -> dict[str, float]:
+    """A slice's part of its volume's official metrics, for `volume_metrics`.
+
+    Parameters
+    ----------
+    target, reconstruction : array, float, shape (h, w) [file units]
+    maximum : float
+        Of the target volume [file units].
+    """
+    width = target.shape[-1]
+    target = center_crop(target, (min(width, target.shape[-2]), width))[None]
+    reconstruction = center_crop(reconstruction, target.shape[-2:])[None]
+    unit = target.astype(np.float64) / maximum
+    return {
+        "ssim": float(official.ssim(target, reconstruction, maximum)[0]),
+        "error": float(np.sum((unit - reconstruction / maximum) ** 2)),
+        "energy": float(np.sum(unit**2)),
+        "pixels": target.size,
+    }
+
+
+def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Official SSIM, PSNR [dB] and NMSE of a volume from the `score_slice` of its slices."""
+    total = {name: math.fsum(one[name] for one in slices) for name in ("ssim", "error", "energy", "pixels")}
+    psnr = 10 * math.log10(total["pixels"] / total["error"]) if total["error"] else math.inf
+    return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 
 def write_reconstruction(path: Path, volume: np.ndarray) -> None:
