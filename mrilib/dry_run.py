@@ -14,10 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mrilib import inference, model, training
+from torch.utils.data import DataLoader
+
+from mrilib import training
 from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
-from mrilib.data import FastMRIDataset, collate, load_annotations, make_loader, split_volumes
+from mrilib.data import Batch, FastMRIDataset, collate, make_loader
 from mrilib.runs import peak_memory_bytes
+from mrilib.token_cache import TokenCache, cached_loaders
+from mrilib.train import make_loaders, make_stages
 
 GB = 1e9
 
@@ -37,8 +41,9 @@ class Report:
     epoch_seconds: float  # all steps and the validation
     epochs: int
     checkpoint_bytes: int  # one checkpoint
-    checkpoints: int  # kept at the end
+    checkpoints: int  # at most at a time: best, last, one being written, and those kept every save_interval epochs
     token_cache_bytes: int  # 0: no token cache
+    token_cache_seconds: float  # to fill it, once
     free_bytes: int  # on the disk of the run folder
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +65,8 @@ class Report:
             f"  checkpoints   {total / GB:.2f} GB: {self.checkpoints} of {self.checkpoint_bytes / GB:.2f} GB",
         ]
         if self.token_cache_bytes:
-            lines.append(f"  token cache   {self.token_cache_bytes / GB:.2f} GB")
+            minutes = self.token_cache_seconds / 60
+            lines.append(f"  token cache   {self.token_cache_bytes / GB:.2f} GB, filled once in {minutes:.1f} min")
         lines.append(f"  free on disk  {self.free_bytes / GB:.1f} GB")
         return "\n".join(lines)
 
@@ -80,33 +86,40 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
     On a CPU the peak is that of the whole process: call `report_apart` where it has done other things before.
     """
     device = training.prepare(config)
-    stage = build_stage(config)
-    volumes, annotations = split_volumes(config), load_annotations(config)
-    train = FastMRIDataset(
-        volumes["train"],
-        config,
-        annotations,
-        training=True,
-        masks_per_slice=config.masks_per_slice,
-        max_slices=config.max_train_slices,
-    )
-    val = FastMRIDataset(volumes["val"], config, annotations, max_slices=config.max_val_slices)
-    train_batches, val_batches = (len(make_loader(data, config.batch_size)) for data in (train, val))
+    stage = next(make_stages(config, device))
+    _, train_loader, val_loader = make_loaders(config)
+    train, val = train_loader.dataset, val_loader.dataset
+    assert isinstance(train, FastMRIDataset) and isinstance(val, FastMRIDataset)
+    train_batches, val_batches = len(train_loader), len(val_loader)
+    cache_bytes, entries, fill_seconds = 0, 0, 0.0
+    if isinstance(config, Stage2Parameters) and config.token_cache:
+        cache_bytes = TokenCache(stage.model, config).total_bytes(train, val)
+        entries = len(train) * min(config.epochs, config.masks_per_slice) + len(val)
     steps = 3 if device.type == "cuda" else 1
     only_largest(train, config.batch_size, steps * config.gradient_accumulation_steps)
     only_largest(val, config.batch_size, 1)
 
-    load_seconds, shape = _time_loading(train, config.batch_size)
     validation_seconds: list[float] = []
-    _time_calls(stage, "validate", validation_seconds)
+    _time_calls(stage, "score", validation_seconds)
     parent = resolve(config.output_dir or "outputs")
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="dry-run-", dir=parent)) if keep is None else keep
     try:
-        short = config.model_copy(update={"epochs": 1, "early_stopping_patience": 0})
-        loaders = make_loader(train, config.batch_size), make_loader(val, config.batch_size)
+        short = config.model_copy(
+            update={"epochs": 1, "early_stopping_patience": 0, "num_processes": 1, "resume": False, "log_with": ""}
+        )
+        loaders: tuple[DataLoader[Batch], ...] = (
+            make_loader(train, config.batch_size), make_loader(val, config.batch_size)
+        )  # fmt: skip
+        if isinstance(short, Stage2Parameters) and short.token_cache:
+            assert isinstance(stage, training.ReconstructionStage)
+            short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache")})
+            begin = time.perf_counter()
+            loaders = cached_loaders(stage, short, *loaders)
+            fill_seconds = (time.perf_counter() - begin) / (len(train) + len(val)) * entries
+        load_seconds, shape = _time_loading(loaders[0].dataset, config.batch_size)
         history = training.fit(stage, short, *loaders, directory)
-        checkpoint = directory / f"{stage.name}_checkpoints" / f"{stage.name}_final_model.pt"
+        (checkpoint,) = directory.glob(f"*_checkpoints/{stage.name}_final_model.pt")
         checkpoint_bytes = checkpoint.stat().st_size
     finally:
         if keep is None:
@@ -117,6 +130,7 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
     # Without workers the steps wait for the data; with them the slower of the two sets the pace.
     pace = max(step_seconds, loading) if config.num_workers else step_seconds + loading
     steps_per_epoch = math.ceil(train_batches / accumulate)
+    kept = config.epochs // config.save_interval
     return Report(
         stage=stage.name,
         device=str(device),
@@ -124,13 +138,14 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
         peak_memory_bytes=peak_memory_bytes(),
         step_seconds=step_seconds,
         load_seconds=load_seconds,
-        validation_seconds=validation_seconds[0],
+        validation_seconds=sum(validation_seconds),
         steps_per_epoch=steps_per_epoch,
-        epoch_seconds=steps_per_epoch * pace + val_batches * (validation_seconds[0]),
+        epoch_seconds=steps_per_epoch * pace + val_batches * sum(validation_seconds),
         epochs=config.epochs,
         checkpoint_bytes=checkpoint_bytes,
-        checkpoints=2 + config.epochs // config.save_interval,
-        token_cache_bytes=0,
+        checkpoints=3 + min(kept, config.max_checkpoints or kept),
+        token_cache_bytes=cache_bytes,
+        token_cache_seconds=fill_seconds,
         free_bytes=shutil.disk_usage(parent).free,
     )
 
@@ -140,19 +155,6 @@ def report_apart(config: Stage1Parameters | Stage2Parameters, keep: Path | None 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         return executor.submit(report, config, keep).result()
-
-
-def build_stage(config: Stage1Parameters | Stage2Parameters) -> training.Stage:
-    """The stage that the parameters ask for, with its model."""
-    device = training.pick_device(config.device)
-    backbone, tokenizer = model.build_backbone(config, device)
-    if isinstance(config, Stage1Parameters):
-        system = model.TwoStageModel(model.build_encoder(config, backbone).to(device), backbone, tokenizer)
-        return training.AnalysisStage(system, "stage1", config.label_smoothing)
-    system, stage1_config = inference.load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
-    inference.check_same_input(config, stage1_config)
-    system.decoder = model.build_decoder(config, backbone).to(device)
-    return training.ReconstructionStage(system)
 
 
 def only_largest(dataset: FastMRIDataset, batch_size: int, batches: int) -> None:
@@ -170,7 +172,7 @@ def _pixels(dataset: FastMRIDataset, index: int) -> int:
     return min(volume.coils, dataset.config.num_coils) * volume.readout * volume.matrix[1]
 
 
-def _time_loading(dataset: FastMRIDataset, batch_size: int) -> tuple[float, tuple[int, ...]]:
+def _time_loading(dataset: Any, batch_size: int) -> tuple[float, tuple[int, ...]]:
     begin = time.perf_counter()
     batch = collate([dataset[index] for index in range(min(batch_size, len(dataset)))])
     return time.perf_counter() - begin, tuple(batch.kspace.shape)

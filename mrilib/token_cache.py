@@ -32,9 +32,10 @@ from torch.utils.data import DataLoader
 
 from mrilib import data, delta_rule, encoder, kspace, nirvana, trigger
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
-from mrilib.data import Batch, FastMRIDataset, Slice, collate
+from mrilib.data import Batch, FastMRIDataset, Slice, collate, make_loader
 from mrilib.model import TwoStageModel, hidden_size, tensor_hash
 from mrilib.runs import progress_bar, versions
+from mrilib.training import ReconstructionStage
 
 FORMAT = 1  # of a shard; raised when one holds other things than before
 SLICES = 4  # in a shard at most
@@ -204,6 +205,11 @@ class TokenCache:
                 "fewer masks_per_slice, max_train_slices, or token_cache: off; or delete old caches there"
             )
 
+    def total_bytes(self, *datasets: FastMRIDataset) -> int:
+        """What the whole cache of these slices takes on the disk; nothing is read or written [bytes]."""
+        unknown = {volume.path: "" for dataset in datasets for volume in dataset.volumes}
+        return sum(self.needed_bytes(dataset, self._shards(dataset, unknown)) for dataset in datasets)
+
     def needed_bytes(self, dataset: FastMRIDataset, shards: Sequence[Shard]) -> int:
         """Size of shards on the disk, counted from their masks [bytes]."""
         tokens = (self.config.img_size // encoder.PATCH) ** 2 * token_bytes(self.model, self.config)
@@ -265,6 +271,18 @@ class TokenCache:
             _write(shard.path, save(tensors, {"shard": json.dumps({"key": shard.key, "rows": rows})}))
         except OSError as error:
             raise OSError(f"token_cache_dir: {display_path(shard.path)} cannot be written ({error})") from None
+
+
+def cached_loaders(
+    stage: ReconstructionStage, config: Stage2Parameters, *loaders: DataLoader[Batch]
+) -> tuple[DataLoader[Batch], ...]:
+    """Training and validation loader of stage 2 that read from the token cache, as does the stage from now on."""
+    datasets = [loader.dataset for loader in loaders]
+    assert all(isinstance(dataset, FastMRIDataset) for dataset in datasets)
+    cache = TokenCache(stage.model, config)
+    train, val = cache.hold(*datasets)  # type: ignore[arg-type]
+    stage.image_tokens = cache.image_tokens
+    return make_loader(train, config.batch_size, config.seed, shuffle=True), make_loader(val, config.batch_size)
 
 
 def _uncached(dataset: FastMRIDataset, number: int) -> FastMRIDataset:
