@@ -67,7 +67,8 @@ class Report:
         if self.token_cache_bytes:
             minutes = self.token_cache_seconds / 60
             lines.append(f"  token cache   {self.token_cache_bytes / GB:.2f} GB, filled once in {minutes:.1f} min")
-        lines.append(f"  free on disk  {self.free_bytes / GB:.1f} GB")
+        short = total + self.token_cache_bytes > self.free_bytes
+        lines.append(f"  free on disk  {self.free_bytes / GB:.1f} GB{': TOO LITTLE for these' if short else ''}")
         return "\n".join(lines)
 
 

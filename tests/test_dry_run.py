@@ -1,13 +1,18 @@
 """The dry run: what it says is what a run then takes, and it leaves nothing behind."""
 
+import json
 from pathlib import Path
 
 import pytest
 import systems
+import torch
+import yaml
 
-from mrilib import dry_run, train, training
+from mrilib import dry_run, full_size, train, training
 from mrilib.__main__ import main
+from mrilib.config import ROOT
 from mrilib.data import FastMRIDataset
+from mrilib.nirvana import load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +70,6 @@ def test_the_largest_batch_is_taken(stage1):
 
 
 def test_the_command(stage1, capsys, tmp_path):
-    import yaml
-
     config, _, _ = stage1
     params = tmp_path / "stage1.yaml"
     params.write_text(yaml.safe_dump(config.to_dict()))
@@ -74,3 +77,25 @@ def test_the_command(stage1, capsys, tmp_path):
     told = capsys.readouterr().out
     assert "peak memory" in told and "2 slices" in told
     assert list(Path(config.output_dir).iterdir()) == []
+
+
+def test_random_weights_fit_their_configuration(tmp_path):
+    settings = tmp_path / "config.json"
+    values = json.loads((ROOT / "models/nirvana_1_3B.json").read_text())
+    values |= {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2, "concept_dim": 8, "logit_dim": 4}
+    settings.write_text(json.dumps(values))
+    full_size.write_random_backbone(settings, tmp_path / "weights.safetensors")
+    backbone = load_backbone(settings, tmp_path / "weights.safetensors", torch.bfloat16)
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(backbone(torch.arange(9)[None]).logits).all()
+
+
+@pytest.mark.fullsize
+def test_one_step_of_each_stage_of_params_full_fits_in_24_gb(tmp_path, capsys):
+    """Batch 4, 16 coils, 320×320, the 1.3B backbone with random weights: about 10 minutes on two cores."""
+    reports = full_size.measure(directory=tmp_path)
+    with capsys.disabled():
+        print("", *(report.text() for report in reports), sep="\n")
+    assert [report.batch for report in reports] == [(4, 16, 320, 320)] * 2
+    assert all(report.peak_memory_bytes < 24e9 for report in reports)
+    assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from mrilib import model, token_cache, training
-from mrilib.config import ParameterError, Stage2Parameters
+from mrilib import model, token_cache, train, training
+from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
 from mrilib.token_cache import TokenCache, read_entry
 
@@ -344,3 +344,59 @@ def test_raw_hidden_states_are_stored(filled):
     with torch.no_grad():
         raw = system.backbone.base_model(inputs_embeds=system.encoder(batch.kspace, batch.mask)).last_hidden_state
     assert torch.equal(stored, raw[:, 1:-1])
+
+
+@pytest.mark.fullsize
+@pytest.mark.skipif(not (ROOT / "data/demo").exists(), reason="needs data/demo: run `make demo` once")
+def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(tmp_path, capsys):
+    """Against the decoder's own steps on batches in memory; the encoder is untrained, which costs the same."""
+    stage1 = Stage1Parameters.from_yaml(ROOT / "params/demo/stage1.yaml")
+    given = {"stage1_checkpoint": stage1.backbone_path, "epochs": 3, "masks_per_slice": 1, "train_control": False}
+    given |= {"token_cache": True, "token_cache_dir": str(tmp_path / "cache")}
+    config = Stage2Parameters.from_yaml(ROOT / "params/demo/stage2.yaml", given)
+
+    def stage_of() -> training.ReconstructionStage:
+        training.prepare(config)
+        backbone, tokenizer = model.build_backbone(config, "cpu")
+        encoder = model.build_encoder(stage1, backbone)
+        system = model.TwoStageModel(encoder, backbone, tokenizer, model.build_decoder(config, backbone))
+        return training.ReconstructionStage(system)
+
+    plain_config = config.model_copy(update={"token_cache": False, "epochs": 1})
+    plain = training.fit(stage_of(), plain_config, *train.make_loaders(plain_config)[1:], tmp_path / "plain")
+    stage = stage_of()
+    loaders = token_cache.cached_loaders(stage, config, *train.make_loaders(config)[1:])
+    cached = training.fit(stage, config, *loaders, tmp_path / "cached")
+
+    stage = stage_of()
+    stage.image_tokens = lambda batch: batch.tokens.float()
+    batches, val_batches = (list(loader) for loader in loaders)
+    parameters = stage.model.freeze("decoder")
+    optimizer = torch.optim.AdamW(parameters)
+    steps, validations = [], []
+    for _ in range(2):
+        stage.model.train()
+        begin = time.perf_counter()
+        for batch in batches:
+            (stage.loss(batch).total / len(batch.slices)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        stage.model.train(False)
+        with torch.no_grad():
+            for batch in val_batches:
+                stage.reconstruct(batch)
+        validations.append(time.perf_counter() - begin)
+    decoder, validation = min(steps), min(validations)
+    slow, fast = plain.epochs[0]["seconds"], min(epoch["seconds"] for epoch in cached.epochs[1:])
+    rest = [seconds - decoder - validation for seconds in (slow, fast)]
+    with capsys.disabled():
+        print(
+            f"\n{torch.get_num_threads()} threads: the decoder's own steps {decoder:.1f} s, its validation images "
+            f"{validation:.1f} s; a whole epoch {slow:.1f} s without the cache, {fast:.1f} s with it "
+            f"({fast / decoder:.2f} of the steps); all else {rest[0]:.1f} s and {rest[1]:.1f} s"
+        )
+    assert fast <= 1.3 * decoder
+    assert rest[0] >= 10 * rest[1]
