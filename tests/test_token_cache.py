@@ -380,7 +380,7 @@ def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(tmp_path, capsys):
     slow = seconds_without_decoder(plain, plain_loaders)
     fast = min(seconds_without_decoder(stage, loaders) for _ in range(2))
 
-    batches = [batch for batch in loaders[0]]
+    batches = list(loaders[0])
     history = training.fit(stage, config, *loaders, tmp_path / "run")
     epoch = min(entry["seconds"] for entry in history.epochs[1:])
     parameters = stage.model.freeze("decoder")
@@ -398,8 +398,8 @@ def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(tmp_path, capsys):
     decoder = min(steps)
     with capsys.disabled():
         print(
-            f"\n{torch.get_num_threads()} threads, {len(batches)} steps: slices and image tokens {slow:.1f} s without the "
-            f"cache, {fast:.2f} s with it ({slow / fast:.0f} times faster); the decoder's own steps {decoder:.1f} s, "
+            f"\n{torch.get_num_threads()} threads, {len(batches)} steps: slices and image tokens {slow:.1f} s without "
+            f"the cache, {fast:.2f} s with it ({slow / fast:.0f} times faster); the decoder's own steps {decoder:.1f} s, "
             f"a whole epoch with validation and checkpoints {epoch:.1f} s ({epoch / decoder:.2f} of them)"
         )
     assert epoch <= 1.3 * decoder
