@@ -23,10 +23,10 @@ def backbone_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def batches(phantom_dir, backbone_dir) -> list[Batch]:
+def batches(phantom_dir, backbone_dir, volumes) -> list[Batch]:
     """Every shape of the phantom: odd widths, other coil counts."""
     config = systems.stage1_config(phantom_dir, backbone_dir, num_coils=8)
-    data = FastMRIDataset(split_volumes(config)["train"] + split_volumes(config)["test"], config)
+    data = FastMRIDataset(volumes, config)
     loader = make_loader(data, 2)
     shapes = {tuple(batch.kspace.shape[1:]): batch for batch in loader}
     assert len({shape[0] for shape in shapes}) > 1 and len({shape[2] for shape in shapes}) > 1
@@ -79,7 +79,7 @@ def test_measured_lines_are_put_back(batches):
 
 def test_empty_coils_and_slices_give_no_nan(batches):
     torch.manual_seed(0)
-    baseline, batch = VarNetBaseline(**SMALL), batches[0]
+    baseline, batch = VarNetBaseline(**SMALL), next(one for one in batches if len(one.kspace) > 1)
     data = batch.kspace.clone()
     data[0, 1] = 0
     data[1] = 0
