@@ -92,21 +92,26 @@ def reconstruct_slice(kspace: Tensor, mask: Tensor, settings: Settings, folder: 
         Magnitude of BART's image; and root sum of squares of its coil images with the measured lines put back. Both in
         the unit of an image of `kspace`.
     """
-    write_cfl(folder / "kspace", kspace.numpy().transpose(1, 2, 0)[:, :, None])
+    # BART 0.8 places an image of odd length wrongly: an unsampled line before the first makes it even, the centre where
+    # it belongs, and goes again in k-space.
+    odd = kspace.shape[-1] % 2
+    padded = torch.nn.functional.pad(kspace, (odd, 0))
+    write_cfl(folder / "kspace", padded.numpy().transpose(1, 2, 0)[:, :, None])
     limits = ["-k", str(settings.kernel), "-r", str(settings.calibration)]
     _bart("ecalib", "-d0", "-m1", *limits, str(folder / "kspace"), str(folder / "maps"))
     # W:3:0 is a wavelet penalty over axes 0 and 1; -S undoes the scaling by which the strength does not depend on units
     penalty = ["-S", "-i", str(ITERATIONS), "-R", f"W:3:0:{settings.strength}"]
     _bart("pics", "-d0", *penalty, *(str(folder / name) for name in ("kspace", "maps", "image")))
-    shape = kspace.shape[-2:]
+    shape = padded.shape[-2:]
     image = torch.from_numpy(read_cfl(folder / "image").reshape(shape).copy())
     maps = torch.from_numpy(read_cfl(folder / "maps").reshape(*shape, -1).transpose(2, 0, 1).copy())
-    # pics works on fftmod-ed data, which leaves a constant phase on the image for lengths that 8 does not divide. No
-    # magnitude shows it, but it must go before measured lines can stand beside predicted ones.
-    predicted = physics.fft2c(physics.expand(image, maps))
+    # pics leaves a constant phase on its image for lengths that 8 does not divide. No magnitude shows it, but it must
+    # go before measured lines can stand beside predicted ones.
+    predicted = physics.fft2c(physics.expand(image, maps))[..., odd:]
     product = torch.vdot(predicted[..., mask].flatten(), kspace[..., mask].flatten())
     predicted = predicted * (product / product.abs().clamp_min(torch.finfo(torch.float32).tiny))
-    return image.abs(), physics.rss(physics.ifft2c(torch.where(mask, kspace, predicted)))
+    combined = physics.ifft2c(physics.fft2c(image)[..., odd:]).abs()
+    return combined, physics.rss(physics.ifft2c(torch.where(mask, kspace, predicted)))
 
 
 def reconstruct(batch: Batch, settings: Settings) -> Tensor:

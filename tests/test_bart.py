@@ -51,9 +51,10 @@ def test_fully_sampled_data_comes_back(batch):
     )
     full = full._replace(recon=(64, 63))
     wanted = 3.0 * head.abs()
-    for output, near_enough in (("combined", 0.05), ("rss", 1e-4)):
+    inside = wanted > 0.1 * wanted.max()  # ESPIRiT's maps are zero where there is no signal
+    for output, near_enough in (("combined", 0.02), ("rss", 1e-4)):
         image = bart.reconstruct(full, bart.Settings(strength=1e-5, output=output))[0]
-        assert float((image - wanted).norm() / wanted.norm()) < near_enough
+        assert float((image - wanted)[inside].norm() / wanted.norm()) < near_enough
         doubled = bart.reconstruct(full._replace(scale=2 * full.scale), bart.Settings(strength=1e-5, output=output))[0]
         assert float((doubled - 2 * image).norm() / image.norm()) < 0.02  # BART shifts its wavelets at random
 
