@@ -30,7 +30,7 @@ class BartError(RuntimeError):
 class Settings(NamedTuple):
     """What is chosen on validation slices."""
 
-    kernel: int = 6  # ESPIRiT's kernel, square [k-space samples]
+    kernel: int = 5  # ESPIRiT's kernel, square [k-space samples]; no wider than a slice's centre lines
     calibration: int = 24  # largest side of the calibration region [k-space samples]
     strength: float = 0.005  # weight of the l1-wavelet penalty, on data that BART scales
     # combined: magnitude of BART's image; rss: expanded by the maps, measured lines put back, root sum of squares
@@ -97,8 +97,16 @@ def reconstruct_slice(kspace: Tensor, mask: Tensor, settings: Settings, folder: 
     odd = kspace.shape[-1] % 2
     padded = torch.nn.functional.pad(kspace, (odd, 0))
     write_cfl(folder / "kspace", padded.numpy().transpose(1, 2, 0)[:, :, None])
-    limits = ["-k", str(settings.kernel), "-r", str(settings.calibration)]
-    _bart("ecalib", "-d0", "-m1", *limits, str(folder / "kspace"), str(folder / "maps"))
+    kernel = settings.kernel
+    while True:
+        limits = ["-k", str(kernel), "-r", str(settings.calibration)]
+        try:
+            _bart("ecalib", "-d0", "-m1", *limits, str(folder / "kspace"), str(folder / "maps"))
+            break
+        except BartError:  # the kernel is wider than this slice's centre lines; a narrow file has fewer of them
+            if kernel <= 2:
+                raise
+            kernel -= 1
     # W:3:0 is a wavelet penalty over axes 0 and 1; -S undoes the scaling by which the strength does not depend on units
     penalty = ["-S", "-i", str(ITERATIONS), "-R", f"W:3:0:{settings.strength}"]
     _bart("pics", "-d0", *penalty, *(str(folder / name) for name in ("kspace", "maps", "image")))
@@ -125,7 +133,7 @@ def reconstruct(batch: Batch, settings: Settings) -> Tensor:
     Raises
     ------
     BartError
-        BART is missing, or refuses a slice: for instance a kernel that is wider than the centre lines.
+        BART is missing, or refuses a slice, for instance one without centre lines.
     """
     return torch.stack(
         [images[settings.output] for images in (_both(batch, number, settings) for number in range(len(batch.slices)))]
