@@ -355,7 +355,8 @@ class Bench:
         Parameters
         ----------
         shift : str
-            "acceleration 6", "mask random", "noise 2", "coils 4", or "folder DIR": every file of another folder.
+            "acceleration 6", "mask random", "noise 2", "coils 4"; "head nibabel": the head of nibabel's tests, of
+            `num_coils` coils; or "folder DIR": every file of another folder.
         """
         kind, _, value = shift.partition(" ")
         home = list(self.stage2.accelerations)
@@ -365,6 +366,12 @@ class Bench:
             return self.volumes["test"], home, {"mask_type": value}
         if kind == "folder":
             return index_volumes(value), home, {}
+        if shift == "head nibabel":
+            folder = self.directory / "shifted_files" / shift_name(shift)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "head.h5").exists():
+                shifts.write_head(folder / "head.h5", self.stage2.num_coils)
+            return index_volumes(folder), home, {}
         made = shifts.copies(self.volumes["test"], self.directory / "shifted_files", shift, self.config.seed)
         return made, home, {}
 

@@ -193,6 +193,7 @@ class DataParameters(OutputParameters):
     val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
     test_fraction: float = P(0.1, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
     split_seed: int = P(0, "seed of the split by patient", ge=0)
+    on_bad_file: Literal["refuse", "skip"] = P("refuse", "unusable data files; skip: left out and listed in run.json")
     annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
     reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
     num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1)
@@ -215,7 +216,22 @@ class DataParameters(OutputParameters):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
         if self.mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type: '{self.mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
+        if self.mask_type.endswith("_fraction"):
+            # These spread over the rest what the centre leaves of the lines, and divide by it, rounded to whole lines.
+            for fraction, acceleration in zip(self.center_fractions, self.accelerations, strict=True):
+                if fraction * acceleration > 0.9:
+                    raise ValueError(
+                        f"center_fractions {fraction:g} with accelerations {acceleration}: the centre alone is "
+                        f"{fraction * acceleration:.2f} of the lines that {acceleration}x may sample, which leaves "
+                        f"{self.mask_type} too few to spread; at most {0.9 / acceleration:.3f} fits, or take equispaced"
+                    )
         return self
+
+
+def _cuda_is_there(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
+    return device
 
 
 class BackboneParameters(DataParameters):
@@ -234,13 +250,14 @@ class BackboneParameters(DataParameters):
     )
     tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    delta_rule: Literal["auto", "fused", "plain"] = P(
+        "auto", "auto: fused kernels on GPUs if installed; plain: without"
+    )
 
     @field_validator("device")
     @classmethod
-    def _cuda_is_there(cls, value: str) -> str:
-        if value == "cuda" and not torch.cuda.is_available():
-            raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
-        return value
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
 
 
 class TrainingParameters(BackboneParameters):
@@ -274,8 +291,9 @@ class TrainingParameters(BackboneParameters):
 class ExploreParameters(DataParameters):
     """01_explore_data."""
 
-    existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path")
+    existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path", "tokenizer_path")
 
+    tokenizer_path: str = P("", "tokenizer.json or its folder, to show a text's tokens; empty: Mistral 7B v0.1's")
     phantom_volumes: int = P(0, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0)
     phantom_slices: int = P(4, "slices a phantom volume", ge=1)
     phantom_coils: int = P(8, "typical coil count of the phantom", ge=2)
@@ -387,7 +405,7 @@ class BenchParameters(OutputParameters):
     bart_slices: int = P(12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1)
     max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1)
     shifts: list[str] = P(
-        [], "test conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, folder DIR"
+        [], "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, folder DIR"
     )
 
     @model_validator(mode="after")
@@ -404,6 +422,29 @@ class BenchParameters(OutputParameters):
                 f"bench_parts: {', '.join(sorted(unknown))} is not known; stage1, train, score, shifts are"
             )
         return self
+
+
+class BenchmarkParameters(BenchParameters):
+    """06_benchmark: the comparison with other methods, then what the parts cost."""
+
+    device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0)
+    backbone_speed: bool = P(True, "time the backbone: decoding, prefill, memory")
+    hidden_size: int = P(1024, "width of the timed backbone", ge=16)
+    num_hidden_layers: int = P(8, "blocks of the timed backbone", ge=1)
+    num_heads: int = P(8, "heads of the timed backbone", ge=1)
+    vocab_size: int = P(32000, "vocabulary of the timed backbone", ge=2)
+    concept_dim: int = P(64, "width of the timed backbone's Trigger", ge=1)
+    logit_dim: int = P(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1)
+    prefill_tokens: int = P(1024, "tokens of the timed prefill", ge=1)
+    prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1)
+    new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1)
+    repeats: int = P(5, "the best of so many is told for a prefill", ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
 
 
 class PretrainParameters(OutputParameters):
@@ -425,6 +466,7 @@ class PretrainParameters(OutputParameters):
     prefix_min: int = P(16, "shortest prefix [positions]", ge=16)
     prefix_max: int = P(80, "longest prefix [positions]", ge=16)
     noise: float = P(1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0)
+    num_threads: int = P(2, "processor threads; another number sums in another order and gives other weights", ge=1)
 
 
 NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {
@@ -434,4 +476,5 @@ NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {
     "stage2": ("03_train_stage2", Stage2Parameters),
     "evaluate": ("04_evaluate", EvaluateParameters),
     "compare": ("05_compare_runs", CompareParameters),
+    "benchmark": ("06_benchmark", BenchmarkParameters),
 }

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mrilib.data import Volume, read_volume
 from mrilib.kspace import center_crop_or_pad, ifft2c, rss
+from mrilib.scanner import SEQUENCES, simulate_volume, write_h5
 
 EDGE = 0.08  # share of the readout's field of view, at each end, that holds nothing but noise
 
@@ -93,6 +95,23 @@ def _copy(volume: Volume, directory: Path, kspace: NDArray[np.complexfloating], 
         copy.attrs["norm"] = float(np.linalg.norm(target.astype(np.float64)))
     os.replace(temporary, path)
     return read_volume(path)
+
+
+def nibabel_head() -> NDArray[np.float32]:
+    """The EPI head of nibabel's own tests, (8, 96, 96): a real one, rows from posterior to anterior, as fastMRI's."""
+    image = nibabel.load(Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz")
+    assert isinstance(image, nibabel.Nifti1Image) and nibabel.aff2axcodes(image.affine) == ("L", "A", "S")
+    volume = np.asarray(image.dataobj)[16:-16, :, 6:22:2, 0].astype(np.float32)
+    return volume.transpose(2, 1, 0)
+
+
+def write_head(path: Path, coils: int = 6) -> Path:
+    """Write that head as a fully sampled fastMRI volume with target, 192×96, lines at the edges not acquired."""
+    data = simulate_volume(1e-6 * nibabel_head(), coils, np.random.default_rng(0), voxel_size=(2, 2), padding=(5, 3))
+    write_h5(
+        path, data, (96, 96), "AXT2", "a second head", sequence=SEQUENCES["AXT2"], voxel_size=(2, 2), padding=(5, 3)
+    )
+    return path
 
 
 def copies(volumes: Sequence[Volume], directory: Path, shift: str, seed: int = 0) -> list[Volume]:

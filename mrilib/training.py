@@ -26,7 +26,7 @@ from mrilib import evaluation
 from mrilib.checkpoint import rng_state, save_checkpoint
 from mrilib.config import TrainingParameters
 from mrilib.data import Batch, FastMRIDataset
-from mrilib.decoder import VolumeSSIMLoss
+from mrilib.decoder import VolumeSSIMLoss, positive
 from mrilib.model import TwoStageModel, count_parameters, tensor_hash
 from mrilib.runs import JsonLines, peak_memory_bytes, progress_bar
 
@@ -138,7 +138,7 @@ class ReconstructionStage(Stage):
             raise ValueError(f"{batch.slices[0].file} has no reconstruction_rss; stage 2 cannot train on it")
         image = self.reconstruct(batch)
         losses = self.ssim_loss(image, batch.target, batch.maximum)
-        unit = batch.maximum[:, None, None]
+        unit = positive(batch.maximum)[:, None, None]
         statistics: dict[str, float] = {}
         for name, values in (("reconstruction", image.detach() / unit), ("target", batch.target / unit)):
             statistics |= {f"{name}_mean": float(values.mean()), f"{name}_max": float(values.max())}
@@ -156,10 +156,8 @@ class ReconstructionStage(Stage):
             count += len(batch.slices)
             for one, target, reconstruction in zip(batch.slices, batch.target.cpu(), image.cpu(), strict=True):
                 volumes[one.file].append((target.numpy(), reconstruction.numpy()))
-        scores = [
-            evaluation.score_volume(*(np.stack(images) for images in zip(*pairs, strict=True)))
-            for pairs in volumes.values()
-        ]
+        stacks = [tuple(np.stack(images) for images in zip(*pairs, strict=True)) for pairs in volumes.values()]
+        scores = [evaluation.score_volume(*stack) for stack in stacks if evaluation.has_range(stack[0])]
         means = {name: float(np.mean([score[name] for score in scores])) for name in ("ssim", "psnr", "nmse")}
         return {"loss": loss / count, **means}
 
@@ -196,6 +194,7 @@ def fit(
     directory: Path,
     *,
     interactive: bool = False,
+    on_step: Callable[[dict[str, float]], None] | None = None,
     on_epoch: Callable[[History], None] | None = None,
 ) -> History:
     """Train one part of the model.
@@ -210,6 +209,8 @@ def fit(
         Run folder: checkpoints go to ``<stage>_checkpoints/``, logs to ``logs/``.
     interactive : bool
         Show a notebook's progress widget.
+    on_step : callable, optional
+        Called with the log entry of each step.
     on_epoch : callable, optional
         Called with the history after each epoch.
 
@@ -321,6 +322,8 @@ def fit(
             }
             history.steps.append(entry)
             log.write(**entry)
+            if on_step is not None:
+                on_step(entry)
             bar.set_postfix(loss=f"{loss_value:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
             bar.update()
             if step % config.log_interval == 0 or step == total_steps:

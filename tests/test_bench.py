@@ -34,7 +34,7 @@ def values(phantom_dir, tmp_path_factory):
         "validations": 2,
         "bart_slices": 1,
         "max_new_tokens": 4,
-        "shifts": ["acceleration 6", "mask random", "noise 2", "coils 4"],
+        "shifts": ["acceleration 6", "mask random", "noise 2", "coils 4", "head nibabel"],
         "interactive": False,
     }
 
@@ -125,7 +125,7 @@ def test_tables_hold_every_method_at_every_acceleration(done):
 def test_shifts_and_lesions_and_figures(done):
     scores = bench_tables.scores_of(done, done.volumes["test"], "reconstructions")
     table = bench_tables.shift_table(done, scores)
-    assert set(table["condition"]) == {"acceleration 6", "mask random", "noise 2", "coils 4"}
+    assert set(table["condition"]) == {"acceleration 6", "mask random", "noise 2", "coils 4", "head nibabel"}
     assert set(table.groupby("condition").size()) == {len(METHODS) + 2 + bool(bart.version())}
     noise = table[(table["condition"] == "noise 2") & (table["method"] == "zero-filled")]
     assert float(noise["PSNR in head, fall"].iloc[0]) > 0
