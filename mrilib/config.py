@@ -7,6 +7,7 @@ and truth values are converted; what cannot be converted, or is not known, is re
 
 import ast
 import difflib
+import importlib.util
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -264,7 +265,7 @@ class TrainingParameters(BackboneParameters):
     """The training loop, the same for both stages."""
 
     epochs: int = P(100, "passes over the training slices", ge=1)
-    batch_size: int = P(4, "slices a step", ge=1)
+    batch_size: int = P(4, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1)
     learning_rate: float = P(3e-4, "peak learning rate", gt=0)
     weight_decay: float = P(1e-4, "AdamW's weight decay", ge=0)
     max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0)
@@ -272,7 +273,7 @@ class TrainingParameters(BackboneParameters):
     lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
     adam_beta1: float = P(0.9, "AdamW's decay of the mean gradient", ge=0, lt=1)
     adam_beta2: float = P(0.999, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
-    gradient_accumulation_steps: int = P(1, "batches a step of the optimizer", ge=1)
+    gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1)
     mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
     activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
     masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one every epoch", ge=0)
@@ -281,11 +282,25 @@ class TrainingParameters(BackboneParameters):
     save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1)
     log_interval: int = P(10, "steps between the lines of the text log", ge=1)
     early_stopping_patience: int = P(0, "epochs without a better validation loss before stopping; 0: never", ge=0)
+    resume: bool = P(False, "go on with the run folder's own training; false: refuse a folder that holds one")
+    checkpoint_minutes: float = P(10, "minutes between the checkpoints to resume from; 0: after every step", ge=0)
+    max_checkpoints: int = P(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0)
+    on_nan: Literal["stop", "skip"] = P("stop", "loss or gradient not finite: stop with the state saved, or skip")
+    auto_batch_size: bool = P(False, "halve the slices in memory at once when it runs out; steps stay the same")
+    num_processes: int = P(1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1)
+    log_with: Literal["", "tensorboard", "wandb", "trackio"] = P("", "tracker beside the run's logs; empty: none")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yamls_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
+
+    @field_validator("log_with")
+    @classmethod
+    def _tracker_is_there(cls, value: str) -> str:
+        if value and importlib.util.find_spec(value) is None:
+            raise ValueError(f"the package {value} is not installed: pip install {value}")
+        return value
 
 
 class ExploreParameters(DataParameters):
@@ -325,6 +340,7 @@ class Stage1Parameters(TrainingParameters):
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
+    group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
