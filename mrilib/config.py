@@ -417,8 +417,47 @@ class CompareParameters(OutputParameters):
     runs: list[str] = P([], "run folders to compare; empty: every finished run under outputs/")
 
 
-class BenchmarkParameters(OutputParameters):
-    """06_benchmark."""
+class BenchParameters(OutputParameters):
+    """The comparison with other methods, in 06_benchmark."""
+
+    existing_paths = ("stage1_params", "stage2_params")
+
+    bench_parts: list[str] = P([], "parts of the comparison to run: stage1, train, score, shifts; empty: none")
+    bench_seconds: int = P(3000, "begin no further job of the comparison after so many seconds; 0: no limit", ge=0)
+    stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
+    stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
+    bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
+    stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
+    methods: list[str] = P(
+        ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1
+    )
+    steps: list[int] = P([300, 300, 300, 300], "optimizer steps, one number per method")
+    learning_rates: list[float] = P([1e-3, 1e-3, 1e-3, 1e-3], "peak learning rates, one per method")
+    validations: int = P(6, "validations during a training, evenly spread", ge=1)
+    bart_slices: int = P(12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1)
+    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1)
+    shifts: list[str] = P(
+        [], "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, folder DIR"
+    )
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if not len(self.methods) == len(self.steps) == len(self.learning_rates):
+            raise ValueError("steps and learning_rates: one value per method is wanted; they are paired by index")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods: one is named twice")
+        if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
+            raise ValueError("steps must be at least 1 and learning_rates above 0")
+        unknown = set(self.bench_parts) - {"stage1", "train", "score", "shifts"}
+        if unknown:
+            raise ValueError(
+                f"bench_parts: {', '.join(sorted(unknown))} is not known; stage1, train, score, shifts are"
+            )
+        return self
+
+
+class BenchmarkParameters(BenchParameters):
+    """06_benchmark: the comparison with other methods, then what the parts cost."""
 
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
     num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0)
