@@ -401,7 +401,8 @@ def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(tmp_path, capsys):
         print(
             f"\n{torch.get_num_threads()} threads, {len(batches)} steps: slices and image tokens {slow:.1f} s without "
             f"the cache, {fast:.2f} s with it ({slow / fast:.0f} times faster); the decoder's own steps "
-            f"{decoder:.1f} s, a whole epoch with validation and checkpoints {epoch:.1f} s ({epoch / decoder:.2f} of them)"
+            f"{decoder:.1f} s, a whole epoch with validation and checkpoints {epoch:.1f} s "
+            f"({epoch / decoder:.2f} of them)"
         )
     assert epoch <= 1.3 * decoder
     assert slow >= 10 * fast
