@@ -10,6 +10,7 @@ of its own slices, so that it does not depend on a run's batch size or order, an
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import logging
@@ -120,11 +121,12 @@ class TokenCache:
         """
         begin = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.directory.rglob("*.part"):  # of processes that were killed
-            if time.time() - part.stat().st_mtime > 3600:
-                part.unlink(missing_ok=True)
+        for part in self.directory.rglob("*.part"):  # of processes that were killed, unless one is just being written
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > 3600:
+                    part.unlink()
         _write(self.folder / "key.json", json.dumps(self.settings, indent=2).encode())
-        paths = sorted({volume.path for dataset in datasets for volume in dataset.volumes})
+        paths = sorted({dataset.volumes[v].path for dataset in datasets for v, _ in dataset.samples})
         digests = file_digests(paths, self.directory / "files.json")
         plans = [(dataset, self._shards(dataset, digests)) for dataset in datasets]
         missing = [(dataset, [s for s in shards if not s.path.exists()]) for dataset, shards in plans]
@@ -199,7 +201,7 @@ class TokenCache:
         told = f"{needed / 1e9:.2f} GB to be written to {where}, {there / 1e9:.2f} GB there, {free / 1e9:.1f} GB free"
         logger.info("token cache: %d entries (slice, mask), %s", slices, told)
         self.facts |= {"entries": slices, "bytes": needed + there, "bytes_to_write": needed}
-        if needed + SPARE_BYTES > free:
+        if needed and needed + SPARE_BYTES > free:
             raise ParameterError(
                 f"token_cache: {told}, of which 1.1 GB are kept for the run. Choose another token_cache_dir, "
                 "fewer masks_per_slice, max_train_slices, or token_cache: off; or delete old caches there"
@@ -422,7 +424,8 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> dict[Path, str]:
     states = {path: _state(path) for path in paths}
     unknown = [path for path in paths if known.get(str(path), {}).get("state") != states[path]]
     if unknown:
-        logger.info("token cache: hashing %d data files", len(unknown))
+        gigabytes = sum(states[path][0] for path in unknown) / 1e9
+        logger.info("token cache: reading %d data files to hash them, %.1f GB", len(unknown), gigabytes)
     with ThreadPoolExecutor(4) as executor:  # hashing leaves the interpreter to others
         hashed = dict(zip(unknown, executor.map(_digest, unknown), strict=True))
     digests = {path: hashed.get(path) or known[str(path)]["sha256"] for path in paths}

@@ -154,6 +154,7 @@ def test_size_is_said_beforehand_and_refused_when_the_disk_is_too_small(filled, 
     small = config.model_copy(update={"token_cache_dir": str(tmp_path)})
     with pytest.raises(ParameterError, match=r"token_cache: .* GB to be written to .*masks_per_slice"):
         TokenCache(system, small).hold(*datasets(small))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     TokenCache(system, config).hold(*datasets(config))  # a cache that is there needs no room
 
 
@@ -399,8 +400,9 @@ def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(tmp_path, capsys):
     with capsys.disabled():
         print(
             f"\n{torch.get_num_threads()} threads, {len(batches)} steps: slices and image tokens {slow:.1f} s without "
-            f"the cache, {fast:.2f} s with it ({slow / fast:.0f} times faster); the decoder's own steps {decoder:.1f} s, "
-            f"a whole epoch with validation and checkpoints {epoch:.1f} s ({epoch / decoder:.2f} of them)"
+            f"the cache, {fast:.2f} s with it ({slow / fast:.0f} times faster); the decoder's own steps "
+            f"{decoder:.1f} s, a whole epoch with validation and checkpoints {epoch:.1f} s "
+            f"({epoch / decoder:.2f} of them)"
         )
     assert epoch <= 1.3 * decoder
     assert slow >= 10 * fast
