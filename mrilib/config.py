@@ -416,6 +416,7 @@ class PretrainParameters(OutputParameters):
     prefix_min: int = P(16, "shortest prefix [positions]", ge=16)
     prefix_max: int = P(80, "longest prefix [positions]", ge=16)
     noise: float = P(1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0)
+    num_threads: int = P(2, "processor threads; another number sums in another order and gives other weights", ge=1)
 
 
 NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {
