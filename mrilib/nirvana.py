@@ -292,7 +292,8 @@ class TaskAwareDeltaNet(nn.Module):
         )
         if layer is not None and state is not None:
             layer.delta = state.detach()
-        delta = self.o_proj((self.o_norm(o) * F.silu(self.g_proj(x)).view(split)).flatten(2))
+        o = self.o_norm(o.to(self.o_norm.weight.dtype))  # as wide as the weights under autocast too
+        delta = self.o_proj((o * F.silu(self.g_proj(x)).view(split)).flatten(2))
         if not self.has_trigger:
             return delta, None
 
