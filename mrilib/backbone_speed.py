@@ -30,8 +30,9 @@ def build(config: BenchmarkParameters, device: torch.device) -> NirvanaForCausal
     """A frozen backbone with random weights."""
     torch.manual_seed(config.seed)
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim")
-    model: Any = NirvanaForCausalLM(NirvanaConfig(**{name: getattr(config, name) for name in names}))
-    return model.to(device).eval().requires_grad_(False)
+    with torch.device(device):
+        model = NirvanaForCausalLM(NirvanaConfig(**{name: getattr(config, name) for name in names}))
+    return model.eval().requires_grad_(False)
 
 
 def llama_like(model: NirvanaForCausalLM) -> LlamaForCausalLM:
@@ -47,8 +48,9 @@ def llama_like(model: NirvanaForCausalLM) -> LlamaForCausalLM:
         "num_attention_heads": config.num_heads,
         "tie_word_embeddings": True,
     }
-    llama: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    return llama.to(model.device).eval().requires_grad_(False)
+    with model.device:
+        llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    return llama.eval().requires_grad_(False)
 
 
 def parameters(model: nn.Module) -> int:
