@@ -40,6 +40,7 @@ class Slice(NamedTuple):
     facts: Facts
     report: Report | None
     acquired: Tensor | None = None  # bool (phase,): False on the header's padding; None: every line was acquired
+    tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
 
 
 class Batch(NamedTuple):
@@ -51,8 +52,9 @@ class Batch(NamedTuple):
     target: Tensor | None  # float32 (B, h, w) [file units]
     maximum: Tensor  # float32 (B,) [file units]
     recon: tuple[int, int]
-    slices: list[Slice]  # what is not stacked above; without their k-space and target
+    slices: list[Slice]  # what is not stacked above; without their tensors
     acquired: Tensor | None = None  # bool (B, phase)
+    tokens: Tensor | None = None  # image tokens (B, N, hidden) if a token cache holds them for all the slices
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -62,6 +64,18 @@ class Batch(NamedTuple):
             if isinstance(value, Tensor)
         }
         return self._replace(**moved)
+
+    def chunks(self, size: int) -> Iterator["Batch"]:
+        """The batch in parts of `size` slices at most."""
+        if len(self.slices) <= size:
+            yield self
+            return
+        for start in range(0, len(self.slices), size):
+            part = slice(start, start + size)
+            cut: dict[str, Any] = {
+                name: value[part] for name, value in self._asdict().items() if isinstance(value, Tensor)
+            }
+            yield self._replace(**cut, slices=self.slices[part])
 
 
 def index_volumes(directory: str | Path) -> list[Volume]:
@@ -248,6 +262,14 @@ class FastMRIDataset(Dataset[Slice]):
             self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.recon
         )
 
+    def text_length(self, index: int) -> int:
+        """Characters of a slice's prompt and analysis."""
+        volume, slice_num = self._sample(index)
+        report = self.reports.get((volume.file, slice_num))
+        if report is not None:
+            return len(report.prompt) + len(report.response)
+        return len(analysis.prompt()) + len(analysis.answer(self.facts(index)))
+
     def _sample(self, index: int) -> tuple[Volume, int]:
         volume, slice_num = self.samples[index]
         return self.volumes[volume], slice_num
@@ -346,36 +368,65 @@ class ShapeBatchSampler(Sampler[list[int]]):
     seed : int
     shuffle : bool
         Without it the order is the dataset's.
+    group_by_length : bool
+        Put slices with texts of about equal length together, within every `WINDOW` batches of the shuffled order.
+
+    Attributes
+    ----------
+    skip : int
+        Leave out so many batches at the start, unread.
+    share : (int, int)
+        This process's number and how many processes take turns.
     """
 
-    def __init__(self, dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> None:
-        self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+    WINDOW = 8
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __init__(
+        self,
+        dataset: FastMRIDataset,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        group_by_length: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+        self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
+        self.skip, self.share = 0, (0, 1)
+
+    def plan(self) -> list[list[int]]:
+        """The batches of the dataset's epoch, of all processes."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
         order = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in order:
             groups[self.dataset.shape_key(int(index))].append(int(index))
+        if self.lengths:
+            groups = {key: self._by_length(group) for key, group in groups.items()}
         batches = [
             group[start : start + self.batch_size]
             for group in groups.values()
             for start in range(0, len(group), self.batch_size)
         ]
-        if self.shuffle:
-            batches = [batches[i] for i in rng.permutation(len(batches))]
-        return iter(batches)
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+    def _by_length(self, group: list[int]) -> list[int]:
+        width = self.WINDOW * self.batch_size
+        windows = [group[start : start + width] for start in range(0, len(group), width)]
+        return [index for window in windows for index in sorted(window, key=self.lengths.__getitem__)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number, count = self.share
+        return iter(self.plan()[self.skip + number :: count])
 
     def __len__(self) -> int:
-        counts: dict[tuple[int, ...], int] = defaultdict(int)
-        for index in range(len(self.dataset)):
-            counts[self.dataset.shape_key(index)] += 1
-        return sum(-(-count // self.batch_size) for count in counts.values())
+        number, count = self.share
+        return len(range(self.skip + number, len(self.plan()), count))
 
 
 def collate(slices: list[Slice]) -> Batch:
     """Stack slices of equal shape."""
     targets = [s.target for s in slices if s.target is not None]
+    tokens = [s.tokens for s in slices if s.tokens is not None]
     return Batch(
         kspace=torch.stack([s.kspace for s in slices]),
         mask=torch.stack([s.mask for s in slices]),
@@ -383,14 +434,22 @@ def collate(slices: list[Slice]) -> Batch:
         target=torch.stack(targets) if len(targets) == len(slices) else None,
         maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
         recon=slices[0].recon,
-        slices=[s._replace(kspace=s.kspace[:0], target=None) for s in slices],  # stacked above; not sent twice
+        # stacked here; not sent twice
+        slices=[s._replace(kspace=s.kspace[:0], target=None, tokens=None) for s in slices],
         acquired=torch.stack([torch.ones_like(s.mask) if s.acquired is None else s.acquired for s in slices]),
+        tokens=torch.stack(tokens) if len(tokens) == len(slices) else None,
     )
 
 
-def make_loader(dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> DataLoader:
-    """A loader of equal-shape batches; set ``dataset.epoch`` before each pass."""
-    sampler = ShapeBatchSampler(dataset, batch_size, seed, shuffle)
+def make_loader(
+    dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False, group_by_length: bool = False
+) -> DataLoader:
+    """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
     return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=dataset.config.num_workers, pin_memory=False
+        dataset,
+        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length),
+        collate_fn=collate,
+        num_workers=dataset.config.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # its own: the model's random numbers must not depend on it
     )

@@ -6,6 +6,7 @@ one patient are not independent.
 """
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,35 @@ def has_range(target: np.ndarray) -> bool:
     """Whether a volume's evaluated crop holds anything: one that is zero everywhere cannot be scored."""
     width = target.shape[-1]
     return bool(center_crop(target, (min(width, target.shape[-2]), width)).max() > 0)
+
+
+def score_slice(target: np.ndarray, reconstruction: np.ndarray, maximum: float) -> dict[str, float]:
+    """A slice's part of its volume's official metrics, for `volume_metrics`.
+
+    Parameters
+    ----------
+    target, reconstruction : array, float, shape (h, w) [file units]
+    maximum : float
+        Of the target volume [file units].
+    """
+    width = target.shape[-1]
+    target = center_crop(target, (min(width, target.shape[-2]), width))[None]
+    reconstruction = center_crop(reconstruction, target.shape[-2:])[None]
+    maximum = maximum or 1.0  # a volume of zeros: its energy of zero says that it cannot be scored
+    unit = target.astype(np.float64) / maximum
+    return {
+        "ssim": float(official.ssim(target, reconstruction, maximum)[0]),
+        "error": float(np.sum((unit - reconstruction / maximum) ** 2)),
+        "energy": float(np.sum(unit**2)),
+        "pixels": target.size,
+    }
+
+
+def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Official SSIM, PSNR [dB] and NMSE of a volume from the `score_slice` of its slices."""
+    total = {name: math.fsum(one[name] for one in slices) for name in ("ssim", "error", "energy", "pixels")}
+    psnr = 10 * math.log10(total["pixels"] / total["error"]) if total["error"] else math.inf
+    return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 
 def write_reconstruction(path: Path, volume: np.ndarray) -> None:

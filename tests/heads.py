@@ -3,29 +3,13 @@
 from pathlib import Path
 
 import h5py
-import nibabel
 import numpy as np
 
 from mrilib import kspace
 from mrilib.scanner import SEQUENCES, simulate_volume, write_h5
+from mrilib.shifts import nibabel_head, write_head
 
-
-def nibabel_head() -> np.ndarray:
-    """The EPI head of nibabel's own tests, (8, 96, 96): rows from posterior to anterior, as fastMRI's."""
-    path = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
-    image = nibabel.load(path)
-    assert nibabel.aff2axcodes(image.affine) == ("L", "A", "S")
-    volume = np.asarray(image.dataobj)[16:-16, :, 6:22:2, 0].astype(np.float32)
-    return volume.transpose(2, 1, 0)
-
-
-def write_head(path: Path, coils: int = 6) -> Path:
-    """The head as a fully sampled fastMRI volume with target, 192×96, lines at the edges not acquired."""
-    data = simulate_volume(1e-6 * nibabel_head(), coils, np.random.default_rng(0), voxel_size=(2, 2), padding=(5, 3))
-    write_h5(
-        path, data, (96, 96), "AXT2", "a second head", sequence=SEQUENCES["AXT2"], voxel_size=(2, 2), padding=(5, 3)
-    )
-    return path
+__all__ = ["as_test_file", "nibabel_head", "write_head", "write_shape"]
 
 
 def as_test_file(path: Path, acceleration: int = 4) -> None:
