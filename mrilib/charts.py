@@ -357,7 +357,7 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
     for axis, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         present = [kind for kind in kinds if known.get(name + kind) is not None]
         for place, kind in enumerate(present):
-            value, error = float(known[name + kind]), 2 * float(known.get(f"{name}{kind}_se", 0.0))
+            value, error = float(known[name + kind]), 2 * float(known.get(f"{name}{kind}_se") or 0.0)
             error = error if np.isfinite(error) else 0.0  # infinite for a single patient
             axis.bar(place, value, 0.7, color=kinds[kind][1])
             if error:
