@@ -1,4 +1,4 @@
-"""The commands: python -m mrilib run | train | make-data | reconstruct | runs."""
+"""The commands: python -m mrilib run | sweep | train | make-data | check | reconstruct | runs."""
 
 import argparse
 import os
@@ -45,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--only", default="", help="the stage's training of this name alone, e.g. stage1 or control")
     train.add_argument("--dry-run", action="store_true", help="one batch, then memory, time and disk needed")
 
+    sweep = commands.add_parser("sweep", help="a run for each combination of parameter values, then their comparison")
+    sweep.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
+    sweep.add_argument("--name", help="the run folders' names begin with it (default: the params folder's)")
+    sweep.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE,VALUE")
+    sweep_stages = sweep.add_mutually_exclusive_group()
+    sweep_stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
+    sweep_stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
+    sweep.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
+    sweep.add_argument("--overwrite", action="store_true", help="run finished and failed ones anew")
+
     data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
     data.add_argument("directory", type=Path)
     data.add_argument("--volumes", type=int, default=150, help="h5 files; each patient has three contrasts")
@@ -52,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_argument("--img-size", type=int, default=128, help="reconstructed image side [pixels]")
     data.add_argument("--coils", type=int, default=8, help="typical coil count")
     data.add_argument("--seed", type=int, default=0)
+
+    check = commands.add_parser("check", help="read every h5 file of a folder and list every problem; exit 1 if any")
+    check.add_argument("directory", type=Path, help="folder of fastMRI brain multicoil h5 files")
+    check.add_argument("--processes", type=int, help="files read at once (default: one a core)")
 
     reconstruct = commands.add_parser("reconstruct", help="one file to images and analyses with a run's model")
     reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
@@ -349,6 +363,17 @@ def make_data(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_data(options: argparse.Namespace) -> int:
+    """Print what is wrong with the files of a folder, and what is in it; 1 if any has a problem."""
+    from mrilib.check import check_directory
+
+    if options.processes is not None and options.processes < 1:
+        raise ParameterError("--processes must be at least 1")
+    report, fine = check_directory(options.directory.resolve(), options.processes)
+    print(report)
+    return 0 if fine else 1
+
+
 def reconstruct_file(options: argparse.Namespace) -> int:
     """One h5 file to ``OUT/<file>.h5`` (fastMRI's submission format), ``OUT/<file>.jsonl`` and ``OUT/<file>.png``."""
     from mrilib.reconstruct import reconstruct
@@ -356,6 +381,13 @@ def reconstruct_file(options: argparse.Namespace) -> int:
     for line in reconstruct(options.run, options.file, options.out, options.acceleration):
         print(line)
     return 0
+
+
+def sweep_runs(options: argparse.Namespace) -> int:
+    """A grid of runs and their comparison."""
+    from mrilib.sweep import sweep
+
+    return sweep(options)
 
 
 def list_runs(options: argparse.Namespace) -> int:
@@ -368,8 +400,10 @@ def list_runs(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": run_notebooks,
+    "sweep": sweep_runs,
     "train": train_stage,
     "make-data": make_data,
+    "check": check_data,
     "reconstruct": reconstruct_file,
     "runs": list_runs,
 }

@@ -77,7 +77,7 @@ def training_curves(histories: "History | Mapping[str, History]", title: str = "
             panels.append(functools.partial(_validation_panel, named=named, metric=name, label=label))
     if not text:
         panels.append(functools.partial(_image_panel, history=first))
-    panels += [functools.partial(_rate_panel, named=named), functools.partial(_gradient_panel, history=first)]
+    panels += [functools.partial(plot_rate, named=named), functools.partial(_gradient_panel, history=first)]
     columns = 3 if len(panels) > 4 else 2
     rows = -(-len(panels) // columns)
     figure = RecordFigure(WIDTH, 2.5 * rows + 0.2)
@@ -112,7 +112,20 @@ def _loss_name(history: "History") -> tuple[str, str]:
     return ("cross_entropy", "cross-entropy [nats per token]") if text else ("loss", "1 − SSIM")
 
 
-def _plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool = True) -> None:
+def plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool = True) -> None:
+    """Training loss over the steps, smoothed, with the validation loss after each epoch.
+
+    Parameters
+    ----------
+    axis : Axes
+    history : History
+        Epochs may still be missing.
+    name : str
+        Of the run, for the legend.
+    color : str
+    raw : bool
+        Also the unsmoothed loss, pale.
+    """
     key, label = _loss_name(history)
     steps = [step["step"] for step in history.steps]
     values = [step[key] for step in history.steps]
@@ -121,13 +134,14 @@ def _plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool 
     axis.plot(steps, _running_mean(values), color=color, label=f"{name} training".strip())
     validation = [epoch["val_loss"] for epoch in history.epochs]
     style: Any = {"linestyle": "--", "marker": "o", "markersize": 3.5, "linewidth": 1.0}
-    axis.plot(_epoch_ends(history), validation, color=color, label=f"{name} validation".strip(), **style)
+    if validation:
+        axis.plot(_epoch_ends(history), validation, color=color, label=f"{name} validation".strip(), **style)
     axis.set(xlabel="step", ylabel=label)
 
 
 def _loss_panel(axis: Axes, named: "Mapping[str, History]") -> None:
     for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
-        _plot_loss(axis, history, name, color)
+        plot_loss(axis, history, name, color)
     best = next(iter(named.values())).best_epoch
     axis.set_title(f"loss; best checkpoint: epoch {best}")
     axis.legend()
@@ -155,7 +169,8 @@ def _image_panel(axis: Axes, history: "History") -> None:
     axis.legend(ncols=2, fontsize=7.5)
 
 
-def _rate_panel(axis: Axes, named: "Mapping[str, History]") -> None:
+def plot_rate(axis: Axes, named: "Mapping[str, History]") -> None:
+    """Learning rate over the steps; name → History."""
     for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
         rates = [step["learning_rate"] for step in history.steps]
         axis.plot([step["step"] for step in history.steps], rates, color=color, label=name)
@@ -169,13 +184,14 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     parts = [name.removeprefix(prefix) for name in history.steps[0] if name.startswith(prefix)]
     total = _running_mean([step["gradient_norm"] for step in history.steps])
     axis.plot(steps, total, color=BLACK, label="all")
-    lowest = total.min()
+    settled = len(steps) // 20  # what starts at zero has no gradient in the first steps: the scale is that of the rest
+    lowest = total[settled:].min()
     for number, part in enumerate(parts):
         values = _running_mean([step[prefix + part] for step in history.steps])
         if values.max() > 0:
             style = "-" if number < 6 else ":"
             axis.plot(steps, values, color=COLORS[number % 6], linestyle=style, linewidth=1.0, label=part)
-            lowest = min(lowest, values[values > 0].min())
+            lowest = min(lowest, values[settled:][values[settled:] > 0].min(initial=lowest))
     axis.set(yscale="log", xlabel="step", title="gradient norms before clipping")
     axis.set_ylim(bottom=lowest / 10 ** (0.3 + len(parts) / 8))  # room for the legend
     axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
@@ -203,7 +219,7 @@ def compare_curves(runs: "Mapping[str, Mapping[str, History]]") -> Figure:
     for axis, stage in zip(axes, stages, strict=True):
         for (name, one), color in zip(runs.items(), COLORS * 9, strict=False):
             if stage in one:
-                _plot_loss(axis, one[stage], name, color, raw=False)
+                plot_loss(axis, one[stage], name, color, raw=False)
         axis.set_title(STAGES[stage])
     _legend_below(figure, axes, 2)
     return figure
@@ -222,14 +238,18 @@ def _bars(axis: Axes, groups: Sequence[str], series: Series, colors: Mapping[str
             if np.isfinite(value):
                 if interval is not None:
                     axis.plot([place, place], interval, color=BLACK, linewidth=1.2)
-                _number(axis, form.format(value), place, value if interval is None else max(value, interval[1]))
+                top = value if interval is None else max(value, interval[1])
+                _number(axis, form.format(value), place, top, upright=len(groups) * len(series) > 10)
     axis.set_xticks(range(len(groups)), groups)
     axis.grid(False, axis="x")
     axis.margins(y=0.12)
 
 
-def _number(axis: Axes, text: str, x: float, y: float) -> None:
-    axis.annotate(text, (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+def _number(axis: Axes, text: str, x: float, y: float, upright: bool = False) -> None:
+    turned: Any = {"rotation": 90, "va": "bottom"} if upright else {}
+    axis.annotate(
+        text.replace("-", "−"), (x, y), (0, 2), textcoords="offset points", ha="center", fontsize=7.5, **turned
+    )
 
 
 @styled
@@ -263,7 +283,7 @@ def metrics_bars(
         form = "{:.1f}" if "psnr" in metric else "{:.3f}"
         _bars(axis, [f"{a}x" for a in accelerations], series, _method_colors(methods), form)
         axis.set_title(METRIC_LABELS[metric])
-    _legend_below(figure, axes, len(methods))
+    _legend_below(figure, axes, min(4, len(methods)))
     return figure
 
 
@@ -288,18 +308,21 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> Figure:
         for number, (method, volumes) in enumerate(methods.items()):
             for place, contrast in enumerate(contrasts):
                 values = [getattr(score, metric) for score in volumes if score.acquisition == contrast]
-                center = place + (number - (len(methods) - 1) / 2) * 0.8 / len(methods)
-                spread = np.linspace(-0.06, 0.06, len(values)) if len(values) > 1 else np.zeros(len(values))
+                share = 0.8 / len(methods)  # of a contrast's place
+                center = place + (number - (len(methods) - 1) / 2) * share
+                spread = np.linspace(-0.3, 0.3, len(values)) * share if len(values) > 1 else np.zeros(len(values))
                 label = method_label(method) if place == 0 else "_"
                 axis.plot(center + spread, values, "o", color=colors[method], markersize=3, alpha=0.6, label=label)
                 if values:
                     mean = float(np.mean(values))
-                    axis.plot([center - 0.1, center + 0.1], [mean, mean], color=colors[method], linewidth=2.2)
+                    axis.plot(
+                        [center - 0.4 * share, center + 0.4 * share], [mean, mean], color=colors[method], linewidth=2.2
+                    )
         axis.set_xticks(range(len(contrasts)), contrasts)
         axis.grid(False, axis="x")
         axis.set_title(f"{acceleration}x")
     axes[0].set_ylabel(METRIC_LABELS[metric])
-    _legend_below(figure, axes, len(scores[accelerations[0]]))
+    _legend_below(figure, axes, min(4, len(scores[accelerations[0]])))
     return figure
 
 

@@ -109,6 +109,11 @@ def read_histories(runs: Mapping[str, Path]) -> dict[str, dict[str, History]]:
     return {run: {name: one for name, one in entry.items() if one is not None} for run, entry in found.items()}
 
 
+def reconstructed_runs(runs: Mapping[str, Path]) -> dict[str, Path]:
+    """Those of the runs that have reconstructions."""
+    return {run: path for run, path in runs.items() if (path / "reconstructions" / "model").is_dir()}
+
+
 def same_slice(runs: Mapping[str, Path]) -> list[Comparison]:
     """One test slice that all evaluated runs have reconstructed, at each acceleration that they share.
 
@@ -119,7 +124,7 @@ def same_slice(runs: Mapping[str, Path]) -> list[Comparison]:
     ParameterError
         If no file was reconstructed by all of them, or its target is no longer where the first run found it.
     """
-    evaluated = {run: path for run, path in runs.items() if (path / "reconstructions" / "model").is_dir()}
+    evaluated = reconstructed_runs(runs)
     if not evaluated:
         raise ParameterError("runs: none of them has reconstructions; run 04_evaluate on one first")
     common = set.intersection(*(_reconstructed(path) for path in evaluated.values()))

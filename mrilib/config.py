@@ -194,6 +194,7 @@ class DataParameters(OutputParameters):
     val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
     test_fraction: float = P(0.1, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
     split_seed: int = P(0, "seed of the split by patient", ge=0)
+    on_bad_file: Literal["refuse", "skip"] = P("refuse", "unusable data files; skip: left out and listed in run.json")
     annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
     reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
     num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1)
@@ -216,7 +217,22 @@ class DataParameters(OutputParameters):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
         if self.mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type: '{self.mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
+        if self.mask_type.endswith("_fraction"):
+            # These spread over the rest what the centre leaves of the lines, and divide by it, rounded to whole lines.
+            for fraction, acceleration in zip(self.center_fractions, self.accelerations, strict=True):
+                if fraction * acceleration > 0.9:
+                    raise ValueError(
+                        f"center_fractions {fraction:g} with accelerations {acceleration}: the centre alone is "
+                        f"{fraction * acceleration:.2f} of the lines that {acceleration}x may sample, which leaves "
+                        f"{self.mask_type} too few to spread; at most {0.9 / acceleration:.3f} fits, or take equispaced"
+                    )
         return self
+
+
+def _cuda_is_there(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
+    return device
 
 
 class BackboneParameters(DataParameters):
@@ -238,13 +254,14 @@ class BackboneParameters(DataParameters):
         "float32", "type that the frozen backbone's weights are kept in; bfloat16 takes half the memory"
     )
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    delta_rule: Literal["auto", "fused", "plain"] = P(
+        "auto", "auto: fused kernels on GPUs if installed; plain: without"
+    )
 
     @field_validator("device")
     @classmethod
-    def _cuda_is_there(cls, value: str) -> str:
-        if value == "cuda" and not torch.cuda.is_available():
-            raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
-        return value
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
 
 
 class TrainingParameters(BackboneParameters):
@@ -292,8 +309,9 @@ class TrainingParameters(BackboneParameters):
 class ExploreParameters(DataParameters):
     """01_explore_data."""
 
-    existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path")
+    existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path", "tokenizer_path")
 
+    tokenizer_path: str = P("", "tokenizer.json or its folder, to show a text's tokens; empty: Mistral 7B v0.1's")
     phantom_volumes: int = P(0, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0)
     phantom_slices: int = P(4, "slices a phantom volume", ge=1)
     phantom_coils: int = P(8, "typical coil count of the phantom", ge=2)
@@ -399,6 +417,68 @@ class CompareParameters(OutputParameters):
     runs: list[str] = P([], "run folders to compare; empty: every finished run under outputs/")
 
 
+class BenchParameters(OutputParameters):
+    """The comparison with other methods, in 06_benchmark."""
+
+    existing_paths = ("stage1_params", "stage2_params")
+
+    bench_parts: list[str] = P([], "parts of the comparison to run: stage1, train, score, shifts; empty: none")
+    bench_seconds: int = P(3000, "begin no further job of the comparison after so many seconds; 0: no limit", ge=0)
+    stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
+    stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
+    bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
+    stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
+    methods: list[str] = P(
+        ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1
+    )
+    steps: list[int] = P([300, 300, 300, 300], "optimizer steps, one number per method")
+    learning_rates: list[float] = P([1e-3, 1e-3, 1e-3, 1e-3], "peak learning rates, one per method")
+    validations: int = P(6, "validations during a training, evenly spread", ge=1)
+    bart_slices: int = P(12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1)
+    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1)
+    shifts: list[str] = P(
+        [], "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, folder DIR"
+    )
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if not len(self.methods) == len(self.steps) == len(self.learning_rates):
+            raise ValueError("steps and learning_rates: one value per method is wanted; they are paired by index")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods: one is named twice")
+        if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
+            raise ValueError("steps must be at least 1 and learning_rates above 0")
+        unknown = set(self.bench_parts) - {"stage1", "train", "score", "shifts"}
+        if unknown:
+            raise ValueError(
+                f"bench_parts: {', '.join(sorted(unknown))} is not known; stage1, train, score, shifts are"
+            )
+        return self
+
+
+class BenchmarkParameters(BenchParameters):
+    """06_benchmark: the comparison with other methods, then what the parts cost."""
+
+    device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0)
+    backbone_speed: bool = P(True, "time the backbone: decoding, prefill, memory")
+    hidden_size: int = P(1024, "width of the timed backbone", ge=16)
+    num_hidden_layers: int = P(8, "blocks of the timed backbone", ge=1)
+    num_heads: int = P(8, "heads of the timed backbone", ge=1)
+    vocab_size: int = P(32000, "vocabulary of the timed backbone", ge=2)
+    concept_dim: int = P(64, "width of the timed backbone's Trigger", ge=1)
+    logit_dim: int = P(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1)
+    prefill_tokens: int = P(1024, "tokens of the timed prefill", ge=1)
+    prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1)
+    new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1)
+    repeats: int = P(5, "the best of so many is told for a prefill", ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
+
+
 class PretrainParameters(OutputParameters):
     """00_pretrain_tiny_backbone."""
 
@@ -428,4 +508,5 @@ NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {
     "stage2": ("03_train_stage2", Stage2Parameters),
     "evaluate": ("04_evaluate", EvaluateParameters),
     "compare": ("05_compare_runs", CompareParameters),
+    "benchmark": ("06_benchmark", BenchmarkParameters),
 }

@@ -6,6 +6,7 @@ sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_di
 """
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -159,23 +160,11 @@ class KSpaceEncoder(nn.Module):
     def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """VarNet's refined coil images combined with its own sensitivity maps.
 
-        An empty coil makes fastMRI's NormUnet divide zero by zero, so slices that have one go through the VarNet alone,
-        without it, and an all-zero slice goes around the VarNet and stays zero.
-
         Returns
         -------
         Tensor, complex64, shape (B, readout, phase)
         """
-        alive = torch.view_as_real(kspace).abs().amax((-1, -2, -3)) > 0  # (B, coil)
-        if bool(alive.all()):
-            return self._varnet_image(kspace, mask)
-        images = [
-            self._varnet_image(kspace[i : i + 1, alive[i]], mask[i : i + 1])
-            if bool(alive[i].any())
-            else torch.zeros_like(kspace[i : i + 1, 0])
-            for i in range(kspace.shape[0])
-        ]
-        return torch.cat(images)
+        return around_empty_coils(self._varnet_image, kspace, mask, torch.complex64)
 
     def _varnet_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         # VarNet.forward ends in an RSS image; its steps are taken here one by one, for the complex coil images.
@@ -203,6 +192,26 @@ class KSpaceEncoder(nn.Module):
             # Not reentrant: the first input needs no gradient, and a reentrant checkpoint would then return none.
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
+
+
+def around_empty_coils(
+    varnet: Callable[[Tensor, Tensor], Tensor], kspace: Tensor, mask: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What a VarNet makes of k-space (B, coil, readout, phase) and mask (B, phase): (B, readout, phase) of `dtype`.
+
+    An empty coil makes fastMRI's NormUnet divide zero by zero, so slices that have one go through the VarNet alone,
+    without it, and an all-zero slice goes around the VarNet and stays zero.
+    """
+    alive = torch.view_as_real(kspace).abs().amax((-1, -2, -3)) > 0  # (B, coil)
+    if bool(alive.all()):
+        return varnet(kspace, mask)
+    images = [
+        varnet(kspace[i : i + 1, alive[i]], mask[i : i + 1])
+        if bool(alive[i].any())
+        else torch.zeros_like(kspace[i : i + 1, 0], dtype=dtype)
+        for i in range(kspace.shape[0])
+    ]
+    return torch.cat(images)
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ __all__ = [
     "metrics_by_contrast",
     "montage",
     "reconstruction_comparison",
+    "reconstruction_progress",
     "sampled",
     "slice_overview",
     "slice_parts",
@@ -330,6 +331,24 @@ def reconstruction_comparison(
     return figure
 
 
+def reconstruction_progress(examples: Mapping[int, Sequence[Comparison]]) -> Figure:
+    """What the model drew of the same slices after some of the epochs.
+
+    Parameters
+    ----------
+    examples : mapping of int → sequence of Comparison
+        Epoch → `inference.preview`.
+    """
+    first, *others = examples.values()
+    rows = []
+    for number, start in enumerate(first):
+        images: dict[str, Any] = {"zero_filled": start.images["zero_filled"]}
+        for epoch, shown in zip(examples, (first, *others), strict=True):
+            images[f"after epoch {epoch}"] = shown[number].images["model"]
+        rows.append(start._replace(images=images))
+    return reconstruction_comparison(rows, beside=False)
+
+
 def _inset(axis: Axes, image: NDArray, window: float, zoom: tuple[float, float, float] | None) -> None:
     if zoom is None:
         return
@@ -451,7 +470,8 @@ def dataset_summary(split: Mapping[str, Sequence[Volume]], annotations: Annotati
     contrasts = sorted({volume.acquisition for volume in volumes})
     shades = dict(zip(contrasts, COLORS * 3, strict=False))
     figure = RecordFigure(WIDTH, 5.6)
-    (by_part, coils), (widths, labels) = figure.subplots(2, 2)
+    rows = figure.subfigures(2, 1, squeeze=False)[:, 0]  # each by itself: long names of labels must not narrow the bars
+    (by_part, coils), (widths, labels) = (row.subplots(1, 2) for row in rows)
 
     def stack(axis: Axes, places: Sequence[Any], key: Callable[[Volume], Any], members: Sequence[Volume]) -> None:
         bottom = np.zeros(len(places))
@@ -471,6 +491,7 @@ def dataset_summary(split: Mapping[str, Sequence[Volume]], annotations: Annotati
     for place, (_, part) in enumerate(split.items()):
         patients = len({volume.patient for volume in part})
         by_part.text(place, len(part), f"{len(part)} / {patients}", ha="center", va="bottom", fontsize=8)
+    by_part.margins(y=0.1)
     by_part.set_title("split by patient: volumes / patients")
     stack(coils, sorted({volume.coils for volume in volumes}), lambda volume: volume.coils, volumes)
     coils.set_title("receiver coils")

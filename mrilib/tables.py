@@ -1,10 +1,12 @@
 """Tables of metrics and runs, for the console and the notebooks."""
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from mrilib import analysis
 from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
@@ -14,6 +16,8 @@ from mrilib.inference import parse_or_none
 from mrilib.model import TwoStageModel, count_parameters
 from mrilib.runs import all_runs, read_json
 from mrilib.style import METHODS, method_label
+
+BOLD, PLAIN = "\x02", "\x03"  # stand in for <b> and </b> while a text is not yet escaped
 
 
 def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
@@ -139,37 +143,67 @@ def parameter_table(model: TwoStageModel) -> pd.DataFrame:
 
 
 def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
-    """A Markdown table of true and generated analyses; facts that differ from the truth are bold.
+    """An HTML table of true and generated analyses; facts that differ from the truth are bold.
 
     Slices are spread evenly over the rows.
     """
     step = max(1, len(rows) // count)
-    lines = ["| slice | true | generated |", "|---|---|---|"]
-    for row in rows[::step][:count]:
-        told = _marked(row["true"], row["generated"])
-        lines.append(f"| {row['file']}, slice {row['slice']}, {row['acceleration']}x | {row['true']} | {told} |")
-    return "\n".join(lines)
+    return html_table(
+        ("slice", "true", "generated"),
+        [
+            (
+                f"{row['file']}, slice {row['slice']}, {row['acceleration']}x",
+                html.escape(row["true"]),
+                marked_text(row["true"], row["generated"]),
+            )
+            for row in rows[::step][:count]
+        ],
+    )
 
 
-def _marked(true: str, generated: str) -> str:
+def html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, aligned left; cells are HTML."""
+    left = ' style="text-align: left; vertical-align: top"'
+    head = "".join(f'<th scope="col"{left}>{name}</th>' for name in names)
+    body = "".join("<tr>" + "".join(f"<td{left}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def marked_text(true: str, generated: str) -> str:
+    """A generated analysis as HTML: facts that differ from the true one are bold, missed findings follow in italics.
+
+    A text that does not parse, and differs, is bold as a whole.
+    """
     truth, told = parse_or_none(true), parse_or_none(generated)
     if truth is None or told is None:
-        return generated if generated == true else f"**{generated}**"
+        return html.escape(generated) if generated == true else _html(f"{BOLD}{generated}{PLAIN}")
     text = analysis.answer(told)
     if told.contrast != truth.contrast:
-        text = text.replace(told.contrast, f"**{told.contrast}**", 1)
+        text = text.replace(told.contrast, f"{BOLD}{told.contrast}{PLAIN}", 1)
     if told.level != truth.level:
-        text = text.replace(f"{told.level} third", f"**{told.level} third**", 1)
+        text = text.replace(f"{told.level} third", f"{BOLD}{told.level} third{PLAIN}", 1)
+    missed: list[Any] = []
     if truth.findings is not None and told.findings is not None:
         if not told.findings and truth.findings:
-            text = text.replace("Findings: none", "Findings: **none**")
+            text = text.replace("Findings: none", f"Findings: {BOLD}none{PLAIN}")
         for finding in sorted(set(told.findings) - set(truth.findings)):
             words = f"{finding.label.lower()}, {finding.side} {finding.region}"
-            text = text.replace(words, f"**{words}**", 1)
+            text = text.replace(words, f"{BOLD}{words}{PLAIN}", 1)
         missed = sorted(set(truth.findings) - set(told.findings))
-        if missed:
-            text += f" *(missed: {'; '.join(f'{f.label.lower()}, {f.side} {f.region}' for f in missed)})*"
-    return text
+    told_missed = "; ".join(f"{f.label.lower()}, {f.side} {f.region}" for f in missed)
+    return _html(text) + (f" <i>(missed: {html.escape(told_missed)})</i>" if missed else "")
+
+
+def _html(text: str) -> str:
+    return html.escape(text).replace(BOLD, "<b>").replace(PLAIN, "</b>")
+
+
+def token_line(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text in its tokens, as HTML: what the language model reads and is trained to say, one box a token."""
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
+    shown = [str(piece).replace("▁", "␣").replace("Ġ", "␣") for piece in [*pieces, tokenizer.eos_token]]
+    boxes = " ".join(f"<code>{html.escape(piece)}</code>" for piece in shown)
+    return f"<p>{len(shown)} tokens, the one that ends it included: {boxes}</p>"
 
 
 def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:

@@ -31,7 +31,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mrilib import data, delta_rule, encoder, kspace, nirvana, trigger
+from mrilib import data, delta_rule, encoder, kernels, kspace, nirvana, trigger
+from mrilib import volume as volume_module
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
 from mrilib.data import Batch, FastMRIDataset, Slice, collate, make_loader
 from mrilib.model import TwoStageModel, hidden_size, tensor_hash
@@ -41,7 +42,7 @@ from mrilib.training import ReconstructionStage
 FORMAT = 1  # of a shard; raised when one holds other things than before
 SLICES = 4  # in a shard at most
 SPARE_BYTES = 1 << 30  # left free on the disk for checkpoints and logs
-COMPUTING_CODE = (kspace, data, encoder, nirvana, delta_rule, trigger)
+COMPUTING_CODE = (kspace, volume_module, data, encoder, nirvana, delta_rule, kernels, trigger)
 logger = logging.getLogger("mrilib")
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from mrilib import evaluation
 from mrilib.config import TrainingParameters
 from mrilib.data import Batch
-from mrilib.decoder import VolumeSSIMLoss
+from mrilib.decoder import VolumeSSIMLoss, positive
 from mrilib.distributed import launched
 from mrilib.history import History
 from mrilib.model import TwoStageModel
@@ -156,7 +156,7 @@ class ReconstructionStage(Stage):
             raise ValueError(f"{batch.slices[0].file} has no reconstruction_rss; stage 2 cannot train on it")
         image = self.reconstruct(batch)
         losses = self.ssim_loss(image, batch.target, batch.maximum)
-        unit = batch.maximum[:, None, None]
+        unit = positive(batch.maximum)[:, None, None]
         statistics: dict[str, float] = {}
         for name, values in (("reconstruction", image.detach() / unit), ("target", batch.target / unit)):
             statistics |= {f"{name}_mean": float(values.mean()), f"{name}_max": float(values.max())}
@@ -181,7 +181,10 @@ class ReconstructionStage(Stage):
         volumes: dict[str, list[dict[str, float]]] = defaultdict(list)
         for score in scores:
             volumes[score["file"]].append(score)
-        rows = [evaluation.volume_metrics(slices) for slices in volumes.values()]
+        scored = [
+            slices for slices in volumes.values() if any(one["energy"] for one in slices)
+        ]  # not a target of zeros
+        rows = [evaluation.volume_metrics(slices) for slices in scored]
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in ("ssim", "psnr", "nmse")}
         return {"loss": math.fsum(score["loss"] for score in scores) / len(scores), **means}
 

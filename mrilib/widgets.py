@@ -5,6 +5,7 @@ is ready to wait; `figures` draws their static twins for headless records.
 """
 
 import functools
+import html
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,7 +154,8 @@ class _Browser(ipywidgets.VBox):
     """Controls above a picture that follows them; a subclass says what to draw."""
 
     def __init__(self, controls: Sequence[Any]) -> None:
-        self.picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
+        # Never larger than it is drawn: a box would stretch it over the whole column
+        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
         self.text = ipywidgets.HTML()
         box = ipywidgets.Layout(flex_flow="row wrap")
         super().__init__([ipywidgets.HBox(list(controls), layout=box), self.text, self.picture])
@@ -162,7 +164,8 @@ class _Browser(ipywidgets.VBox):
         self._changed()
 
     def _changed(self, change: Any = None) -> None:
-        self.text.value, self.picture.value = self.draw()
+        text, self.picture.value = self.draw()
+        self.text.value = f'<p role="status">{html.escape(text)}</p>'  # screen readers tell it when it changes
 
     def draw(self) -> tuple[str, bytes]:
         """The line of text and the PNG for the controls' present values."""
@@ -257,8 +260,8 @@ class ReconstructionBrowser(_Browser):
         options = [(method_label(name), name) for name in methods]
         self.method = ipywidgets.Dropdown(options=options, value=first, description="method")
         self.zoom = ipywidgets.FloatSlider(1, min=1, max=6, step=0.5, description="zoom")
-        self.row = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02, description="zoom at row")
-        self.column = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02, description="and column")
+        self.row = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02, description="from top")
+        self.column = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02, description="from left")
         super().__init__([self.volume, self.slice, self.acceleration, self.method, self.zoom, self.row, self.column])
 
     def _zoomed(self, image: NDArray) -> NDArray:

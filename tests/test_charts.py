@@ -136,7 +136,7 @@ def test_token_swap_is_paired():
     own, other = volume_scores(0.8), volume_scores(0.79)
     figure = charts.token_swap({"4": {"own tokens": own, "another patient's": other, "none": own}})
     means, differences = figure.axes
-    assert [text.get_text() for text in differences.texts] == ["-0.0100", "+0.0000"]
+    assert [text.get_text() for text in differences.texts] == ["−0.0100", "+0.0000"]
     interval = differences.lines[0].get_ydata()
     # the volumes differ by far more than that, but the difference is the same for each
     assert interval == pytest.approx([-0.01, -0.01])

@@ -2,14 +2,19 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import systems
 import yaml
+from nbconvert import HTMLExporter
+from papermill.inspection import inspect_notebook
 
+from mrilib import reference
 from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
@@ -100,6 +105,25 @@ def test_a_notebook_runs_by_plain_papermill(stage1_values, tmp_path):
     assert record["status"] == "done"
     assert record["notebooks"]["stage1"]["config"]["learning_rate"] == 1e-4
     assert (tmp_path / "run" / "stage1_checkpoints" / "stage1_best_model.pt").exists()
+    check_record(tmp_path / "out.ipynb")
+
+
+def check_record(path: Path) -> None:
+    """A record that shows everything without a kernel: pictures and tables in it, and in the HTML made of it."""
+    assert path.stat().st_size < 2e6
+    notebook = nbformat.read(path, as_version=4)
+    assert "widgets" not in notebook.metadata
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    data = [output.get("data", {}) for output in outputs]
+    assert not any("application/vnd.jupyter.widget-view+json" in one for one in data)
+    assert not any("<Figure" in one.get("text/plain", "") and "image/png" not in one for one in data)
+    assert max(output.get("text", "").count("\n") for output in outputs) < 20, "progress spam"
+    html, _ = HTMLExporter().from_notebook_node(notebook)
+    pictures = [one["image/png"].strip() for one in data if "image/png" in one]
+    assert pictures and all(picture in html for picture in pictures)
+    tables = [one["text/html"] for one in data if "text/html" in one]
+    assert html.count("<table") == sum(table.count("<table") for table in tables) >= 3
+    assert "after epoch 1" in html, "what the model said"
 
 
 @pytest.mark.parametrize(
@@ -117,3 +141,32 @@ def test_first_cell_refuses_what_it_does_not_know(stage1_values, tmp_path, chang
     assert result.returncode != 0
     assert "ParameterError" in result.stderr and told in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", NOTEBOOKS)
+def test_papermills_help_tells_every_parameter_with_its_meaning(key):
+    stem, cls = NOTEBOOKS[key]
+    told = inspect_notebook(str(ROOT / "notebooks" / f"{stem}.ipynb"))
+    assert list(told) == list(cls.model_fields)
+    for name, parameter in told.items():
+        assert parameter["help"].removeprefix("# ") == cls.model_fields[name].description
+
+
+def test_documented_papermill_commands_are_right():
+    """Notebooks, params files and parameter names of the commands in README and docs."""
+    stems = dict(NOTEBOOKS.values())
+    commands = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text().replace("\\\n", " ")
+        commands += re.findall(r"papermill notebooks/(\w+)\.ipynb ([^\n\"]+(?:\"[^\n\"]*\"[^\n\"]*)*)", text)
+    assert len(commands) >= 5
+    for stem, rest in commands:
+        assert set(re.findall(r" -p (\w+) ", f" {rest} ")) <= set(stems[stem].model_fields), (stem, rest)
+        assert all((ROOT / params).is_file() for params in re.findall(r" -f (\S+)", rest))
+
+
+def test_parameter_reference_is_current():
+    page = reference.PATH.read_text()
+    assert page == reference.reference(), "python -m mrilib.reference makes it anew"
+    for _, cls in NOTEBOOKS.values():
+        assert all(f"`{name}`" in page for name in cls.model_fields)

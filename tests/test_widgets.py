@@ -64,7 +64,7 @@ def test_every_control_changes_the_picture(browser, control, value):
 def test_slice_browser_tells_file_and_analysis(browser):
     browser.volume.value = 2
     volume = browser.volumes[2]
-    assert browser.text.value.startswith(f"{volume.file}: Axial ")
+    assert f">{volume.file}: Axial " in browser.text.value
     unknown = "unknown" in browser.text.value
     assert unknown == (not browser.annotations.reviewed(volume.file))
 

@@ -1,0 +1,144 @@
+"""What one sees while a stage trains: its curves as they grow, and examples of what the model says or draws.
+
+A headless record shows none of it while it happens: curves and examples, which are kept, have their figures at the end.
+"""
+
+import html
+import io
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import ipywidgets
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from mrilib import charts
+from mrilib.style import STYLE, RecordFigure
+from mrilib.tables import html_table, marked_text
+from mrilib.training import History
+
+Example = TypeVar("Example")
+EXAMPLES = 4  # taken in the course of a training, evenly over its epochs
+SHARE = 0.05  # of the time that drawing may take
+
+
+class Watch(Generic[Example]):
+    """Callbacks of `training.fit`: live curves in an interactive notebook, examples in any.
+
+    Parameters
+    ----------
+    epochs : int
+        Of the training.
+    interactive : bool
+        Show the widget.
+    example : callable, optional
+        Asks the model in its present state, called after four of the epochs and after the last. Deterministic: it must
+        not draw random numbers, or training would go another way for being watched.
+    show : callable, optional
+        Turns the examples so far, epoch → example, into what is shown of them: HTML or a figure.
+
+    Attributes
+    ----------
+    examples : dict of int → Example
+        By epoch.
+    """
+
+    def __init__(
+        self,
+        epochs: int,
+        interactive: bool,
+        example: Callable[[], Example] | None = None,
+        show: Callable[[Mapping[int, Example]], Figure | str] | None = None,
+    ) -> None:
+        self.example, self.show, self.interactive = example, show, interactive
+        self.every = max(1, epochs // EXAMPLES)
+        self.last = epochs
+        self.examples: dict[int, Example] = {}
+        self.history = History()
+        self._next = self._cost = 0.0
+        if interactive:
+            layout: Any = {"max_width": "100%"}
+            self.text = ipywidgets.HTML('<p role="status">The curves begin with the first steps.</p>')
+            self.picture = ipywidgets.Image(format="png", layout={**layout, "display": "none"})
+            self.shown = ipywidgets.HTML()
+            self.shown_picture = ipywidgets.Image(format="png", layout={**layout, "display": "none"})
+            self.widget = ipywidgets.VBox([self.text, self.picture, self.shown, self.shown_picture])
+            from IPython.display import display
+
+            display(self.widget)
+
+    def step(self, entry: Mapping[str, float]) -> None:
+        """Take a step's log entry (``on_step``); draw if it is time."""
+        if not self.interactive:
+            return
+        self.history.steps.append(dict(entry))
+        if time.monotonic() >= self._next:
+            self._draw()
+
+    def epoch(self, history: History) -> None:
+        """Take the history after an epoch (``on_epoch``); ask for an example if its turn has come, and draw."""
+        number = int(history.epochs[-1]["epoch"])
+        if self.example is not None and (number % self.every == 0 or number == self.last):
+            self.examples[number] = self.example()
+        if self.interactive:
+            self.history = History(history.steps[:], history.epochs[:], best_epoch=history.best_epoch)
+            self._draw()
+            if self.show is not None and self.examples:
+                shown = self.show(self.examples)
+                if isinstance(shown, str):
+                    self.shown.value = shown
+                else:
+                    _put(self.shown_picture, shown)
+
+    def _draw(self) -> None:
+        begin = time.monotonic()
+        steps, epochs = self.history.steps, self.history.epochs
+        _put(self.picture, live_curves(self.history))
+        done = f"; {len(epochs)} of {self.last} epochs done" if epochs else ""
+        told = f"step {int(steps[-1]['step'])}: loss {steps[-1]['loss']:.4f}, learning rate "
+        self.text.value = f'<p role="status">{told}{steps[-1]["learning_rate"]:.2e}{done}</p>'
+        end = time.monotonic()
+        self._next = end + max(1.0, (end - begin) / SHARE)
+
+
+def _put(picture: ipywidgets.Image, figure: Figure) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    picture.value = buffer.getvalue()
+    picture.layout.display = ""
+
+
+def live_curves(history: History) -> Figure:
+    """Loss with its validation, and learning rate, of a training that may have just begun.
+
+    Parameters
+    ----------
+    history : History
+        At least one step; epochs may still be missing.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = RecordFigure(8.0, 2.5)
+        loss, rate = figure.subplots(1, 2)
+        charts.plot_loss(loss, history, "", "C0")
+        loss.legend()
+        charts.plot_rate(rate, {"": history})
+    return figure
+
+
+def text_progress(examples: Mapping[int, pd.DataFrame]) -> str:
+    """What the model said of the same slices after some of the epochs, as an HTML table; wrong facts are bold.
+
+    Parameters
+    ----------
+    examples : mapping of int → DataFrame
+        Epoch → `inference.example_texts`: columns file, slice, true, generated.
+    """
+    first = next(iter(examples.values()))
+    rows = []
+    for number, (file, slice_num, true) in enumerate(zip(first["file"], first["slice"], first["true"], strict=True)):
+        rows.append((f"{file}, slice {slice_num}", "<i>true</i>", html.escape(true)))
+        for epoch, table in examples.items():
+            rows.append(("", f"after epoch {epoch}", marked_text(true, table["generated"].iloc[number])))
+    return html_table(("slice", "", "analysis"), rows)

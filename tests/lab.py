@@ -1,0 +1,213 @@
+"""JupyterLab in headless Chromium, for the tests: start it, open a notebook, run it, move its sliders."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+ABSENT = "" if CHROMIUM and DRIVER else "needs Chromium and its driver: apt-get install chromium chromium-driver"
+
+
+class Server:
+    """A JupyterLab of the installed environment on a folder, without the user's own settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+        options = {
+            "ServerApp.port": self.url.rsplit(":", 1)[1],
+            "ServerApp.root_dir": folder,
+            "ServerApp.port_retries": 0,
+            "IdentityProvider.token": "",
+            "LabApp.expose_app_in_browser": True,
+            "LabApp.user_settings_dir": folder / "settings",
+            "LabApp.extension_manager": "readonly",
+        }
+        quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no questions, no calls to the outside
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", *(f"--{k}={v}" for k, v in options.items())]
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            command.append("--allow-root")
+        self.log = open(folder / "jupyterlab.log", "w")  # noqa: SIM115 (open as long as the server)
+        self.process = subprocess.Popen(command, env={**os.environ, **own}, stdout=self.log, stderr=self.log)
+        until(self._answers, 60, "JupyterLab does not answer")
+
+    def _answers(self) -> bool:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"JupyterLab ended: {Path(self.log.name).read_text()[-2000:]}")
+        try:
+            return urllib.request.urlopen(f"{self.url}/api/status", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Ask the server to stop, which ends its kernels."""
+        self.process.terminate()
+        self.process.wait(30)
+        self.log.close()
+
+
+class Lab:
+    """A browser window on a `Server`."""
+
+    def __init__(self, server: Server, width: int = 1280, height: int = 1000) -> None:
+        options = Options()
+        options.binary_location = CHROMIUM or ""
+        for argument in ("--headless=new", f"--window-size={width},{height}", "--disable-dev-shm-usage"):
+            options.add_argument(argument)
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            options.add_argument("--no-sandbox")  # Chromium refuses it for root
+        for switch in ("--disable-background-networking", "--hide-scrollbars"):
+            options.add_argument(switch)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.server = server
+        self.driver = webdriver.Chrome(options, Service(DRIVER))
+        self.driver.set_script_timeout(30)
+
+    def open(self, notebook: str) -> None:
+        """Open a notebook of the server's folder and wait until its kernel is there."""
+        self.driver.get(f"{self.server.url}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}?reset")
+        until(lambda: self._kernel() == "idle", 90, f"no kernel for {notebook}")
+
+    def _kernel(self) -> Any:
+        return self.driver.execute_script(
+            "return window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status"
+        )
+
+    def run_all(self, seconds: float) -> None:
+        """Run all cells, as the menu does, and wait for the last one.
+
+        Raises
+        ------
+        AssertionError
+            If a cell shows an error, or they are not done in time.
+        """
+        self.driver.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        state = """
+            const cells = Array.from(window.jupyterapp.shell.currentWidget.content.model.cells);
+            const code = cells.filter(cell => cell.type === 'code');
+            const outputs = code.flatMap(cell => cell.outputs.toJSON());
+            return [code.filter(cell => !cell.executionCount).length,
+                    outputs.filter(one => one.output_type === 'error').map(one => one.ename + ': ' + one.evalue)];
+        """
+
+        def done() -> bool:
+            waiting, errors = self.driver.execute_script(state)
+            assert not errors, errors
+            return waiting == 0 and self._kernel() == "idle"
+
+        until(done, seconds, "the cells are not done")
+
+    def slider(self, label: str) -> WebElement:
+        """The handle of the slider with this label, scrolled into view."""
+        self.show_widgets()
+        path = f"//*[contains(@class, 'widget-slider')][.//label[normalize-space()='{label}']]"
+        found: list[WebElement] = []
+
+        def there() -> bool:
+            found[:] = self.driver.find_elements(By.XPATH, path + "//*[contains(@class, 'noUi-handle')]")
+            return bool(found)
+
+        until(there, 20, f"no slider '{label}'")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", found[0])
+        return found[0]
+
+    def show_widgets(self) -> None:
+        """Scroll to the first cell with a widget: JupyterLab keeps cells out of sight out of the page."""
+        script = """
+            const panel = window.jupyterapp.shell.currentWidget.content;
+            const shown = cell => cell.type === 'code' && cell.outputs.toJSON().some(
+                one => one.data && 'application/vnd.jupyter.widget-view+json' in one.data);
+            const index = Array.from(panel.model.cells).findIndex(shown);
+            if (index >= 0) { panel.activeCellIndex = index; panel.scrollToItem(index, 'start'); }
+            return index;
+        """
+        assert self.driver.execute_script(script) >= 0, "no widget in this notebook"
+
+    def press(self, handle: WebElement, key: str = Keys.ARROW_RIGHT) -> None:
+        """One step of a slider by keyboard."""
+        self.driver.execute_script("arguments[0].focus()", handle)
+        handle.send_keys(key)
+
+    def picture(self) -> Any:
+        """The widgets' picture as the page has it: a checksum of its pixels, and its size [pixels]; None: not there."""
+        return self.driver.execute_script("""
+            const image = document.querySelector('img.widget-image');
+            if (!image || !image.complete || !image.naturalWidth) return null;
+            const canvas = document.createElement('canvas');
+            canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+            const context = canvas.getContext('2d');
+            context.drawImage(image, 0, 0);
+            let sum = 0;
+            for (const value of context.getImageData(0, 0, canvas.width, canvas.height).data)
+                sum = (sum * 31 + value) % 4294967291;
+            return [sum, image.naturalWidth, image.naturalHeight];
+        """)
+
+    def contrast(self, css: str) -> float:
+        """Contrast of an element's text with the nearest background behind it, 1 to 21 (WCAG 2.1's ratio)."""
+        return self.driver.execute_script(
+            """
+            const numbers = color => color.match(/[0-9.]+/g).map(Number);
+            const luminance = color => numbers(color).slice(0, 3).map(value => value / 255)
+                .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+            const element = document.querySelector(arguments[0]);
+            const text = getComputedStyle(element).color;
+            let behind = element;
+            while (numbers(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+            const both = [text, getComputedStyle(behind).backgroundColor].map(luminance).sort((a, b) => b - a);
+            return (both[0] + 0.05) / (both[1] + 0.05);
+            """,
+            css,
+        )
+
+    def theme(self, name: str) -> None:
+        """Change JupyterLab's theme."""
+        self.driver.execute_async_script(
+            "const done = arguments[1];"
+            "window.jupyterapp.commands.execute('apputils:change-theme', {theme: arguments[0]}).then(() => done())",
+            name,
+        )
+        time.sleep(0.5)  # its style sheet is loaded after the promise is kept
+
+    def errors(self) -> list[str]:
+        """What the page has written to the console as an error."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+    def screenshot(self, path: Path) -> None:
+        """Save what is seen."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert self.driver.save_screenshot(str(path))
+
+    def close(self) -> None:
+        """End the browser."""
+        self.driver.quit()
+
+
+def until(true: Callable[[], Any], seconds: float, otherwise: str) -> None:
+    """Wait for a condition, looking every fifth of a second."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            raise AssertionError(f"{otherwise} after {seconds:g} s")
+        time.sleep(0.2)

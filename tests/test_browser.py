@@ -1,0 +1,114 @@
+"""The notebooks in JupyterLab, in a real browser: cells run, sliders move pictures, the console stays clean.
+
+Screenshots go to tests/screenshots. Without Chromium and its driver the tests are skipped, and say so.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import lab
+import pytest
+import systems
+
+from mrilib import inference, model, training
+from mrilib.config import ROOT
+from mrilib.data import FastMRIDataset, make_loader, split_volumes
+
+pytestmark = pytest.mark.skipif(bool(lab.ABSENT), reason=f"the notebooks were not tried in a browser: {lab.ABSENT}")
+READ = (".widget-slider .widget-label", ".widget-slider .widget-readout", ".widget-html-content [role=status]")
+SCREENSHOTS = Path(__file__).parent / "screenshots"
+
+
+def put_notebook(folder: Path, stem: str, values: dict[str, Any]) -> str:
+    """A copy of a notebook with a cell of other values after its parameters, as papermill makes it."""
+    notebook = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text())
+    place = next(i for i, c in enumerate(notebook["cells"]) if "parameters" in c["metadata"].get("tags", []))
+    source = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    cell = {"cell_type": "code", "id": "injected", "metadata": {}, "source": source, "outputs": []}
+    notebook["cells"].insert(place + 1, {**cell, "execution_count": None})
+    (folder / f"{stem}.ipynb").write_text(json.dumps(notebook))
+    return f"{stem}.ipynb"
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_dir, tmp_path_factory) -> dict[str, Any]:
+    """Parameters of 04_evaluate with checkpoints of one short epoch of each stage."""
+    directory = tmp_path_factory.mktemp("trained")
+    backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+    config = systems.stage1_config(phantom_dir, backbone, epochs=1, max_train_slices=6, max_val_slices=3)
+    volumes = split_volumes(config)
+    val = make_loader(FastMRIDataset(volumes["val"], config, max_slices=3), 3)
+    train = make_loader(FastMRIDataset(volumes["train"], config, training=True, max_slices=6), 3, shuffle=True)
+    training.fit(training.AnalysisStage(systems.build(config)), config, train, val, directory)
+    checkpoints = {
+        "stage1_checkpoint": str(directory / "stage1_checkpoints" / "stage1_best_model.pt"),
+        "stage2_checkpoint": str(directory / "stage2_checkpoints" / "stage2_best_model.pt"),
+    }
+    stage2 = systems.stage2_config(phantom_dir, backbone, Path(checkpoints["stage1_checkpoint"]), epochs=1)
+    language_model, tokenizer = model.build_backbone(stage2, "cpu")
+    system, _ = inference.load_stage1(Path(checkpoints["stage1_checkpoint"]), language_model, tokenizer)
+    system.decoder = model.build_decoder(stage2, language_model)
+    training.fit(training.ReconstructionStage(system), stage2, train, val, directory)
+    names = ("data_dir", "val_fraction", "test_fraction", "split_seed", "num_coils", "img_size", "config_path")
+    values = systems.values(phantom_dir, backbone)
+    common = {name: values[name] for name in (*names, "backbone_path", "device")}
+    return {**common, **checkpoints, "control_checkpoint": "", "max_new_tokens": 8, "bootstrap_samples": 100}
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    server = lab.Server(tmp_path_factory.mktemp("lab"))
+    try:
+        browser = lab.Lab(server)
+        try:
+            yield browser
+        finally:
+            browser.close()
+    finally:
+        server.close()
+
+
+def differs(window: Any, before: Any) -> bool:
+    """Whether there is a picture, and another one."""
+    return window.picture() not in (None, before)
+
+
+def try_notebook(window: Any, folder: Path, stem: str, values: dict[str, Any], sliders: tuple[str, ...]) -> None:
+    """Run all cells, move each slider by one step, and look at it in both themes."""
+    window.open(put_notebook(Path(window.server.folder), stem, {**values, "output_dir": str(folder / "run")}))
+    window.run_all(120)
+    for label in sliders:
+        handle = window.slider(label)
+        lab.until(window.picture, 20, "no picture")
+        before, seen = window.picture(), handle.get_attribute("aria-valuenow")
+        window.press(handle)
+        changed = functools.partial(differs, window, before)
+        lab.until(changed, 10, f"'{label}' does not change the picture")
+        assert handle.get_attribute("aria-valuenow") != seen
+        assert window.picture()[1:] == before[1:], "the picture must not jump in size"
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        window.theme(theme)
+        for css in READ:
+            assert window.contrast(css) >= 4.5, f"{css} in {theme}"
+        window.screenshot(SCREENSHOTS / f"{stem}_{theme.rsplit(' ', 1)[-1].lower()}.png")
+    window.theme("JupyterLab Light")
+    assert window.errors() == []
+
+
+def test_explore_in_the_browser(window, phantom_dir, tmp_path):
+    values = {"data_dir": str(phantom_dir), "num_coils": 6, "img_size": 64, "phantom_volumes": 0}
+    try_notebook(window, tmp_path, "01_explore_data", values, ("slice", "volume", "acceleration", "coil"))
+
+
+def test_evaluate_in_the_browser(window, trained, tmp_path):
+    try_notebook(window, tmp_path, "04_evaluate", trained, ("slice", "volume", "acceleration", "zoom"))
+
+
+def test_an_error_in_a_cell_is_seen(window, phantom_dir, tmp_path):
+    """The test of the tests: a notebook that fails must not pass."""
+    values = {"data_dir": str(phantom_dir), "volume": "nothing", "output_dir": str(tmp_path / "run")}
+    window.open(put_notebook(Path(window.server.folder), "01_explore_data", values))
+    with pytest.raises(AssertionError, match="ParameterError: volume: 'nothing' is not in"):
+        window.run_all(120)

@@ -1,0 +1,106 @@
+"""Sweeps: which runs, what is refused before the first starts, and what a failed one does to the others."""
+
+import json
+import shutil
+
+import pytest
+import systems
+import yaml
+
+from mrilib.__main__ import main, parse_overrides
+from mrilib.config import ParameterError
+from mrilib.sweep import _flow, parse_grid, variants
+
+
+def test_values_are_separated_by_commas():
+    given = ["stage1.learning_rate=1e-4,3e-4", "evaluate.accelerations=[4],[4, 8]", "stage1.varnet_weights='',a b.pt"]
+    assert parse_grid(given) == {
+        "stage1.learning_rate": ["1e-4", "3e-4"],
+        "evaluate.accelerations": [[4], [4, 8]],
+        "stage1.varnet_weights": ["", "a b.pt"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["learning_rate=1,2"], "NOTEBOOK.NAME"),
+        (["stage3.epochs=1,2"], "stage3"),
+        (["stage1.learnin_rate=1,2"], "learning_rate"),
+        (["stage1.epochs=1,2", "stage1.epochs=3"], "twice"),
+        (["stage1.epochs="], "no value"),
+        (["stage1.epochs=[1,2"], "no YAML"),
+    ],
+)
+def test_grid_refused(given, told):
+    with pytest.raises(ParameterError, match=told):
+        parse_grid(given)
+
+
+def test_variants_are_all_combinations_named_after_what_varies():
+    grid = {"stage1.learning_rate": ["1e-4", "3e-4"], "stage1.epochs": [2], "evaluate.accelerations": [[4], [4, 8]]}
+    found = variants("demo", grid)
+    assert [one.name for one in found][:2] == [
+        "demo-stage1.learning_rate-1e-4-evaluate.accelerations-4",
+        "demo-stage1.learning_rate-1e-4-evaluate.accelerations-4_8",
+    ]
+    assert len(found) == 4 and all(one.parameters["stage1.epochs"] == 2 for one in found)
+    with pytest.raises(ParameterError, match="nothing to sweep"):
+        variants("demo", {"stage1.epochs": [2]})
+    with pytest.raises(ParameterError, match="one folder name"):
+        variants("demo", {"stage1.reports_path": ["a b", "a_b"]})
+
+
+@pytest.mark.parametrize("value", ["1e-4", 3e-4, True, "", [4, 8], "a: b", "no", None, "x" * 300])
+def test_values_reach_the_run_as_they_are(value):
+    text = f"stage1.name={_flow(value)}"
+    assert "\n" not in text
+    assert parse_overrides([text], ("stage1",)) == {"stage1": {"name": value}}
+
+
+@pytest.fixture(scope="module")
+def params(phantom_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("params")
+    backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+    own = {"epochs": 1, "max_train_slices": 3, "max_val_slices": 3, "train_control": False}
+    values = systems.values(phantom_dir, backbone, **systems.ENCODER, **own)
+    (folder / "stage1.yaml").write_text(yaml.safe_dump(values | own))
+    return folder
+
+
+def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params, tmp_path, capfd):
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(b"no weights")
+    name = str(tmp_path / "s")
+    command = ["sweep", str(params), "--name", name, "--stage1-only", "-p", f"stage1.varnet_weights={damaged},''"]
+    assert main(command) == 1
+    out = capfd.readouterr().out
+    failed, done = (
+        tmp_path / f"s-stage1.varnet_weights-{end}" for end in (str(damaged).replace("/", "_")[-40:], "empty")
+    )
+    assert out.index(f"failed  {failed}") < out.index(f"done    {done}")
+    records = {path: json.loads((path / "run.json").read_text()) for path in (failed, done, tmp_path / "s-sweep")}
+    assert [record["status"] for record in records.values()] == ["failed", "done", "done"]
+    assert records[tmp_path / "s-sweep"]["notebooks"]["compare"]["compared"] == {done.name: str(done)}
+    assert "reconstructions; 04_evaluate makes them" in (tmp_path / "s-sweep" / "05_compare_runs.ipynb").read_text()
+
+    assert main(command) == 1
+    assert "not finished" in capfd.readouterr().err, "what failed is not run again unasked"
+    shutil.rmtree(failed)
+    assert main([*command, "-p", "stage1.epochs=2"]) == 1
+    assert "was made with stage1.epochs 1, not 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["-p", "stage1.epochs=1,0"], "epochs"),
+        (["-p", "stage1.tokenizer_path=nowhere,elsewhere"], "nowhere"),
+        (["-p", "stage2.epochs=1,2"], "stage2"),
+        (["-p", "stage1.epochs=1"], "nothing to sweep"),
+    ],
+)
+def test_nothing_starts_if_any_variant_is_wrong(params, tmp_path, capsys, arguments, told):
+    assert main(["sweep", str(params), "--name", str(tmp_path / "never"), *arguments]) == 1
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
