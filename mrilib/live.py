@@ -59,7 +59,7 @@ class Watch(Generic[Example]):
         self.history = History()
         self._next = self._cost = 0.0
         if interactive:
-            layout: Any = {"max_width": "100%"}
+            layout: Any = {"max_width": "100%", "align_self": "flex-start"}  # a box would stretch it
             self.text = ipywidgets.HTML('<p role="status">The curves begin with the first steps.</p>')
             self.picture = ipywidgets.Image(format="png", layout={**layout, "display": "none"})
             self.shown = ipywidgets.HTML()
