@@ -92,6 +92,12 @@ class Watch(Generic[Example]):
                 else:
                     _put(self.shown_picture, shown)
 
+    def finish(self, history: History) -> None:
+        """After the training: take the example of its last epoch if it is not there (it stopped early, say)."""
+        if self.example is not None and int(history.epochs[-1]["epoch"]) not in self.examples:
+            self.last = int(history.epochs[-1]["epoch"])
+            self.epoch(history)
+
     def _draw(self) -> None:
         begin = time.monotonic()
         steps, epochs = self.history.steps, self.history.epochs
