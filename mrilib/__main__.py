@@ -247,9 +247,13 @@ def reconstruct_file(options: argparse.Namespace) -> int:
 
 def sweep_runs(options: argparse.Namespace) -> int:
     """A grid of runs and their comparison."""
-    from mrilib.sweep import sweep
+    from mrilib.sweep import Stopped, sweep
 
-    return sweep(options)
+    try:
+        return sweep(options)
+    except Stopped as signal:
+        print(f"error: stopped by {signal}; what is done stays done when the sweep is started again", file=sys.stderr)
+        return 1
 
 
 def list_runs(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import yaml
 from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, read_yaml, resolve
 from mrilib.runs import read_json
 
+MRILIB = (sys.executable, "-m", "mrilib")
 LATER = ("data_dir", "stage1_checkpoint", "control_checkpoint", "stage2_checkpoint", "plain_checkpoint")
 
 
@@ -182,8 +184,31 @@ def _flow(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
 
 
+class Stopped(Exception):
+    """The sweep was told to stop; the run that was under way has been told and has ended."""
+
+
 def _mrilib(command: Sequence[str]) -> int:
-    return subprocess.run([sys.executable, "-m", "mrilib", *command], cwd=ROOT).returncode
+    """Run a command of mrilib in a process of its own, and hand signals on to it; its exit status.
+
+    It has a session of its own, so that a Ctrl-C reaches it once, and it may take its time to save what it has.
+    """
+    process = subprocess.Popen([*MRILIB, *command], cwd=ROOT, start_new_session=True)
+    told: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        told.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        raise Stopped(signal.Signals(told[0]).name)
+    return status
 
 
 def _compare(folder: Path, directory: Path, done: Sequence[Path]) -> int:

@@ -1,12 +1,18 @@
 """Sweeps: which runs, what is refused before the first starts, and what a failed one does to the others."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 
 import pytest
 import systems
 import yaml
 
+from mrilib import sweep
 from mrilib.__main__ import main, parse_overrides
 from mrilib.config import ParameterError
 from mrilib.sweep import _flow, parse_grid, variants
@@ -56,6 +62,30 @@ def test_values_reach_the_run_as_they_are(value):
     text = f"stage1.name={_flow(value)}"
     assert "\n" not in text
     assert parse_overrides([text], ("stage1",)) == {"stage1": {"name": value}}
+
+
+def test_a_signal_reaches_the_run_once_and_ends_the_sweep(tmp_path, monkeypatch):
+    told, ready = tmp_path / "told", tmp_path / "ready"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        f"told, ready = pathlib.Path({str(told)!r}), pathlib.Path({str(ready)!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: told.write_text((told.read_text() if told.exists() else '') + 'x'))\n"
+        "ready.touch()\n"
+        "while not told.exists(): time.sleep(0.02)\n"
+        "time.sleep(0.3)\n"  # it saves what it has
+    )
+    monkeypatch.setattr(sweep, "MRILIB", (sys.executable, "-c", child))
+
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(sweep.Stopped, match="SIGTERM"):
+        sweep._mrilib([])
+    assert told.read_text() == "x" and signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.fixture(scope="module")
