@@ -1,8 +1,9 @@
-"""The commands: python -m mrilib run | sweep | make-data | reconstruct | runs."""
+"""The commands: python -m mrilib run | sweep | train | make-data | check | reconstruct | runs."""
 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import yaml
 
 from mrilib.config import NOTEBOOKS, ROOT, ParameterError, Parameters, display_path, read_yaml, resolve
 
+STOPPED = 130  # exit status of what a signal has stopped, as shells have it for Ctrl-C
 PIPELINE = ("explore", "stage1", "stage2", "evaluate", "compare")
 
 
@@ -31,7 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
     run.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
     run.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE")
-    run.add_argument("--overwrite", action="store_true", help="delete the run folder first, if it is there")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="delete the run folder first, if it is there")
+    again.add_argument("--resume", action="store_true", help="go on with the run folder's notebooks that are not done")
+
+    train = commands.add_parser("train", help="train a stage without its notebook; what accelerate launch starts")
+    train.add_argument("params", type=Path, help="params file of the stage, e.g. params/full/stage1.yaml")
+    train.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    train.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
+    train.add_argument("--resume", action="store_true", help="go on with output_dir's own training")
+    train.add_argument("--only", default="", help="the stage's training of this name alone, e.g. stage1 or control")
+    train.add_argument("--dry-run", action="store_true", help="one batch, then memory, time and disk needed")
 
     sweep = commands.add_parser("sweep", help="a run for each combination of parameter values, then their comparison")
     sweep.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
@@ -51,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_argument("--coils", type=int, default=8, help="typical coil count")
     data.add_argument("--seed", type=int, default=0)
 
+    check = commands.add_parser("check", help="read every h5 file of a folder and list every problem; exit 1 if any")
+    check.add_argument("directory", type=Path, help="folder of fastMRI brain multicoil h5 files")
+    check.add_argument("--processes", type=int, help="files read at once (default: one a core)")
+
     reconstruct = commands.add_parser("reconstruct", help="one file to images and analyses with a run's model")
     reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
     reconstruct.add_argument("file", type=Path, help="fastMRI brain multicoil h5 file")
@@ -65,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return COMMANDS[options.command](options)
-    except (ValueError, OSError) as error:  # ParameterError, DataError and CheckpointError are ValueErrors
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        # ParameterError, DataError and CheckpointError are ValueErrors
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -74,59 +91,66 @@ def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder, one papermill process each, into one run folder."""
     from mrilib import phantom
     from mrilib.config import ExploreParameters
-    from mrilib.runs import Run
+    from mrilib.runs import Run, hold
 
     folder: Path = options.params
     if not folder.is_dir():
         raise ParameterError(f"the params folder '{folder}' does not exist")
-    if options.stage2_only != (options.checkpoint is not None):
+    if options.stage2_only and options.checkpoint is None and not options.resume:
         raise ParameterError("--stage2-only and -c CHECKPOINT go together")
+    if options.checkpoint is not None and not options.stage2_only:
+        raise ParameterError("-c CHECKPOINT and --stage2-only go together")
     if options.stage1_only or options.stage2_only:
         names: tuple[str, ...] = ("stage1",) if options.stage1_only else ("stage2",)
     else:
         names = PIPELINE
-    names = tuple(name for name in names if (folder / f"{name}.yaml").is_file())
-    if not names:
-        raise ParameterError(f"'{folder}' holds no params file of a notebook ({', '.join(PIPELINE)})")
-    overrides = parse_overrides(options.parameter, names)
     directory = resolve("outputs") / (options.name or folder.resolve().name)
+    resumed = options.resume and (directory / "run.json").is_file()
+    if options.resume and not resumed:
+        print(f"'{display_path(directory)}' is not there yet: the run starts from its beginning", flush=True)
+    given = parse_overrides(options.parameter, names)
+    if resumed:
+        hold(directory)
+        folder = directory / "params"
+        names = tuple(Run(directory, []).record["planned"])
+        stored = folder / "overrides.yaml"
+        overrides = merge_overrides(read_nested(stored) if stored.is_file() else {}, given)
+    else:
+        names = tuple(name for name in names if (folder / f"{name}.yaml").is_file())
+        if not names:
+            raise ParameterError(f"'{folder}' holds no params file of a notebook ({', '.join(PIPELINE)})")
+        overrides = given
+        if options.checkpoint is not None:
+            chosen = {"stage2": {"stage1_checkpoint": str(options.checkpoint.resolve())}}
+            overrides = merge_overrides(chosen, given)
 
     # All parameters are checked before anything starts: a misspelt one must not be found after a night.
-    values = {name: notebook_values(folder, name, overrides, directory, options.checkpoint) for name in names}
+    values = {name: notebook_values(folder, name, overrides, directory, resumed) for name in names}
     explore = folder / "explore.yaml"
     if explore.is_file():
-        given = values.get("explore") or read_yaml(explore)
-        phantom.make_if_absent(ExploreParameters.create(given))
+        phantom.make_if_absent(ExploreParameters.create(values.get("explore") or read_yaml(explore)))
     for name in names:
         check_before_start(name, values[name], directory)
 
-    if directory.exists():
-        if not options.overwrite:
-            raise ParameterError(
-                f"'{display_path(directory)}' exists; choose another --name, or --overwrite to delete it first"
-            )
-        shutil.rmtree(directory)
-    run = Run(directory, list(names))
-    run.save()
-    (directory / "params").mkdir()
-    for name in names:
-        shutil.copy(folder / f"{name}.yaml", directory / "params")
+    if not resumed:
+        claim_folder(directory, options.overwrite)
+        Run(directory, list(names)).save()
+        (directory / "params").mkdir()
+        for name in names:
+            shutil.copy(folder / f"{name}.yaml", directory / "params")
     if overrides:
         (directory / "params" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    record = Run(directory, [])
+    todo = [name for name in names if record.record["notebooks"].get(name, {}).get("status") != "done"]
     for name in names:
-        start = time.monotonic()
-        print(f"── {NOTEBOOKS[name][0]} → {display_path(directory)}", flush=True)
-        status = execute(name, values[name], directory)
+        if name not in todo:
+            print(f"── {NOTEBOOKS[name][0]} is done", flush=True)
+    if resumed and todo:
+        record.resumed()
+    for name in todo:
+        status = run_one(name, values[name], directory)
         if status:
-            record = Run(directory, [])
-            section = record.record["notebooks"].setdefault(name, {})
-            if section.get("status") != "failed":
-                section.update(status="failed", error=f"papermill ended with status {status}")
-            record.save()
-            notebook = display_path(directory / (NOTEBOOKS[name][0] + ".ipynb"))
-            print(f"error: {NOTEBOOKS[name][0]} failed; the record with the error is {notebook}", file=sys.stderr)
-            return 1
-        print(f"   done in {time.monotonic() - start:.0f} s", flush=True)
+            return status
     if (directory / "metrics.json").is_file():
         from mrilib.tables import metrics_text
 
@@ -134,8 +158,52 @@ def run_notebooks(options: argparse.Namespace) -> int:
     return 0
 
 
+def claim_folder(directory: Path, overwrite: bool) -> None:
+    """Hold a new run's folder; one that is there already is emptied if that is asked for, and refused otherwise."""
+    from mrilib.runs import hold
+
+    if directory.exists() and not overwrite:
+        raise ParameterError(
+            f"'{display_path(directory)}' exists; choose another --name, --resume to go on with it, or --overwrite to "
+            "delete it first"
+        )
+    hold(directory)
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def run_one(name: str, values: dict[str, Any], directory: Path) -> int:
+    """Execute one notebook and see to its record if it fails or is stopped; the exit status."""
+    from mrilib.runs import Run, stop_on_signals
+
+    start = time.monotonic()
+    print(f"── {NOTEBOOKS[name][0]} → {display_path(directory)}", flush=True)
+    notebook = Notebook(name, values, directory)
+    with stop_on_signals(directory, notebook.stop) as came:
+        status = notebook.execute()
+    if not status and not came:
+        print(f"   done in {time.monotonic() - start:.0f} s", flush=True)
+        return 0
+    record = Run(directory, [])
+    section = record.record["notebooks"].setdefault(name, {})
+    if status and (came or section.get("status") != "failed"):
+        reason = f"stopped by {signal.Signals(came[0]).name}" if came else f"papermill ended with status {status}"
+        section.update(status="failed", error=reason)
+    record.save()
+    if came:
+        command = f"python -m mrilib run {display_path(directory / 'params')} --name {directory.name} --resume"
+        print(f"stopped by {signal.Signals(came[0]).name}; to go on: {command}", file=sys.stderr)
+        return STOPPED
+    path = display_path(directory / (NOTEBOOKS[name][0] + ".ipynb"))
+    print(f"error: {NOTEBOOKS[name][0]} failed; the record with the error is {path}", file=sys.stderr)
+    return 1
+
+
 def notebook_values(
-    folder: Path, name: str, overrides: dict[str, dict[str, Any]], directory: Path, checkpoint: Path | None
+    folder: Path, name: str, overrides: dict[str, dict[str, Any]], directory: Path, resumed: bool
 ) -> dict[str, Any]:
     """A notebook's parameters in a run: its file, the command line's, and the run's own folder and checkpoints."""
     path = folder / f"{name}.yaml"
@@ -154,8 +222,8 @@ def notebook_values(
             values[key] = display_path(directory / relative)
     if name == "compare":
         values["runs"] = [display_path(directory)]
-    if checkpoint is not None:
-        values["stage1_checkpoint"] = str(checkpoint.resolve())
+    if resumed and name in ("stage1", "stage2"):
+        values["resume"] = True
     return {**values, **overrides.get(name, {})}
 
 
@@ -185,24 +253,59 @@ def parse_overrides(parameters: Sequence[str], names: Sequence[str]) -> dict[str
     return overrides
 
 
-def execute(name: str, values: dict[str, Any], directory: Path) -> int:
-    """Run one notebook through papermill in a process of its own, its log on the console; the exit status."""
-    stem = NOTEBOOKS[name][0]
-    command = [sys.executable, "-m", "papermill", f"notebooks/{stem}.ipynb"]
-    command += [display_path(directory / f"{stem}.ipynb"), "--no-progress-bar", "-y", yaml.safe_dump(values)]
-    # papermill is quiet; what fails is in the record, and its last line is told here.
-    before = set((directory / "logs").glob("*.log"))
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    ended = threading.Event()
-    follower = threading.Thread(target=_follow, args=(directory / "logs", before, ended))
-    follower.start()
-    errors = process.communicate()[1]
-    ended.set()
-    follower.join()
-    if process.returncode:
-        lines = [line for line in errors.splitlines() if line.strip()]
-        print(lines[-1] if lines else "papermill failed", file=sys.stderr)
-    return process.returncode
+def merge_overrides(*several: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Overrides of notebooks' parameters, the later ones on top."""
+    merged: dict[str, dict[str, Any]] = {}
+    for one in several:
+        for name, values in one.items():
+            merged[name] = {**merged.get(name, {}), **values}
+    return merged
+
+
+def read_nested(path: Path) -> dict[str, dict[str, Any]]:
+    """A run's overrides as they were written."""
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+class Notebook:
+    """One notebook under papermill, in a process of its own that does not outlive this one."""
+
+    def __init__(self, name: str, values: dict[str, Any], directory: Path) -> None:
+        self.name, self.values, self.directory = name, values, directory
+        self.process: subprocess.Popen[str] | None = None
+
+    def stop(self, times: int) -> None:
+        """On a signal: training finishes its step and saves; anything else, and a second signal, ends at once."""
+        training = self.name in ("stage1", "stage2") and times == 1
+        told = "training finishes its step and saves; a second signal ends it at once" if training else "ending"
+        print(f"   {told}", file=sys.stderr, flush=True)
+        if not training and self.process is not None:
+            self.process.terminate()  # papermill takes its kernel along
+
+    def execute(self) -> int:
+        """Run it, its log on the console; the exit status."""
+        from mrilib.runs import end_process, ends_with_this_process
+
+        stem, directory = NOTEBOOKS[self.name][0], self.directory
+        command = [sys.executable, "-m", "papermill", f"notebooks/{stem}.ipynb"]
+        command += [display_path(directory / f"{stem}.ipynb"), "--no-progress-bar", "-y", yaml.safe_dump(self.values)]
+        # papermill is quiet; what fails is in the record, and its last line is told here.
+        before = set((directory / "logs").glob("*.log"))
+        options = ends_with_this_process()
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+        ended = threading.Event()
+        follower = threading.Thread(target=_follow, args=(directory / "logs", before, ended))
+        follower.start()
+        try:
+            errors = self.process.communicate()[1]
+        finally:
+            ended.set()
+            follower.join()
+            end_process(self.process)
+        if self.process.returncode:
+            lines = [line for line in errors.splitlines() if line.strip()]
+            print(lines[-1] if lines else "papermill failed", file=sys.stderr)
+        return self.process.returncode
 
 
 def _follow(folder: Path, before: set[Path], ended: threading.Event) -> None:
@@ -225,6 +328,30 @@ def _follow(folder: Path, before: set[Path], ended: threading.Event) -> None:
             return
 
 
+def train_stage(options: argparse.Namespace) -> int:
+    """Train one stage without its notebook."""
+    from mrilib import train
+    from mrilib.distributed import TrainingStopped
+
+    overrides = parse_overrides([f"stage{options.stage}.{text}" for text in options.parameter], PIPELINE)
+    values = overrides.get(f"stage{options.stage}", {})
+    if options.resume:
+        values["resume"] = True
+    config = train.read_config(options.params, options.stage, values)
+    if options.dry_run:
+        from mrilib import dry_run
+
+        print(dry_run.report(config).text())
+        return 0
+    try:
+        directory = train.train(config, options.only)
+    except TrainingStopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return STOPPED
+    print(f"trained: {display_path(directory)}")
+    return 0
+
+
 def make_data(options: argparse.Namespace) -> int:
     """Write a phantom data set."""
     from mrilib.phantom import make_dataset
@@ -234,6 +361,17 @@ def make_data(options: argparse.Namespace) -> int:
     )
     print(f"{options.volumes} volumes in {path}")
     return 0
+
+
+def check_data(options: argparse.Namespace) -> int:
+    """Print what is wrong with the files of a folder, and what is in it; 1 if any has a problem."""
+    from mrilib.check import check_directory
+
+    if options.processes is not None and options.processes < 1:
+        raise ParameterError("--processes must be at least 1")
+    report, fine = check_directory(options.directory.resolve(), options.processes)
+    print(report)
+    return 0 if fine else 1
 
 
 def reconstruct_file(options: argparse.Namespace) -> int:
@@ -267,7 +405,9 @@ def list_runs(options: argparse.Namespace) -> int:
 COMMANDS = {
     "run": run_notebooks,
     "sweep": sweep_runs,
+    "train": train_stage,
     "make-data": make_data,
+    "check": check_data,
     "reconstruct": reconstruct_file,
     "runs": list_runs,
 }

@@ -27,7 +27,7 @@ from mrilib.style import (
 )
 
 if TYPE_CHECKING:
-    from mrilib.training import History
+    from mrilib.history import History
 
 METRIC_LABELS = {
     "ssim": "SSIM",

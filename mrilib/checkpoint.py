@@ -4,6 +4,7 @@ A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts, so t
 reads it: the trainable part's weights, optimizer, schedule, random number states, history and the run's parameters.
 """
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -31,14 +32,37 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint under a temporary name, sync it to disk, then rename it into place.
 
     A crash at any moment leaves either the old file or the new one, whole.
+
+    Raises
+    ------
+    OSError
+        The disk is full, the folder read-only, …; the old file, if any, is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        while isinstance(error, RuntimeError) and isinstance(error.__context__, OSError | RuntimeError):
+            error = error.__context__
+        before = f"the one before is whole: '{display_path(path)}'" if path.exists() else "there is none before it"
+        raise OSError(f"a checkpoint could not be written: {error}; {before}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename on disk, not in the system's memory alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Run records side by side: which runs, what differs, their histories, one slice from each."""
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from mrilib import evaluation
 from mrilib.config import CompareParameters, ParameterError, display_path, resolve
 from mrilib.data import Volume, read_volume
 from mrilib.figures import Comparison
+from mrilib.history import History, read_history
 from mrilib.runs import all_runs, read_json
 from mrilib.style import method_label
-from mrilib.training import History
 
 STAGES = {"stage1": "stage1", "control": "stage1", "stage2": "stage2", "plain": "stage2"}  # history → its notebook
 UNTOLD = ("output_dir", "interactive")  # parameters that are no part of an experiment
@@ -103,29 +101,6 @@ def metrics_table(runs: Mapping[str, Path]) -> pd.DataFrame:
                 row[f"{stage} [s]"] = f"{cost[f'{stage}_seconds']:.0f}"
         rows[run] = row
     return pd.DataFrame(rows).fillna("–")
-
-
-def read_history(run: Path, name: str) -> History | None:
-    """The history of a stage from a run's logs; None if the run did not train it.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder.
-    name : str
-        Key of `STAGES`. The log grows with every attempt; the last one counts.
-    """
-    steps_log, epochs_log = (run / "logs" / f"{name}{suffix}" for suffix in (".jsonl", "_history.csv"))
-    if not (steps_log.is_file() and epochs_log.is_file()):
-        return None
-    steps = [json.loads(line) for line in steps_log.read_text(encoding="utf-8").splitlines()]
-    first = max(number for number, step in enumerate(steps) if step["step"] == 1)
-    with open(epochs_log, newline="") as file:
-        epochs = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    history = History(steps=steps[first:], epochs=epochs)
-    best = min(epochs, key=lambda epoch: epoch["val_loss"])
-    history.best_epoch, history.best_loss = int(best["epoch"]), best["val_loss"]
-    return history
 
 
 def read_histories(runs: Mapping[str, Path]) -> dict[str, dict[str, History]]:

@@ -7,6 +7,7 @@ and truth values are converted; what cannot be converted, or is not known, is re
 
 import ast
 import difflib
+import importlib.util
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -193,6 +194,7 @@ class DataParameters(OutputParameters):
     val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
     test_fraction: float = P(0.1, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
     split_seed: int = P(0, "seed of the split by patient", ge=0)
+    on_bad_file: Literal["refuse", "skip"] = P("refuse", "unusable data files; skip: left out and listed in run.json")
     annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
     reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
     num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1)
@@ -215,7 +217,22 @@ class DataParameters(OutputParameters):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
         if self.mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type: '{self.mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
+        if self.mask_type.endswith("_fraction"):
+            # These spread over the rest what the centre leaves of the lines, and divide by it, rounded to whole lines.
+            for fraction, acceleration in zip(self.center_fractions, self.accelerations, strict=True):
+                if fraction * acceleration > 0.9:
+                    raise ValueError(
+                        f"center_fractions {fraction:g} with accelerations {acceleration}: the centre alone is "
+                        f"{fraction * acceleration:.2f} of the lines that {acceleration}x may sample, which leaves "
+                        f"{self.mask_type} too few to spread; at most {0.9 / acceleration:.3f} fits, or take equispaced"
+                    )
         return self
+
+
+def _cuda_is_there(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
+    return device
 
 
 class BackboneParameters(DataParameters):
@@ -233,21 +250,25 @@ class BackboneParameters(DataParameters):
         "models/model.safetensors", "backbone weights, or a Hugging Face causal-LM folder", min_length=1
     )
     tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
+    backbone_dtype: Literal["float32", "bfloat16"] = P(
+        "float32", "type that the frozen backbone's weights are kept in; bfloat16 takes half the memory"
+    )
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    delta_rule: Literal["auto", "fused", "plain"] = P(
+        "auto", "auto: fused kernels on GPUs if installed; plain: without"
+    )
 
     @field_validator("device")
     @classmethod
-    def _cuda_is_there(cls, value: str) -> str:
-        if value == "cuda" and not torch.cuda.is_available():
-            raise ValueError("cuda was asked for, but PyTorch sees no CUDA device; use device: auto or cpu")
-        return value
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
 
 
 class TrainingParameters(BackboneParameters):
     """The training loop, the same for both stages."""
 
     epochs: int = P(100, "passes over the training slices", ge=1)
-    batch_size: int = P(4, "slices a step", ge=1)
+    batch_size: int = P(4, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1)
     learning_rate: float = P(3e-4, "peak learning rate", gt=0)
     weight_decay: float = P(1e-4, "AdamW's weight decay", ge=0)
     max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0)
@@ -255,7 +276,7 @@ class TrainingParameters(BackboneParameters):
     lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
     adam_beta1: float = P(0.9, "AdamW's decay of the mean gradient", ge=0, lt=1)
     adam_beta2: float = P(0.999, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
-    gradient_accumulation_steps: int = P(1, "batches a step of the optimizer", ge=1)
+    gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1)
     mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
     activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
     masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one every epoch", ge=0)
@@ -264,11 +285,25 @@ class TrainingParameters(BackboneParameters):
     save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1)
     log_interval: int = P(10, "steps between the lines of the text log", ge=1)
     early_stopping_patience: int = P(0, "epochs without a better validation loss before stopping; 0: never", ge=0)
+    resume: bool = P(False, "go on with the run folder's own training; false: refuse a folder that holds one")
+    checkpoint_minutes: float = P(10, "minutes between the checkpoints to resume from; 0: after every step", ge=0)
+    max_checkpoints: int = P(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0)
+    on_nan: Literal["stop", "skip"] = P("stop", "loss or gradient not finite: stop with the state saved, or skip")
+    auto_batch_size: bool = P(False, "halve the slices in memory at once when it runs out; steps stay the same")
+    num_processes: int = P(1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1)
+    log_with: Literal["", "tensorboard", "wandb", "trackio"] = P("", "tracker beside the run's logs; empty: none")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yamls_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
+
+    @field_validator("log_with")
+    @classmethod
+    def _tracker_is_there(cls, value: str) -> str:
+        if value and importlib.util.find_spec(value) is None:
+            raise ValueError(f"the package {value} is not installed: pip install {value}")
+        return value
 
 
 class ExploreParameters(DataParameters):
@@ -308,6 +343,7 @@ class Stage1Parameters(TrainingParameters):
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
+    group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
@@ -330,7 +366,20 @@ class Stage2Parameters(TrainingParameters):
     decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
+    token_cache: bool = P(
+        False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
+    )
+    token_cache_dir: str = P("outputs/token_cache", "folder of the token cache, shared by runs", min_length=1)
     train_control: bool = P(True, "also train the control: a decoder without image tokens, same steps")
+
+    @model_validator(mode="after")
+    def _cache_has_masks(self) -> Self:
+        if self.token_cache and not self.masks_per_slice:
+            raise ValueError(
+                "token_cache: with masks_per_slice 0 every epoch has new masks and nothing to read back; "
+                "set masks_per_slice to 1 or more, or token_cache: off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _control_has_input(self) -> Self:
@@ -368,6 +417,68 @@ class CompareParameters(OutputParameters):
     runs: list[str] = P([], "run folders to compare; empty: every finished run under outputs/")
 
 
+class BenchParameters(OutputParameters):
+    """The comparison with other methods, in 06_benchmark."""
+
+    existing_paths = ("stage1_params", "stage2_params")
+
+    bench_parts: list[str] = P([], "parts of the comparison to run: stage1, train, score, shifts; empty: none")
+    bench_seconds: int = P(3000, "begin no further job of the comparison after so many seconds; 0: no limit", ge=0)
+    stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
+    stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
+    bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
+    stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
+    methods: list[str] = P(
+        ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1
+    )
+    steps: list[int] = P([300, 300, 300, 300], "optimizer steps, one number per method")
+    learning_rates: list[float] = P([1e-3, 1e-3, 1e-3, 1e-3], "peak learning rates, one per method")
+    validations: int = P(6, "validations during a training, evenly spread", ge=1)
+    bart_slices: int = P(12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1)
+    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1)
+    shifts: list[str] = P(
+        [], "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, folder DIR"
+    )
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if not len(self.methods) == len(self.steps) == len(self.learning_rates):
+            raise ValueError("steps and learning_rates: one value per method is wanted; they are paired by index")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError("methods: one is named twice")
+        if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
+            raise ValueError("steps must be at least 1 and learning_rates above 0")
+        unknown = set(self.bench_parts) - {"stage1", "train", "score", "shifts"}
+        if unknown:
+            raise ValueError(
+                f"bench_parts: {', '.join(sorted(unknown))} is not known; stage1, train, score, shifts are"
+            )
+        return self
+
+
+class BenchmarkParameters(BenchParameters):
+    """06_benchmark: the comparison with other methods, then what the parts cost."""
+
+    device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
+    num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0)
+    backbone_speed: bool = P(True, "time the backbone: decoding, prefill, memory")
+    hidden_size: int = P(1024, "width of the timed backbone", ge=16)
+    num_hidden_layers: int = P(8, "blocks of the timed backbone", ge=1)
+    num_heads: int = P(8, "heads of the timed backbone", ge=1)
+    vocab_size: int = P(32000, "vocabulary of the timed backbone", ge=2)
+    concept_dim: int = P(64, "width of the timed backbone's Trigger", ge=1)
+    logit_dim: int = P(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1)
+    prefill_tokens: int = P(1024, "tokens of the timed prefill", ge=1)
+    prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1)
+    new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1)
+    repeats: int = P(5, "the best of so many is told for a prefill", ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _cuda(cls, value: str) -> str:
+        return _cuda_is_there(value)
+
+
 class PretrainParameters(OutputParameters):
     """00_pretrain_tiny_backbone."""
 
@@ -397,4 +508,5 @@ NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {
     "stage2": ("03_train_stage2", Stage2Parameters),
     "evaluate": ("04_evaluate", EvaluateParameters),
     "compare": ("05_compare_runs", CompareParameters),
+    "benchmark": ("06_benchmark", BenchmarkParameters),
 }

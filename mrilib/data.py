@@ -5,8 +5,7 @@ attributes are for the loss and the metrics.
 """
 
 import copy
-import re
-import xml.etree.ElementTree as ElementTree
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,31 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mrilib import analysis, kspace
 from mrilib.analysis import Annotations, Facts, Report
+from mrilib.check import h5_files, usable_volumes
 from mrilib.config import DataParameters, ParameterError, display_path, resolve
-
-ISMRMRD = "{http://www.ismrm.org/ISMRMRD}"
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message names the file and what is wrong with it."""
-
-
-class Volume(NamedTuple):
-    """What is known of one h5 file without reading its k-space."""
-
-    path: Path
-    file: str  # name without .h5, as fastMRI+ has it
-    slices: int
-    coils: int
-    matrix: tuple[int, int]  # readout H, phase W of the k-space
-    recon: tuple[int, int]  # h, w of the evaluated image
-    readout: int  # readout length without oversampling
-    padding: tuple[int, int]  # phase-encoding lines outside [left, right) were not acquired
-    acquisition: str
-    patient: str
-    maximum: float  # of the target volume [file units]; 0 if there is no target
-    has_target: bool
-    has_mask: bool  # a test file that brings its own mask
+from mrilib.volume import DataError, Volume, read_volume
 
 
 class Slice(NamedTuple):
@@ -62,6 +39,8 @@ class Slice(NamedTuple):
     patient: str
     facts: Facts
     report: Report | None
+    acquired: Tensor | None = None  # bool (phase,): False on the header's padding; None: every line was acquired
+    tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
 
 
 class Batch(NamedTuple):
@@ -73,7 +52,9 @@ class Batch(NamedTuple):
     target: Tensor | None  # float32 (B, h, w) [file units]
     maximum: Tensor  # float32 (B,) [file units]
     recon: tuple[int, int]
-    slices: list[Slice]  # what is not stacked above; without their k-space and target
+    slices: list[Slice]  # what is not stacked above; without their tensors
+    acquired: Tensor | None = None  # bool (B, phase)
+    tokens: Tensor | None = None  # image tokens (B, N, hidden) if a token cache holds them for all the slices
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -84,143 +65,73 @@ class Batch(NamedTuple):
         }
         return self._replace(**moved)
 
-
-def read_volume(path: str | Path) -> Volume:
-    """Read header, attributes and shapes of one fastMRI brain file.
-
-    Raises
-    ------
-    DataError
-        Not HDF5, a missing dataset or attribute, a wrong shape or type, or an unreadable header.
-    """
-    path = Path(path)
-    try:
-        with h5py.File(path, "r") as h5:
-            return _volume_of(h5, path)
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be opened as HDF5 ({error})") from None
-    except KeyError as error:
-        raise DataError(f"{path.name}: {error.args[0]}") from None
-
-
-def _volume_of(h5: h5py.File, path: Path) -> Volume:
-    if "kspace" not in h5 or "ismrmrd_header" not in h5:
-        missing = [name for name in ("kspace", "ismrmrd_header") if name not in h5]
-        raise DataError(f"{path.name}: has no dataset {' and no '.join(missing)}")
-    for name in ("kspace", "ismrmrd_header", "reconstruction_rss", "mask"):
-        if name in h5 and not isinstance(h5[name], h5py.Dataset):
-            raise DataError(f"{path.name}: {name} is not a dataset")
-    data = h5["kspace"]
-    if data.ndim != 4 or data.dtype.kind != "c":
-        raise DataError(f"{path.name}: kspace is {data.dtype} {data.shape}; complex (slices, coils, H, W) is wanted")
-    for name in ("acquisition", "patient_id"):
-        if name not in h5.attrs:
-            raise DataError(f"{path.name}: has no attribute {name}")
-    slices, coils, height, width = data.shape
-    header = read_header(h5["ismrmrd_header"][()], path.name)
-    readout = min(height, header["recon"][0])
-    recon = (readout, header["recon"][1]) if header["recon"][1] <= width else (min(readout, width), width)
-    has_target = "reconstruction_rss" in h5
-    if has_target:
-        shape = h5["reconstruction_rss"].shape
-        if len(shape) != 3 or shape[0] != slices or shape[1] > height or shape[2] > width:
-            raise DataError(f"{path.name}: reconstruction_rss {shape} does not fit kspace {data.shape}")
-        recon = (shape[1], shape[2])
-        if "max" not in h5.attrs:
-            raise DataError(f"{path.name}: has no attribute max")
-    if "mask" in h5 and h5["mask"].shape != (width,):
-        raise DataError(f"{path.name}: mask {h5['mask'].shape} does not fit kspace {data.shape}")
-    return Volume(
-        path=path,
-        file=path.stem,
-        slices=slices,
-        coils=coils,
-        matrix=(height, width),
-        recon=recon,
-        readout=max(readout, recon[0]),
-        padding=(max(0, header["padding"][0]), min(width, header["padding"][1])),
-        acquisition=str(h5.attrs["acquisition"]),
-        patient=str(h5.attrs["patient_id"]),
-        maximum=float(h5.attrs["max"]) if has_target else 0.0,
-        has_target=has_target,
-        has_mask="mask" in h5,
-    )
-
-
-def read_header(xml: bytes | str, name: str) -> dict[str, tuple[int, int]]:
-    """The encoding of an ISMRMRD header.
-
-    Parameters
-    ----------
-    xml : bytes or str
-        The ``ismrmrd_header`` dataset.
-    name : str
-        File name, for the errors.
-
-    Returns
-    -------
-    dict
-        ``recon``: reconSpace matrix (x readout, y phase) [pixels]; ``padding``: (left, right) of the acquired
-        phase-encoding lines, left = enc_y//2 − center, right = left + maximum + 1 (fastMRI's mri_data.py).
-    """
-    text = xml.decode("utf-8", errors="replace") if isinstance(xml, bytes) else str(xml)
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:  # entities can expand to gigabytes or read other files
-        raise DataError(f"{name}: ismrmrd_header declares XML entities; an ISMRMRD header has none")
-    try:
-        root = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise DataError(f"{name}: ismrmrd_header is not XML ({error})") from None
-
-    def number(*path: str) -> int:
-        node = root.find("/".join(ISMRMRD + part for part in ("encoding", *path)))
-        if node is None or node.text is None or not re.fullmatch(r"\s*-?[0-9]+\s*", node.text):
-            raise DataError(f"{name}: ismrmrd_header has no number at encoding/{'/'.join(path)}")
-        return int(node.text)
-
-    limits = ("encodingLimits", "kspace_encoding_step_1")
-    left = number("encodedSpace", "matrixSize", "y") // 2 - number(*limits, "center")
-    return {
-        "recon": (number("reconSpace", "matrixSize", "x"), number("reconSpace", "matrixSize", "y")),
-        "padding": (left, left + number(*limits, "maximum") + 1),
-    }
+    def chunks(self, size: int) -> Iterator["Batch"]:
+        """The batch in parts of `size` slices at most."""
+        if len(self.slices) <= size:
+            yield self
+            return
+        for start in range(0, len(self.slices), size):
+            part = slice(start, start + size)
+            cut: dict[str, Any] = {
+                name: value[part] for name, value in self._asdict().items() if isinstance(value, Tensor)
+            }
+            yield self._replace(**cut, slices=self.slices[part])
 
 
 def index_volumes(directory: str | Path) -> list[Volume]:
-    """All h5 files of a folder, sorted by name.
+    """All h5 files of a folder, sorted by name, by their structure alone; `check.usable_volumes` reads them too.
 
     Raises
     ------
     DataError
         If there is none, or any of them cannot be used; all problems are listed.
     """
-    folder = resolve(directory)
     volumes, problems = [], []
-    for path in sorted(folder.glob("*.h5")):
+    for path in h5_files(directory):
         try:
             volumes.append(read_volume(path))
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError(f"{len(problems)} unusable files in {display_path(folder)}:\n" + "\n".join(problems))
-    if not volumes:
-        raise DataError(f"no .h5 file in {display_path(folder)}")
+        raise DataError(f"{len(problems)} unusable files in {display_path(directory)}:\n" + "\n".join(problems))
     return volumes
 
 
-def split_volumes(config: DataParameters) -> dict[str, list[Volume]]:
+class Split(dict[str, list[Volume]]):
+    """The volumes of "train", "val" and "test".
+
+    Attributes
+    ----------
+    skipped : list of dict
+        ``file``, ``folder`` and ``problems`` of the files that were left out (``on_bad_file: skip``).
+    """
+
+    skipped: list[dict[str, Any]]
+
+
+def split_volumes(config: DataParameters) -> Split:
     """Training, validation and test volumes; no patient is in two of them.
 
     Folders that are given are taken as they are; otherwise the patients of `data_dir` are shuffled with `split_seed`.
+    Every file has been read to its end once (see `mrilib.check`).
 
     Raises
     ------
     DataError
-        If a patient stands in two of the given folders, or a part comes out empty.
+        If a file cannot be used and is not to be skipped, a patient stands in two of the given folders, or a part comes
+        out empty.
     """
-    volumes = index_volumes(config.data_dir)
+    skipped: list[dict[str, Any]] = []
+
+    def usable(directory: str) -> list[Volume]:
+        found, left_out = usable_volumes(directory, config.on_bad_file, config.interactive)
+        skipped.extend(left_out)
+        return found
+
+    volumes = usable(config.data_dir)
     parts = {
-        "val": index_volumes(config.val_dir) if config.val_dir else [],
-        "test": index_volumes(config.test_dir) if config.test_dir else [],
+        "val": usable(config.val_dir) if config.val_dir else [],
+        "test": usable(config.test_dir) if config.test_dir else [],
     }
     patients = sorted({volume.patient for volume in volumes})
     order = np.random.default_rng(config.split_seed).permutation(len(patients))
@@ -231,7 +142,8 @@ def split_volumes(config: DataParameters) -> dict[str, list[Volume]]:
             chosen, shuffled = set(shuffled[:count]), shuffled[count:]
             parts[name] = [volume for volume in volumes if volume.patient in chosen]
     remaining = set(shuffled)
-    split = {"train": [volume for volume in volumes if volume.patient in remaining], **parts}
+    split = Split({"train": [volume for volume in volumes if volume.patient in remaining], **parts})
+    split.skipped = skipped
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         both = {v.patient for v in split[a]} & {v.patient for v in split[b]}
         if both:
@@ -252,6 +164,16 @@ def load_annotations(config: DataParameters) -> Annotations | None:
         if not table.exists():
             raise ParameterError(f"annotations_dir: '{display_path(table)}' does not exist")
     return analysis.read_annotations(*tables)
+
+
+def require_targets(volumes: Sequence[Volume]) -> None:
+    """Refuse volumes that the image decoder cannot be trained on; DataError naming them."""
+    without = [volume.path.name for volume in volumes if not volume.has_target]
+    if without:
+        raise DataError(
+            f"{len(without)} files have no reconstruction_rss, which training the image decoder needs: "
+            f"{', '.join(without[:5])}{', …' if len(without) > 5 else ''}; give test files as test_dir"
+        )
 
 
 class FastMRIDataset(Dataset[Slice]):
@@ -301,6 +223,9 @@ class FastMRIDataset(Dataset[Slice]):
         pairs = [(fraction, a) for fraction, a in paired if acceleration in (None, a)]
         if not pairs:
             raise ParameterError(f"acceleration {acceleration} is not one of accelerations {config.accelerations}")
+        for width in {config.img_size if config.crop == "image" else v.matrix[1] for v in volumes if not v.has_mask}:
+            for pair in pairs:
+                kspace.check_mask(config.mask_type, *pair, width)
         self.mask_func = kspace.make_mask_func(config.mask_type, *zip(*pairs, strict=True))
         self.reports = analysis.read_reports(resolve(config.reports_path)) if config.reports_path else {}
         if config.crop == "image" and (own := [v.file for v in self.volumes if v.has_mask]):
@@ -309,6 +234,9 @@ class FastMRIDataset(Dataset[Slice]):
         if max_slices and max_slices < len(samples):
             samples = [samples[i] for i in np.linspace(0, len(samples) - 1, max_slices).round().astype(int)]
         self.samples = samples
+        if annotations is not None:
+            for index in range(len(samples)):  # a box outside of its image is told now, not after a night
+                self.facts(index)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -334,6 +262,14 @@ class FastMRIDataset(Dataset[Slice]):
             self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.recon
         )
 
+    def text_length(self, index: int) -> int:
+        """Characters of a slice's prompt and analysis."""
+        volume, slice_num = self._sample(index)
+        report = self.reports.get((volume.file, slice_num))
+        if report is not None:
+            return len(report.prompt) + len(report.response)
+        return len(analysis.prompt()) + len(analysis.answer(self.facts(index)))
+
     def _sample(self, index: int) -> tuple[Volume, int]:
         volume, slice_num = self.samples[index]
         return self.volumes[volume], slice_num
@@ -350,7 +286,6 @@ class FastMRIDataset(Dataset[Slice]):
                 if volume.has_target:
                     target = torch.from_numpy(h5["reconstruction_rss"][slice_num].astype(np.float32, copy=False))
                 own_mask = torch.from_numpy(h5["mask"][()].astype(bool)) if volume.has_mask else None
-                own_acceleration = int(h5.attrs.get("acceleration", 0))
         except OSError as error:
             raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({error})") from None
 
@@ -362,7 +297,7 @@ class FastMRIDataset(Dataset[Slice]):
             padding, recon, readout = (0, size[1]), size, size[0]
         width = raw.shape[-1]
         if own_mask is not None:
-            mask, acceleration = own_mask, own_acceleration
+            mask, acceleration = own_mask, volume.acceleration
             mask[: padding[0]] = False
             mask[padding[1] :] = False
         else:
@@ -376,7 +311,12 @@ class FastMRIDataset(Dataset[Slice]):
         lines = kspace.remove_readout_oversampling(raw[..., mask], readout)
         lines = kspace.compress_coils(lines, self.config.num_coils)
         masked = torch.zeros(*lines.shape[:-1], width, dtype=lines.dtype)
-        scale = (torch.view_as_real(lines).square().sum() / masked.numel()).sqrt().item()
+        # In double precision: no file's unit makes the squares too small or too large.
+        norm = torch.linalg.vector_norm(torch.view_as_real(lines), dtype=torch.float64).item()
+        if not math.isfinite(norm):
+            where = f"{volume.path.name}, slice {slice_num}"
+            raise DataError(f"{where}: NaN or infinity in the measured lines; python -m mrilib check tells more")
+        scale = norm / masked.numel() ** 0.5
         masked[..., mask] = lines / scale if scale else lines
         return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration)
 
@@ -391,6 +331,10 @@ class FastMRIDataset(Dataset[Slice]):
         acceleration: int,
     ) -> Slice:
         volume, slice_num = self._sample(index)
+        acquired = torch.ones_like(mask)
+        if self.config.crop == "readout":  # the other crop mixes acquired lines and others
+            acquired[: volume.padding[0]] = False
+            acquired[volume.padding[1] :] = False
         return Slice(
             kspace=masked,
             mask=mask,
@@ -404,6 +348,7 @@ class FastMRIDataset(Dataset[Slice]):
             patient=volume.patient,
             facts=self.facts(index),
             report=self.reports.get((volume.file, slice_num)),
+            acquired=acquired,
         )
 
     def _mask_seed(self, volume: Volume, slice_num: int) -> int | tuple[int, ...]:
@@ -423,36 +368,65 @@ class ShapeBatchSampler(Sampler[list[int]]):
     seed : int
     shuffle : bool
         Without it the order is the dataset's.
+    group_by_length : bool
+        Put slices with texts of about equal length together, within every `WINDOW` batches of the shuffled order.
+
+    Attributes
+    ----------
+    skip : int
+        Leave out so many batches at the start, unread.
+    share : (int, int)
+        This process's number and how many processes take turns.
     """
 
-    def __init__(self, dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> None:
-        self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+    WINDOW = 8
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __init__(
+        self,
+        dataset: FastMRIDataset,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        group_by_length: bool = False,
+    ) -> None:
+        self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+        self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
+        self.skip, self.share = 0, (0, 1)
+
+    def plan(self) -> list[list[int]]:
+        """The batches of the dataset's epoch, of all processes."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
         order = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in order:
             groups[self.dataset.shape_key(int(index))].append(int(index))
+        if self.lengths:
+            groups = {key: self._by_length(group) for key, group in groups.items()}
         batches = [
             group[start : start + self.batch_size]
             for group in groups.values()
             for start in range(0, len(group), self.batch_size)
         ]
-        if self.shuffle:
-            batches = [batches[i] for i in rng.permutation(len(batches))]
-        return iter(batches)
+        return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+    def _by_length(self, group: list[int]) -> list[int]:
+        width = self.WINDOW * self.batch_size
+        windows = [group[start : start + width] for start in range(0, len(group), width)]
+        return [index for window in windows for index in sorted(window, key=self.lengths.__getitem__)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number, count = self.share
+        return iter(self.plan()[self.skip + number :: count])
 
     def __len__(self) -> int:
-        counts: dict[tuple[int, ...], int] = defaultdict(int)
-        for index in range(len(self.dataset)):
-            counts[self.dataset.shape_key(index)] += 1
-        return sum(-(-count // self.batch_size) for count in counts.values())
+        number, count = self.share
+        return len(range(self.skip + number, len(self.plan()), count))
 
 
 def collate(slices: list[Slice]) -> Batch:
     """Stack slices of equal shape."""
     targets = [s.target for s in slices if s.target is not None]
+    tokens = [s.tokens for s in slices if s.tokens is not None]
     return Batch(
         kspace=torch.stack([s.kspace for s in slices]),
         mask=torch.stack([s.mask for s in slices]),
@@ -460,13 +434,22 @@ def collate(slices: list[Slice]) -> Batch:
         target=torch.stack(targets) if len(targets) == len(slices) else None,
         maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
         recon=slices[0].recon,
-        slices=[s._replace(kspace=s.kspace[:0], target=None) for s in slices],  # stacked above; not sent twice
+        # stacked here; not sent twice
+        slices=[s._replace(kspace=s.kspace[:0], target=None, tokens=None) for s in slices],
+        acquired=torch.stack([torch.ones_like(s.mask) if s.acquired is None else s.acquired for s in slices]),
+        tokens=torch.stack(tokens) if len(tokens) == len(slices) else None,
     )
 
 
-def make_loader(dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False) -> DataLoader:
-    """A loader of equal-shape batches; set ``dataset.epoch`` before each pass."""
-    sampler = ShapeBatchSampler(dataset, batch_size, seed, shuffle)
+def make_loader(
+    dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False, group_by_length: bool = False
+) -> DataLoader:
+    """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
     return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=dataset.config.num_workers, pin_memory=False
+        dataset,
+        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length),
+        collate_fn=collate,
+        num_workers=dataset.config.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # its own: the model's random numbers must not depend on it
     )

@@ -152,6 +152,7 @@ class ImageDecoder(nn.Module):
         mask: Tensor,
         scale: Tensor,
         recon: tuple[int, int],
+        acquired: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct a batch of slices.
 
@@ -164,6 +165,8 @@ class ImageDecoder(nn.Module):
         mask : Tensor, bool, shape (B, phase)
         scale : Tensor, float32, shape (B,) [file units]
         recon : (h, w) [pixels]
+        acquired : Tensor, bool, shape (B, phase), optional
+            False on lines that no scan of this acquisition has; by default all are.
 
         Returns
         -------
@@ -185,7 +188,7 @@ class ImageDecoder(nn.Module):
         ).float()
         pixels = (pixels + physics.center_crop_or_pad(residual, (height, width))) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
-        coil_images = physics.data_consistency(image, maps, kspace, mask)
+        coil_images = physics.data_consistency(image, maps, kspace, mask, acquired)
         return physics.center_crop_or_pad(physics.rss(coil_images), recon) * scale[:, None, None]
 
     def _padded(self, length: int) -> int:
@@ -269,9 +272,14 @@ class VolumeSSIMLoss(nn.Module):
         Tensor, float32, shape (B,)
         """
         # File units are about 1e-5, whose squares and products SSIM subtracts: divided by the maximum they are about 1.
-        unit = maximum[:, None, None, None]
+        unit = positive(maximum)[:, None, None, None]
         with torch.autocast(image.device.type, enabled=False):
             losses = self.ssim(
                 image.float()[:, None] / unit, target[:, None] / unit, torch.ones_like(maximum), reduced=False
             )
         return losses.mean((1, 2, 3))
+
+
+def positive(maximum: Tensor) -> Tensor:
+    """A volume's maximum to divide by: 1 for a volume of zeros, which would otherwise divide zero by zero."""
+    return torch.where(maximum > 0, maximum, 1)

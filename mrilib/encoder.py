@@ -6,6 +6,7 @@ sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_di
 """
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -159,40 +160,58 @@ class KSpaceEncoder(nn.Module):
     def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """VarNet's refined coil images combined with its own sensitivity maps.
 
-        An empty coil makes fastMRI's NormUnet divide zero by zero, so slices that have one go through the VarNet alone,
-        without it, and an all-zero slice goes around the VarNet and stays zero.
-
         Returns
         -------
         Tensor, complex64, shape (B, readout, phase)
         """
-        alive = torch.view_as_real(kspace).abs().amax((-1, -2, -3)) > 0  # (B, coil)
-        if bool(alive.all()):
-            return self._varnet_image(kspace, mask)
-        images = [
-            self._varnet_image(kspace[i : i + 1, alive[i]], mask[i : i + 1])
-            if bool(alive[i].any())
-            else torch.zeros_like(kspace[i : i + 1, 0])
-            for i in range(kspace.shape[0])
-        ]
-        return torch.cat(images)
+        return around_empty_coils(self._varnet_image, kspace, mask, torch.complex64)
 
     def _varnet_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         # VarNet.forward ends in an RSS image; its steps are taken here one by one, for the complex coil images.
         measured = torch.view_as_real(kspace)
         fastmri_mask = mask[:, None, None, :, None]
-        maps = self._step(self.varnet.sens_net, measured, fastmri_mask)
+        maps = self._maps(measured, fastmri_mask)
         refined = measured.clone()
         for cascade in self.varnet.cascades:
             refined = self._step(cascade, refined, measured, fastmri_mask, maps)
         coil_images = physics.ifft2c(torch.view_as_complex(refined.float().contiguous()))
         return physics.combine(coil_images, torch.view_as_complex(maps.float().contiguous()))
 
+    def _maps(self, measured: Tensor, fastmri_mask: Tensor) -> Tensor:
+        """VarNet's sensitivity maps. Its U-Net sees every coil at full size, by far the most activations of all steps.
+
+        Where memory is to be saved it takes one slice at a time, which to it is all the same.
+        """
+        if not self.activation_checkpointing:
+            return self.varnet.sens_net(measured, fastmri_mask)
+        pairs = zip(measured.split(1), fastmri_mask.split(1), strict=True)
+        return torch.cat([self._step(self.varnet.sens_net, one, mask) for one, mask in pairs])
+
     def _step(self, module: nn.Module, *inputs: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             # Not reentrant: the first input needs no gradient, and a reentrant checkpoint would then return none.
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
+
+
+def around_empty_coils(
+    varnet: Callable[[Tensor, Tensor], Tensor], kspace: Tensor, mask: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What a VarNet makes of k-space (B, coil, readout, phase) and mask (B, phase): (B, readout, phase) of `dtype`.
+
+    An empty coil makes fastMRI's NormUnet divide zero by zero, so slices that have one go through the VarNet alone,
+    without it, and an all-zero slice goes around the VarNet and stays zero.
+    """
+    alive = torch.view_as_real(kspace).abs().amax((-1, -2, -3)) > 0  # (B, coil)
+    if bool(alive.all()):
+        return varnet(kspace, mask)
+    images = [
+        varnet(kspace[i : i + 1, alive[i]], mask[i : i + 1])
+        if bool(alive[i].any())
+        else torch.zeros_like(kspace[i : i + 1, 0], dtype=dtype)
+        for i in range(kspace.shape[0])
+    ]
+    return torch.cat(images)
 
 
 @torch.no_grad()

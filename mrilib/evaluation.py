@@ -5,6 +5,8 @@ square crop, then the mean over volumes. Intervals and standard errors are over 
 one patient are not independent.
 """
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,14 +14,18 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+import torch
 from fastmri import evaluate as official
 from fastmri.data.transforms import center_crop
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from mrilib.data import Volume
+from mrilib.kspace import center_crop_or_pad
+from mrilib.volume import Volume
 
 METRICS = ("ssim", "psnr", "nmse", "ssim_head", "psnr_head")
+EXACT_PSNR = 200.0  # [dB]: of a reconstruction without any error, for which fastMRI's is infinite
+logger = logging.getLogger("mrilib")
 
 
 class VolumeScore(NamedTuple):
@@ -70,7 +76,15 @@ def score_volume(target: np.ndarray, reconstruction: np.ndarray) -> dict[str, fl
     -------
     dict
         Keys of `METRICS`. Inside the head: the SSIM map's mean and the PSNR over its pixels, with the same maximum.
+        A PSNR without any error is `EXACT_PSNR`, where fastMRI's is infinite; everything finite is fastMRI's.
+
+    Raises
+    ------
+    ValueError
+        If the target is zero everywhere: it has no range, and fastMRI's metrics of it are not numbers.
     """
+    if not has_range(target):
+        raise ValueError("a target that is zero everywhere has no range to score against")
     width = target.shape[-1]
     target = center_crop(target, (min(width, target.shape[-2]), width))
     reconstruction = center_crop(reconstruction, target.shape[-2:])
@@ -80,14 +94,50 @@ def score_volume(target: np.ndarray, reconstruction: np.ndarray) -> dict[str, fl
         structural_similarity(t, r, data_range=maximum, full=True)[1]
         for t, r in zip(target, reconstruction, strict=True)
     ]
-    error = np.mean((target[head] - reconstruction[head]) ** 2)
+    exact = bool(np.all(target == reconstruction))
+    error = float(np.mean((target[head] - reconstruction[head]) ** 2))
     return {
         "ssim": float(official.ssim(target, reconstruction)[0]),
-        "psnr": float(official.psnr(target, reconstruction)),
+        "psnr": EXACT_PSNR if exact else float(official.psnr(target, reconstruction)),
         "nmse": float(official.nmse(target, reconstruction)),
         "ssim_head": float(np.mean(np.stack(maps)[head])),
-        "psnr_head": float(10 * np.log10(maximum**2 / error)),
+        "psnr_head": float(10 * np.log10(maximum**2 / error)) if error else EXACT_PSNR,
     }
+
+
+def has_range(target: np.ndarray) -> bool:
+    """Whether a volume's evaluated crop holds anything: one that is zero everywhere cannot be scored."""
+    width = target.shape[-1]
+    return bool(center_crop(target, (min(width, target.shape[-2]), width)).max() > 0)
+
+
+def score_slice(target: np.ndarray, reconstruction: np.ndarray, maximum: float) -> dict[str, float]:
+    """A slice's part of its volume's official metrics, for `volume_metrics`.
+
+    Parameters
+    ----------
+    target, reconstruction : array, float, shape (h, w) [file units]
+    maximum : float
+        Of the target volume [file units].
+    """
+    width = target.shape[-1]
+    target = center_crop(target, (min(width, target.shape[-2]), width))[None]
+    reconstruction = center_crop(reconstruction, target.shape[-2:])[None]
+    maximum = maximum or 1.0  # a volume of zeros: its energy of zero says that it cannot be scored
+    unit = target.astype(np.float64) / maximum
+    return {
+        "ssim": float(official.ssim(target, reconstruction, maximum)[0]),
+        "error": float(np.sum((unit - reconstruction / maximum) ** 2)),
+        "energy": float(np.sum(unit**2)),
+        "pixels": target.size,
+    }
+
+
+def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Official SSIM, PSNR [dB] and NMSE of a volume from the `score_slice` of its slices."""
+    total = {name: math.fsum(one[name] for one in slices) for name in ("ssim", "error", "energy", "pixels")}
+    psnr = 10 * math.log10(total["pixels"] / total["error"]) if total["error"] else math.inf
+    return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 
 def write_reconstruction(path: Path, volume: np.ndarray) -> None:
@@ -105,7 +155,7 @@ def evaluate_volumes(volumes: Sequence[Volume], directory: str | Path) -> list[V
     Parameters
     ----------
     volumes : sequence of Volume
-        With targets; those without are left out.
+        With targets; those without are left out, and so, with a warning in the log, are those that are zero everywhere.
     directory : path
         Holds ``<file>.h5`` in fastMRI's submission format for each.
 
@@ -128,6 +178,9 @@ def evaluate_volumes(volumes: Sequence[Volume], directory: str | Path) -> list[V
         height, width = min(truth.shape[1:]), truth.shape[2]  # what is evaluated of a volume narrower than high
         if image.ndim != 3 or len(image) != len(truth) or image.shape[1] < height or image.shape[2] < width:
             raise ValueError(f"{path}: reconstruction {image.shape} does not cover the target {truth.shape}")
+        if not has_range(truth):
+            logger.warning("%s: its target is zero everywhere; it is in no metric", volume.path.name)
+            continue
         scores.append(VolumeScore(volume.file, volume.patient, volume.acquisition, **score_volume(truth, image)))
     return scores
 
@@ -195,34 +248,51 @@ class NearestTrainingSlice:
     """The control for memorising: a training slice's target given as the answer.
 
     It is an oracle: the neighbour is chosen by the *test target* (largest correlation at 32×32) and scaled to it by
-    least squares, so that no method that could only recall training slices does better at this resolution.
+    least squares, so that no method that could only recall training slices does better at this resolution. Images of
+    other sizes are cropped or padded about their centre, never stretched.
 
     Parameters
     ----------
     volumes : sequence of Volume
-        Training volumes.
+        Training volumes; those without a target have nothing to answer with. Targets are read again when they are
+        asked for, so that memory holds 4 KiB a slice.
+
+    Raises
+    ------
+    ValueError
+        If none has a target.
     """
 
     def __init__(self, volumes: Sequence[Volume]) -> None:
-        self.targets = []
-        for volume in volumes:
+        with_target = [volume for volume in volumes if volume.has_target]
+        if not with_target:
+            raise ValueError("the nearest training slice needs training volumes with reconstruction_rss")
+        self.side = max(max(volume.recon) for volume in with_target)  # of the common grid [pixels]
+        self.places: list[tuple[Volume, int]] = []
+        features = []
+        for volume in with_target:
             with h5py.File(volume.path, "r") as h5:
-                self.targets += list(h5["reconstruction_rss"][()])
-        self.features = np.stack([self._feature(target) for target in self.targets])
+                for number in range(volume.slices):
+                    features.append(self._feature(h5["reconstruction_rss"][number]))
+                    self.places.append((volume, number))
+        self.features = np.stack(features)
 
-    @staticmethod
-    def _feature(image: np.ndarray) -> np.ndarray:
-        small = ndimage.zoom(image, (32 / image.shape[0], 32 / image.shape[1]), order=1, grid_mode=True, mode="nearest")
+    def _feature(self, image: np.ndarray) -> np.ndarray:
+        zoom = 32 / self.side
+        small = ndimage.zoom(_crop_or_pad(image, (self.side, self.side)), zoom, order=1, grid_mode=True, mode="nearest")
         centered = small.ravel() - small.mean()
         return centered / max(float(np.linalg.norm(centered)), np.finfo(np.float32).tiny)
 
     def answer(self, target: np.ndarray) -> np.ndarray:
         """The nearest training slice, on the target's grid and scaled to it; (h, w) [file units]."""
-        nearest = self.targets[int(np.argmax(self.features @ self._feature(target)))]
-        zoom = (target.shape[0] / nearest.shape[0], target.shape[1] / nearest.shape[1])
-        image = nearest if zoom == (1, 1) else ndimage.zoom(nearest, zoom, order=1, grid_mode=True, mode="nearest")
+        volume, number = self.places[int(np.argmax(self.features @ self._feature(target)))]
+        image = _crop_or_pad(read_target(volume, number), target.shape).astype(np.float64)  # squares of 1e-24 are none
         power = float(np.sum(image**2))
         return (image * (float(np.sum(image * target)) / power if power else 0.0)).astype(np.float32)
+
+
+def _crop_or_pad(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    return center_crop_or_pad(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), size).numpy()
 
 
 def contrast_floor(counts: Mapping[str, int]) -> tuple[float, float]:
@@ -232,11 +302,36 @@ def contrast_floor(counts: Mapping[str, int]) -> tuple[float, float]:
     return share, float(np.sqrt(share * (1 - share) / total))
 
 
-def score_reconstructions(directory: Path, volumes: Sequence[Volume]) -> dict[str, dict[str, list[VolumeScore]]]:
-    """Score every method at every acceleration below ``reconstructions/``: acceleration → method → scores."""
+def by_acceleration(volumes: Sequence[Volume], accelerations: Sequence[int]) -> dict[int, list[Volume]]:
+    """The volumes that are reconstructed at each acceleration.
+
+    Fully sampled ones at each of `accelerations`; those that bring their own mask once, at its acceleration, which need
+    not be one of them.
+    """
+    own = {volume.acceleration for volume in volumes if volume.has_mask}
+    sampled = [volume for volume in volumes if not volume.has_mask]
+    wanted = sorted(own | set(accelerations)) if sampled else sorted(own)
+    return {
+        a: [v for v in volumes if (v.acceleration == a if v.has_mask else a in accelerations)]
+        for a in wanted
+    }  # fmt: skip
+
+
+def score_reconstructions(
+    directory: Path, volumes: Sequence[Volume], accelerations: Sequence[int] | None = None
+) -> dict[str, dict[str, list[VolumeScore]]]:
+    """Score every method at every acceleration below ``reconstructions/``: acceleration → method → scores.
+
+    `accelerations` are those of fully sampled volumes; by default every folder's. What cannot be scored, as test files
+    without a target, is left out, and so are methods that have nothing else.
+    """
     scores: dict[str, dict[str, list[VolumeScore]]] = defaultdict(dict)
     for folder in sorted(directory.glob("*/*")):
-        scores[folder.name][folder.parent.name] = evaluate_volumes(volumes, folder)
+        own = int(folder.name)
+        parts = by_acceleration(volumes, [own] if accelerations is None else accelerations)
+        found = evaluate_volumes(parts.get(own, []), folder)
+        if found:
+            scores[folder.name][folder.parent.name] = found
     return dict(scores)
 
 

@@ -113,14 +113,14 @@ def load_stage2(path: Path, model: TwoStageModel, use_tokens: bool = True) -> St
 def other_patient(dataset: FastMRIDataset, seed: int) -> list[int]:
     """For each slice of a dataset, one of another patient, drawn at random; for the swaps.
 
-    Raises
-    ------
-    ValueError
-        If the dataset holds one patient only.
+    Returns
+    -------
+    list of int
+        Empty if the dataset holds one patient only: that question cannot be asked then.
     """
     patients = np.array([dataset.volumes[volume].patient for volume, _ in dataset.samples])
     if len(set(patients)) < 2:
-        raise ValueError("tokens of another patient need at least two test patients")
+        return []
     rng = np.random.default_rng(seed)
     return [int(rng.choice(np.flatnonzero(patients != patient))) for patient in patients]
 
@@ -198,16 +198,18 @@ class Tester:
         interactive : bool
             Show a notebook's progress widget.
         """
+        check_covers(dataset)
         rows: list[dict[str, Any]] = []
-        partners = dict(zip(dataset.samples, other_patient(dataset, seed), strict=True))
+        drawn = other_patient(dataset, seed)
+        partners = dict(zip(dataset.samples, drawn, strict=True)) if drawn else {}
         number = {volume.file: index for index, volume in enumerate(dataset.volumes)}
         loader = make_loader(dataset, batch_size)
         bar = progress_bar(len(loader), "test", interactive)
         for cpu_batch in loader:
             batch = cpu_batch.to(self.model.device)
             prefix = self.model.encoder(batch.kspace, batch.mask)
-            others = [dataset[partners[number[one.file], one.slice_num]] for one in batch.slices]
-            other_prefix = torch.cat([self._prefix(one) for one in others])
+            others = [dataset[partners[number[one.file], one.slice_num]] for one in batch.slices] if partners else []
+            other_prefix = torch.cat([self._prefix(one) for one in others]) if others else None
             for method, images in self._images(batch, prefix, other_prefix):
                 writer.add(method, batch.slices[0].acceleration, batch.slices, images)
             rows += self._texts(batch, prefix, other_prefix, others)
@@ -219,11 +221,14 @@ class Tester:
         batch = collate([one]).to(self.model.device)
         return self.model.encoder(batch.kspace, batch.mask)
 
-    def _images(self, batch: Batch, prefix: Tensor, other_prefix: Tensor) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+    def _images(
+        self, batch: Batch, prefix: Tensor, other_prefix: Tensor | None
+    ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
         model = self.model
         yield "zero_filled", zero_filled(batch.kspace, batch.scale, batch.recon)
         yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix))
-        yield "other_patient_tokens", model.reconstruct(batch, model.image_tokens_from_prefix(other_prefix))
+        if other_prefix is not None:
+            yield "other_patient_tokens", model.reconstruct(batch, model.image_tokens_from_prefix(other_prefix))
         yield "no_tokens", model.reconstruct(batch, None)
         if self.plain is not None:
             yield "trained_without_tokens", self.plain.reconstruct(batch, None)
@@ -231,13 +236,14 @@ class Tester:
             yield "nearest_training_slice", np.stack([self.nearest.answer(t.cpu().numpy()) for t in batch.target])
 
     def _texts(
-        self, batch: Batch, prefix: Tensor, other_prefix: Tensor, others: Sequence[Slice]
+        self, batch: Batch, prefix: Tensor, other_prefix: Tensor | None, others: Sequence[Slice]
     ) -> list[dict[str, Any]]:
         model, slices = self.model, batch.slices
         prompts = [one.report.prompt if one.report else analysis.prompt() for one in slices]
         generated = model.generate(prefix, prompts, self.max_new_tokens)
         losses = {"own": model.analysis_loss_from_prefix(prefix, slices)}
-        losses["other_patient"] = model.analysis_loss_from_prefix(other_prefix, slices)
+        if other_prefix is not None:
+            losses["other_patient"] = model.analysis_loss_from_prefix(other_prefix, slices)
         control_texts: list[str | None] = [None] * len(slices)
         if self.control is not None:
             control_prefix = self.control.encoder(batch.kspace, batch.mask)
@@ -253,7 +259,7 @@ class Tester:
                 "true": one.report.response if one.report else analysis.answer(one.facts),
                 "generated": generated[i],
                 "generated_without_kspace": control_texts[i],
-                "other_patient": others[i].patient,
+                "other_patient": others[i].patient if others else None,
                 "tokens": int(losses["own"].tokens[i]),
                 "facts": one.facts,
             }
@@ -312,7 +318,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "patients": len(set(patients)),
     }
     for control in ("without_kspace", "other_patient"):
-        if f"nats_{control}" not in rows[0]:
+        if any(f"nats_{control}" not in row for row in rows):
             continue
         nats = [row[f"nats_{control}"] for row in rows]
         scores[f"cross_entropy_{control}"] = clustered_mean(nats, tokens, patients)[0]
@@ -341,6 +347,19 @@ def check_same_input(config: DataParameters, stage1: Stage1Parameters) -> None:
         given, trained = getattr(config, name), getattr(stage1, name)
         if given != trained:
             raise ParameterError(f"{name}: {given} is given, but the k-space encoder was trained with {trained}")
+
+
+def check_covers(dataset: FastMRIDataset) -> None:
+    """Refuse ``crop: image`` to less than the targets that are to be scored, before anything is reconstructed."""
+    config = dataset.config
+    if config.crop == "image":
+        for volume in dataset.volumes:
+            if volume.has_target and config.img_size < min(volume.recon[1], max(volume.recon)):
+                raise ParameterError(
+                    f"img_size: crop: image to {config.img_size} pixels does not cover {volume.path.name}'s target, "
+                    f"{volume.recon[0]}×{volume.recon[1]}, and metrics need all of it: take img_size "
+                    f"{max(volume.recon)} or more, or crop: readout"
+                )
 
 
 @torch.no_grad()

@@ -148,6 +148,23 @@ def sample_mask(
     return mask, acceleration
 
 
+def check_mask(mask_type: str, center_fraction: float, acceleration: int, width: int) -> None:
+    """Refuse a mask that fastMRI's class cannot make at this width, which it finds by dividing by zero.
+
+    Raises
+    ------
+    ValueError
+        Names the pair and the width.
+    """
+    try:
+        make_mask_func(mask_type, [center_fraction], [acceleration])((1, width, 2), None, 0)
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(
+            f"center_fractions {center_fraction:g} with accelerations {acceleration}: fastMRI's {mask_type} mask "
+            f"cannot be made for {width} phase-encoding lines ({error}); lower center_fractions or the acceleration"
+        ) from None
+
+
 def center_lines(mask: Tensor) -> tuple[int, int]:
     """The block of sampled lines around the centre of k-space, symmetric about the centre line.
 
@@ -220,22 +237,29 @@ def expand(image: Tensor, maps: Tensor) -> Tensor:
     return maps * image.unsqueeze(-3)
 
 
-def data_consistency(image: Tensor, maps: Tensor, kspace: Tensor, mask: Tensor) -> Tensor:
+def data_consistency(
+    image: Tensor, maps: Tensor, kspace: Tensor, mask: Tensor, acquired: Tensor | None = None
+) -> Tensor:
     """Coil images whose measured lines are the measured ones and whose others come from `image`.
 
-    ifft(where(mask, measured k-space, F(S x))).
+    ifft(where(mask, measured k-space, F(S x))); lines that the fully sampled scan has not acquired either stay zero, as
+    they are in the target.
 
     Parameters
     ----------
     image : Tensor, complex64, shape (batch, readout, phase)
     maps, kspace : Tensor, complex64, shape (batch, coil, readout, phase)
     mask : Tensor, bool, shape (batch, phase)
+    acquired : Tensor, bool, shape (batch, phase), optional
+        False on the header's padding; by default every line was acquired.
 
     Returns
     -------
     Tensor, complex64, shape (batch, coil, readout, phase)
     """
     predicted = fft2c(expand(image, maps))
+    if acquired is not None:
+        predicted = predicted * acquired[:, None, None, :]
     return ifft2c(torch.where(mask[:, None, None, :], kspace, predicted))
 
 

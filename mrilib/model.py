@@ -4,21 +4,24 @@ The sequence is: start, k-space tokens, end, prompt, analysis. Image tokens are 
 k-space positions. The backbone is causal, so they depend on the scan alone, not on the prompt that follows them.
 """
 
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mrilib import analysis
+from mrilib import analysis, kernels
 from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, resolve
 from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
 from mrilib.encoder import KSpaceEncoder, LearnedPrefix
-from mrilib.nirvana import load_backbone
+from mrilib.nirvana import NirvanaForCausalLM, load_backbone
 from mrilib.tokenizer import load_tokenizer
 
 
@@ -208,16 +211,19 @@ class TwoStageModel(nn.Module):
 
     def image_tokens_from_prefix(self, prefix: Tensor) -> Tensor:
         """The same from k-space tokens (B, N + 2, hidden)."""
+        return self.hidden_states(prefix).float()
+
+    def hidden_states(self, prefix: Tensor) -> Tensor:
+        """The same in the type that the backbone works in, which is what the token cache keeps."""
         prefix = prefix.to(word_embeddings(self.backbone).dtype)
         base: Any = self.backbone.base_model
-        hidden = base(inputs_embeds=prefix, use_cache=False).last_hidden_state
-        return hidden[:, 1:-1].float()
+        return base(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 
     def reconstruct(self, batch: Batch, tokens: Tensor | None) -> Tensor:
         """The decoder's image (B, h, w) [file units] from image tokens, or from none."""
         if self.decoder is None:
             raise ValueError("this model has no image decoder; train stage 2 first")
-        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.recon)
+        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
 
     def forward(self, batch: Batch) -> Tensor:
         """From masked k-space to the image (B, h, w) [file units]."""
@@ -245,13 +251,58 @@ def hidden_size(backbone: PreTrainedModel) -> int:
 def build_backbone(
     config: BackboneParameters, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load backbone and tokenizer, checked against each other."""
+    """Load backbone and tokenizer, checked against each other, with activation checkpointing if that is asked for."""
     path = resolve(config.backbone_path)
-    backbone = load_backbone(resolve(config.config_path), path, device=device)
+    kernels.choose(config.delta_rule)
+    dtype = getattr(torch, config.backbone_dtype)
+    backbone = load_backbone(resolve(config.config_path), path, dtype, device)
+    if getattr(config, "activation_checkpointing", False):
+        checkpoint_layers(backbone)
     own = path / "tokenizer.json"
     tokenizer_path = resolve(config.tokenizer_path) if config.tokenizer_path else own.parent if own.exists() else ""
     tokenizer = load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)
     return backbone, tokenizer
+
+
+def checkpoint_layers(backbone: PreTrainedModel) -> int:
+    """Make every layer of a language model recompute its activations in the backward pass; how many there are.
+
+    The library's own switch (`activation_checkpointing_enable`) does nothing in eval mode, which a frozen backbone is
+    in: a frozen Llama would keep all its activations. Passes that fill a cache, and those without a graph, are as
+    before.
+
+    Raises
+    ------
+    ValueError
+        A model whose layers the library does not name.
+    """
+    names = set(backbone._no_split_modules or ())
+    layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer) or type(m).__name__ in names]
+    if not layers:
+        raise ValueError(f"activation_checkpointing: {type(backbone).__name__} does not say which its layers are")
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+    return len(layers)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled() or any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def delta_rule_path(backbone: PreTrainedModel, config: BackboneParameters) -> dict[str, Any]:
+    """Which code computes the backbone's delta rule in a run, for its record; see `kernels.path`.
+
+    Raises
+    ------
+    KernelError
+        Fused kernels that fail their check on this device.
+    """
+    if not isinstance(backbone, NirvanaForCausalLM):
+        return {"path": "none", "because": f"{type(backbone).__name__} has no delta rule"}
+    mixed = getattr(config, "mixed_precision", "no") == "bf16"
+    return kernels.path(backbone.device, torch.bfloat16 if mixed else backbone.dtype, backbone.config.head_dim)
 
 
 def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpaceEncoder:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from mrilib.delta_rule import gated_delta_rule
+from mrilib.kernels import gated_delta_rule
 from mrilib.loading import MODEL_TYPE, load_backbone
 from mrilib.nirvana_cache import KERNEL, NirvanaCache, NirvanaCacheLayer, attention_mask_for
 from mrilib.trigger import TriggerState, TriggerWeights
@@ -236,7 +236,8 @@ class TaskAwareDeltaNet(nn.Module):
         x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat((before, x), 1)
         if layer is not None:
             layer.conv[index] = x[:, 1 - KERNEL :].detach().clone()
-        return F.silu(CausalConv.apply(x, (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index].weight))
+        weight = (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index].weight
+        return F.silu(CausalConv.apply(x, weight.to(x.dtype)))  # under autocast x is narrower
 
     def forward(
         self,
@@ -283,7 +284,6 @@ class TaskAwareDeltaNet(nn.Module):
             beta,
             initial_state=None if layer is None else layer.delta,
             output_final_state=layer is not None,
-            use_qk_l2norm_in_kernel=True,
         )
         if layer is not None and state is not None:
             layer.delta = state.detach()

@@ -3,19 +3,27 @@
 ``run.json`` is written before step 0 and kept current, each time as a whole: under a temporary name, then renamed.
 """
 
+import contextlib
+import ctypes
+import fcntl
+import functools
 import json
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import matplotlib.figure
+import psutil
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -79,6 +87,11 @@ class Run:
         self.record["notebooks"][notebook] = {"status": "running", "started": _now(), "config": config.to_dict()}
         self.save()
 
+    def resumed(self) -> None:
+        """Record that the run goes on, and with which code."""
+        self.record.setdefault("resumed", []).append({"time": _now(), "git": git_state()})
+        self.save()
+
     def note(self, notebook: str, **facts: Any) -> None:
         """Add facts (plain numbers, strings, lists, dicts) to a notebook's part of the record."""
         json.dumps(facts, allow_nan=False)  # refused before the record holds what can never be written
@@ -86,8 +99,9 @@ class Run:
         self.save()
 
     def finish(self, notebook: str, status: str = "done", **facts: Any) -> None:
-        """Record that a notebook has ended: done, or failed."""
+        """Record that a notebook has ended: done, or failed. The run folder is free again."""
         self.note(notebook, status=status, finished=_now(), **facts)
+        release(self.directory)
 
     def save_figure(self, figure: matplotlib.figure.Figure, name: str) -> Path:
         """Save a figure as figures/NAME.png."""
@@ -113,6 +127,7 @@ def start(notebook: str, config: OutputParameters) -> Run:
     """
     disable_progress_bar()  # transformers' bars for loading a file would stay in the record
     name = config.output_dir or f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"
+    hold(resolve(name))
     run = Run(resolve(name), [notebook])
     run.start(notebook, config)
     _log_to(run.directory / "logs" / f"{notebook}-{datetime.now():%Y%m%d-%H%M%S}.log")
@@ -153,10 +168,22 @@ def _ipython() -> Any:
 
 
 class JsonLines:
-    """A log of one JSON object a line, flushed line by line."""
+    """A log of one JSON object a line, flushed line by line.
 
-    def __init__(self, path: Path) -> None:
+    Parameters
+    ----------
+    path : Path
+    keep : callable, optional
+        Which of the objects that the file already holds stay; all by default.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if keep is not None and path.exists():
+            kept = [entry for entry in read_json_lines(path) if keep(entry)]
+            temporary = path.with_name(path.name + ".part")
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            os.replace(temporary, path)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole length)
 
     def write(self, **values: Any) -> None:
@@ -164,9 +191,152 @@ class JsonLines:
         self.file.write(json.dumps(values, allow_nan=True) + "\n")
         self.file.flush()
 
+    def sync(self) -> None:
+        """Have all lines on disk, not in the system's memory alone."""
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of such a log; none if it is not there. A last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+# ---------------------------------------------------------------------------------------------- one process a folder
+
+RUN_VARIABLE = "MRILIB_RUN"  # tells the processes that a run starts which folder it holds for them
+_held: dict[Path, TextIO] = {}
+
+
+def hold(directory: Path, wait: float = 3.0) -> None:
+    """Claim a run folder for this process and those that it starts, until `release` or their end.
+
+    An exclusive lock finds out whether anyone is there; a shared one is then kept, which the processes that this one
+    starts take too. So the folder is claimed until the last of them has ended, even if the first was killed.
+
+    Parameters
+    ----------
+    directory : Path
+    wait : float
+        How long to wait for the remains of a killed run to end [s].
+
+    Raises
+    ------
+    ParameterError
+        Another process holds the folder.
+    """
+    if directory in _held:
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    family = os.environ.get(RUN_VARIABLE) == str(directory)
+    file = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (the lock lasts as long as it is open)
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if family else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise ParameterError(
+                    f"'{display_path(directory)}' is in use by {holder}; wait for its end, or choose another output_dir"
+                ) from None
+            time.sleep(0.1)
+    if not family:
+        (directory / STOP_FILE).unlink(missing_ok=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        os.environ[RUN_VARIABLE] = str(directory)
+    _held[directory] = file
+
+
+def release(directory: Path) -> None:
+    """Give a run folder up."""
+    file = _held.pop(directory, None)
+    if file is not None:
+        file.close()
+
+
+STOP_FILE = "stop"
+
+
+def request_stop(directory: Path, reason: str) -> None:
+    """Ask the training in a run folder to save and stop after the step that is under way."""
+    (directory / STOP_FILE).write_text(reason + "\n")
+
+
+def stop_requested(directory: Path) -> bool:
+    """Whether `request_stop` was called since the run's first process started."""
+    return (directory / STOP_FILE).exists()
+
+
+# ------------------------------------------------------------------------------------------ processes and signals
+
+
+def ends_with_this_process() -> dict[str, Any]:
+    """Options of subprocess.Popen for a child that a terminal's Ctrl-C does not reach and that does not outlive us."""
+    libc = ctypes.CDLL(None)
+    die = functools.partial(libc.prctl, 1, int(signal.SIGTERM)) if hasattr(libc, "prctl") else None  # PR_SET_PDEATHSIG
+    return {"start_new_session": True, "preexec_fn": die}
+
+
+def end_process(process: "subprocess.Popen[Any]", wait: float = 60.0) -> None:
+    """End a process, if it has not ended, and all that it has started: asked first, killed after `wait` seconds."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for child in psutil.wait_procs(family, timeout=5)[1]:
+        child.kill()
+
+
+@contextlib.contextmanager
+def stop_on_signals(directory: Path, also: Callable[[int], None] | None = None) -> Iterator[list[int]]:
+    """Turn SIGTERM, SIGINT and SIGHUP into the run's stop file; yields the list of those that came.
+
+    Parameters
+    ----------
+    directory : Path
+    also : callable, optional
+        Called with how many have come.
+    """
+    came: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        came.append(number)
+        request_stop(directory, signal.Signals(number).name)
+        if also is not None:
+            also(len(came))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+            before[number] = signal.signal(number, handler)
+    try:
+        yield came
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class _InPlace:
@@ -187,8 +357,12 @@ class _InPlace:
         """Nothing is kept back."""
 
 
-def progress_bar(total: int, description: str, interactive: bool = False) -> Any:
+def progress_bar(total: int, description: str, interactive: bool = False, show: bool = True) -> Any:
     """A tqdm bar: a widget in an interactive notebook, one line in a headless record, the terminal elsewhere."""
+    if not show:
+        from tqdm import tqdm
+
+        return tqdm(disable=True)
     if _ipython() is None:
         from tqdm import tqdm
 

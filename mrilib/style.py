@@ -20,9 +20,16 @@ COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
 # Methods by their keys in metrics.json, in the order of tables and figures: label and colour.
 METHODS = {
     "model": ("two-stage model", BLUE),
+    "tokens_alone": ("decoder of tokens alone", PURPLE),
     "trained_without_tokens": ("decoder trained without tokens", GREEN),
     "no_tokens": ("no tokens", SKY),
     "other_patient_tokens": ("another patient's tokens", PURPLE),
+    "varnet": ("fastMRI's VarNet", VERMILLION),
+    "varnet_equal_size": ("VarNet of equal size", BLACK),
+    "varnet_both_stages": ("VarNet, steps of both stages", PURPLE),
+    "varnet_measured_lines": ("VarNet, measured lines put back", ORANGE),
+    "unet": ("fastMRI's U-Net", SKY),
+    "bart": ("BART l1-wavelet", GREEN),
     "nearest_training_slice": ("nearest training slice (oracle)", ORANGE),
     "zero_filled": ("zero-filled", GREY),
 }

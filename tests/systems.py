@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
-from mrilib import corpus, model, pretrain
+from mrilib import corpus, model, pretrain, train
 from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.data import Batch, FastMRIDataset, collate
 from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
@@ -78,3 +79,14 @@ def batch_of(dataset: FastMRIDataset, count: int) -> Batch:
     key = dataset.shape_key(0)
     same = [index for index in range(len(dataset)) if dataset.shape_key(index) == key]
     return collate([dataset[index] for index in same[:count]])
+
+
+def loaders(config: Stage1Parameters | Stage2Parameters) -> tuple[DataLoader, DataLoader]:
+    """Training and validation loader, as the notebooks make them."""
+    _, train_loader, val_loader = train.make_loaders(config)
+    return train_loader, val_loader
+
+
+def train_in(directory: Path, config: Stage1Parameters | Stage2Parameters) -> None:
+    """Train a stage in a run folder, as `python -m mrilib train` does; at the top level, for processes to be killed."""
+    train.train(config.model_copy(update={"output_dir": str(directory)}))

@@ -263,3 +263,12 @@ def test_relative_paths_are_taken_from_the_repository() -> None:
     assert config.resolve("params").is_dir() and config.resolve("params") == config.ROOT / "params"
     assert config.display_path("params/demo/../full") == "params/full"
     assert config.display_path("/somewhere/else") == "/somewhere/else"
+
+
+@pytest.mark.parametrize("mask_type", ["equispaced_fraction", "magic_fraction"])
+def test_a_centre_that_leaves_nothing_to_spread_is_refused(mask_type):
+    values = {"data_dir": ".", "mask_type": mask_type, "accelerations": [4, 8], "center_fractions": [0.08, 0.125]}
+    with pytest.raises(ParameterError, match=r"center_fractions 0.125 with accelerations 8: the centre alone is 1.00"):
+        DataParameters.create(values)
+    DataParameters.create({**values, "center_fractions": [0.08, 0.1]})
+    DataParameters.create({**values, "mask_type": "equispaced"})  # adds its lines whatever the centre is

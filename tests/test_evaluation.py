@@ -1,6 +1,8 @@
 """Metrics are fastMRI's own; intervals and standard errors are what a hand computation gives."""
 
 import argparse
+import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -227,3 +229,54 @@ def test_every_method_and_acceleration_is_scored(volumes: list[Volume], tmp_path
     assert scores["4"]["model"][0].ssim > scores["8"]["model"][0].ssim
     assert evaluation.read_slice(tmp_path, "model", 8, volumes[0], 2).shape == volumes[0].recon
     assert np.array_equal(evaluation.read_target(volumes[0], 1), target_of(volumes[0])[1])
+
+
+def test_perfect_and_empty_volumes_have_defined_scores(
+    volumes: list[Volume], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fastMRI's PSNR of an exact image is infinite, and its metrics of a target of zeros are not numbers."""
+    exact, empty = volumes[:2]
+    write_reconstruction(tmp_path / exact.path.name, target_of(exact))
+    path = tmp_path / "data" / empty.path.name
+    path.parent.mkdir()
+    shutil.copy(empty.path, path)
+    with h5py.File(path, "r+") as h5:
+        h5["kspace"][...] = 0
+        h5["reconstruction_rss"][...] = 0
+        h5.attrs["max"] = 0.0
+    zeros = read_volume(path)
+    write_reconstruction(tmp_path / path.name, np.zeros_like(target_of(zeros)))
+    with caplog.at_level("WARNING", logger="mrilib"):
+        logging.getLogger("mrilib").propagate = True
+        (found,) = evaluate_volumes([exact, zeros], tmp_path)
+    assert f"{path.name}: its target is zero everywhere" in caplog.text
+    assert found.file == exact.file and found.psnr == found.psnr_head == evaluation.EXACT_PSNR
+    assert found.ssim == pytest.approx(1) and found.nmse == 0
+    json.dumps(evaluation.summarize([found], 100), allow_nan=False)
+    with pytest.raises(ValueError, match="zero everywhere"):
+        evaluation.score_volume(target_of(zeros), target_of(zeros))
+
+
+def test_own_masks_are_evaluated_once_at_their_acceleration(volumes: list[Volume]) -> None:
+    full, own4, own6 = volumes[0], *(v._replace(has_mask=True, acceleration=a) for v, a in zip(volumes[1:3], (4, 6)))  # noqa: B905
+    assert evaluation.by_acceleration([full, own4, own6], [8, 4]) == {4: [full, own4], 6: [own6], 8: [full]}
+    assert evaluation.by_acceleration([own6], [8, 4]) == {6: [own6]}
+    assert evaluation.by_acceleration([full], [8]) == {8: [full]}
+
+
+def test_the_nearest_slice_of_another_size_is_cropped_or_padded_not_stretched(
+    volumes: list[Volume], tmp_path: Path
+) -> None:
+    volume = max(volumes, key=lambda v: v.recon[1])
+    oracle = NearestTrainingSlice([volume])
+    target = target_of(volume)[1]
+    for shape in ((50, 40), (64, 90), (100, 50)):
+        changed = evaluation._crop_or_pad(target, shape)
+        np.testing.assert_allclose(oracle.answer(changed), changed, rtol=1e-4, atol=1e-12)
+
+
+def test_the_nearest_slice_needs_targets(volumes: list[Volume]) -> None:
+    without = [volume._replace(has_target=False) for volume in volumes]
+    with pytest.raises(ValueError, match="needs training volumes with reconstruction_rss"):
+        NearestTrainingSlice(without)
+    assert len(NearestTrainingSlice([*without[:2], volumes[3]]).places) == 3

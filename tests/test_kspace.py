@@ -146,6 +146,24 @@ def test_the_reported_acceleration_is_the_drawn_one(mask_type: str) -> None:
     assert np.mean(shares[8]) == pytest.approx(1 / 8, rel=0.1)
 
 
+@pytest.mark.parametrize("mask_type", kspace.MASK_TYPES)
+def test_masks_that_cannot_be_made_are_named_and_no_others(mask_type: str) -> None:
+    for width in (61, 96, 260, 396):
+        for acceleration in (1, 4, 16):
+            for product in (0.3, 0.9, 1.0, 1.1):
+                pair = (product / acceleration, acceleration)
+                if pair[0] > 1:
+                    continue
+                func = kspace.make_mask_func(mask_type, [pair[0]], [acceleration])
+                try:
+                    kspace.sample_mask(func, width, 3, (0, width))
+                except (ZeroDivisionError, ValueError):
+                    with pytest.raises(ValueError, match=rf"center_fractions {pair[0]:g} with accelerations "):
+                        kspace.check_mask(mask_type, *pair, width)
+                else:
+                    kspace.check_mask(mask_type, *pair, width)
+
+
 def test_sampling_a_mask_leaves_the_generator_as_it_was() -> None:
     func = kspace.make_mask_func("random", [0.1], [3])
     before = func.rng.get_state()[1].copy()

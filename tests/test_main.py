@@ -1,15 +1,19 @@
 """The commands: a whole run on tiny data, its record, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import h5py
+import heads
 import numpy as np
 import pytest
 import systems
 import yaml
+from fastmri import evaluate as official
 
 from mrilib.__main__ import main, parse_overrides
 from mrilib.config import ROOT, ParameterError
@@ -129,6 +133,80 @@ def test_reconstruct_one_file_gives_the_runs_own_image(run, phantom_dir, tmp_pat
     lines = (tmp_path / f"{file.stem}.jsonl").read_text().splitlines()
     assert len(lines) == index_volumes(phantom_dir)[0].slices and "analysis" in json.loads(lines[0])
     assert (tmp_path / f"{file.stem}.png").stat().st_size
+
+
+def test_a_second_head_goes_through_the_whole_pipeline(run, phantom_dir, backbone_dir, tmp_path):
+    """nibabel's own head: once as a test file with its own mask and no target, once fully sampled; one patient."""
+    data = tmp_path / "heads"
+    data.mkdir()
+    heads.as_test_file(heads.write_head(data / "file_test.h5"), acceleration=6)
+    heads.write_head(data / "file_full.h5")
+    assert main(["check", str(data)]) == 0
+    assert main(["reconstruct", str(run), str(data / "file_test.h5"), "--out", str(tmp_path / "one")]) == 0
+
+    values = json.loads((run / "run.json").read_text())["notebooks"]["evaluate"]["config"]
+    values |= {"test_dir": str(data), "output_dir": str(tmp_path / "run"), "interactive": False}
+    out = tmp_path / "evaluate.ipynb"
+    command = [sys.executable, "-m", "papermill", "notebooks/04_evaluate.ipynb", str(out), "-y", yaml.safe_dump(values)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    written = {str(path.relative_to(tmp_path / "run" / "reconstructions")) for path in tmp_path.glob("run/rec*/*/*/*")}
+    assert {"model/4/file_full.h5", "model/8/file_full.h5", "model/6/file_test.h5"} <= written
+    assert not any(path.endswith(("4/file_test.h5", "8/file_test.h5", "6/file_full.h5")) for path in written)
+    for path in (tmp_path / "one" / "file_test.h5", tmp_path / "run/reconstructions/model/6/file_test.h5"):
+        with h5py.File(path) as h5:
+            assert h5["reconstruction"].shape == (8, 96, 96) and np.isfinite(h5["reconstruction"][()]).all()
+    with (
+        h5py.File(tmp_path / "one" / "file_test.h5") as one,
+        h5py.File(tmp_path / "run/reconstructions/model/6/file_test.h5") as evaluated,
+    ):
+        np.testing.assert_allclose(one["reconstruction"][()], evaluated["reconstruction"][()], rtol=1e-3, atol=1e-9)
+
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["reconstruction"]
+    assert set(metrics) == {"4", "8"} and "nearest_training_slice" in metrics["4"]
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "file_full.h5").symlink_to(data / "file_full.h5")
+    for acceleration, methods in metrics.items():
+        for method, scores in methods.items():
+            folder = tmp_path / "run" / "reconstructions" / method / acceleration
+            assert_official(scores, tmp_path / "targets", folder)
+
+
+def assert_official(scores, targets, predictions):
+    args = Namespace(target_path=targets, predictions_path=predictions, acquisition=None, acceleration=None)
+    theirs = official.evaluate(args, "reconstruction_rss").means()
+    for name in ("ssim", "psnr", "nmse"):
+        assert scores[name] == pytest.approx(float(np.squeeze(theirs[name.upper()])), rel=1e-6)
+
+
+def test_the_runs_metrics_are_those_of_fastmris_evaluate(run, phantom_dir, tmp_path):
+    split = json.loads((run / "run.json").read_text())["notebooks"]["stage2"]["split"]
+    for file in split["test"]:
+        (tmp_path / f"{file}.h5").symlink_to(phantom_dir / f"{file}.h5")
+    metrics = json.loads((run / "metrics.json").read_text())["reconstruction"]
+    for acceleration, methods in metrics.items():
+        for method, scores in methods.items():
+            assert_official(scores, tmp_path, run / "reconstructions" / method / acceleration)
+
+
+def test_bad_files_are_refused_or_left_out_and_listed(params, volumes, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for volume in volumes:
+        shutil.copy(volume.path, data)
+    with h5py.File(data / volumes[0].path.name, "r+") as h5:
+        h5["kspace"][1, 0, 0, 0] = np.nan
+    (data / "truncated.h5").write_bytes(volumes[1].path.read_bytes()[:5000])
+    common = ["run", str(params), "--stage1-only", "-p", f"stage1.data_dir={data}", "-p", "stage1.max_train_slices=3"]
+    common += ["-p", "stage1.train_control=false"]
+    assert main([*common, "--name", str(tmp_path / "refused")]) == 1
+    record = json.loads((tmp_path / "refused" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert all(name in record["notebooks"]["stage1"]["error"] for name in (volumes[0].path.name, "truncated.h5"))
+    assert main([*common, "-p", "stage1.on_bad_file=skip", "--name", str(tmp_path / "skipped")]) == 0
+    section = json.loads((tmp_path / "skipped" / "run.json").read_text())["notebooks"]["stage1"]
+    assert {entry["file"] for entry in section["skipped_files"]} == {volumes[0].path.name, "truncated.h5"}
+    assert not any(volumes[0].file in part for part in section["split"].values())
 
 
 def test_a_run_folder_is_not_overwritten_unasked(run, params, capsys):

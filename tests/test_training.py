@@ -165,7 +165,7 @@ def test_early_stopping(stage1, tmp_path, monkeypatch):
     system = systems.build(config)
     stage = training.AnalysisStage(system)
     losses = iter([3.0, 2.0, 2.5, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(stage, "validate", lambda batches: {"loss": next(losses)})
+    monkeypatch.setattr(stage, "metrics", lambda scores: {"loss": next(losses)})
     history = training.fit(stage, patient, *loaders(config), tmp_path)
     assert len(history.epochs) == 3 and history.best_epoch == 2
 

@@ -1,0 +1,460 @@
+"""The bench: every method trained alike, scored alike, side by side.
+
+Parts run by themselves and in any number of calls: what a part has made lies in files below the run folder, and a part
+whose files are there is not run again. ``done.json`` of a trained method is written last and holds what it was made
+with; a call with other parameters is refused rather than mixed in.
+
+    <run>/seed0/stage1/            the k-space encoder and its control without k-space
+    <run>/seed0/<method>/          checkpoints, logs, done.json
+    <run>/seed0/reconstructions/<method>/<acceleration>/<file>.h5
+    <run>/seed0/shifts/<shift>/<method>/<acceleration>/<file>.h5
+    <run>/bart_4x.json             BART's settings and everything that was tried
+"""
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from mrilib import bart, inference, shifts, training
+from mrilib.baselines import UNetBaseline, VarNetBaseline, chans_for
+from mrilib.checkpoint import load_checkpoint, load_weights
+from mrilib.config import (
+    BenchParameters,
+    ParameterError,
+    Stage1Parameters,
+    Stage2Parameters,
+    display_path,
+    read_yaml,
+    resolve,
+)
+from mrilib.data import (
+    Batch,
+    FastMRIDataset,
+    ShapeBatchSampler,
+    Volume,
+    collate,
+    index_volumes,
+    load_annotations,
+    make_loader,
+    split_volumes,
+)
+from mrilib.decoder import zero_filled
+from mrilib.evaluation import NearestTrainingSlice
+from mrilib.model import (
+    TwoStageModel,
+    build_backbone,
+    build_control,
+    build_decoder,
+    build_encoder,
+    count_parameters,
+)
+from mrilib.runs import read_json, write_json
+
+logger = logging.getLogger("mrilib")
+Builder = Callable[[Stage1Parameters, Stage2Parameters, PreTrainedModel], nn.Module]
+
+
+class Method(NamedTuple):
+    """A learned method: what is built in the image decoder's place, and whether it reads image tokens."""
+
+    build: Builder
+    tokens: bool = False
+
+
+def _varnet(one: Stage1Parameters, chans: int = 0, measured_lines: bool = False) -> VarNetBaseline:
+    return VarNetBaseline(
+        one.varnet_num_cascades,
+        chans or one.varnet_chans,
+        one.varnet_pools,
+        one.varnet_sens_chans,
+        one.varnet_sens_pools,
+        measured_lines,
+    )
+
+
+def _equal_varnet(one: Stage1Parameters, two: Stage2Parameters, backbone: PreTrainedModel) -> VarNetBaseline:
+    wanted = count_parameters(build_decoder(two, backbone))
+    sizes = one.varnet_num_cascades, one.varnet_pools, one.varnet_sens_chans, one.varnet_sens_pools
+    return _varnet(one, chans=chans_for(wanted, *sizes))
+
+
+METHODS: dict[str, Method] = {
+    "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True),
+    "trained_without_tokens": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False)),
+    "tokens_alone": Method(
+        lambda one, two, backbone: build_decoder(two.model_copy(update={"image_skip": False}), backbone), tokens=True
+    ),
+    "unet": Method(lambda one, two, backbone: UNetBaseline(chans=32, pools=4)),
+    "varnet": Method(lambda one, two, backbone: _varnet(one)),
+    "varnet_equal_size": Method(_equal_varnet),
+    "varnet_measured_lines": Method(lambda one, two, backbone: _varnet(one, measured_lines=True)),
+    "varnet_both_stages": Method(lambda one, two, backbone: _varnet(one)),  # more steps: those of both our stages
+}
+UNLEARNED = ("zero_filled", "nearest_training_slice", "bart")
+
+
+class FixedSteps(ShapeBatchSampler):
+    """So many shuffled batches each time, whatever the size of the data set; a function of (seed, epoch) alone."""
+
+    def __init__(self, dataset: FastMRIDataset, batch_size: int, seed: int, steps: int) -> None:
+        super().__init__(dataset, batch_size, seed, shuffle=True)
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.dataset.epoch])
+        given = 0
+        while True:
+            passed = ShapeBatchSampler(self.dataset, self.batch_size, int(rng.integers(2**32)), shuffle=True)
+            for batch in passed:
+                if given == self.steps:
+                    return
+                given += 1
+                yield batch
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+class Bench:
+    """The bench's parameters, data and frozen parts, and its parts as methods.
+
+    Parameters
+    ----------
+    config : BenchParameters
+    directory : Path
+        The run folder.
+    """
+
+    def __init__(self, config: BenchParameters, directory: Path) -> None:
+        self.config, self.directory = config, directory
+        self.stage1 = Stage1Parameters.from_yaml(resolve(config.stage1_params))
+        # its stage1_checkpoint is not read: the bench has one a seed, made by its first part
+        values = read_yaml(resolve(config.stage2_params))
+        self.stage2 = Stage2Parameters.create(values, written_later=("stage1_checkpoint",))
+        inference.check_same_input(self.stage2, self.stage1)
+        self.volumes = split_volumes(self.stage2)
+        self.annotations = load_annotations(self.stage2)
+        self.device = training.pick_device(self.stage2.device)
+        self.backbone, self.tokenizer = build_backbone(self.stage2, self.device)
+
+    # ---------------------------------------------------------------------------------------- training
+
+    def _loaders(self, batch_size: int, seed: int, steps: int, texts: bool) -> tuple[DataLoader, DataLoader]:
+        config: Any = (self.stage1 if texts else self.stage2).model_copy(update={"seed": seed})
+        annotations = self.annotations
+        train = FastMRIDataset(self.volumes["train"], config, annotations, training=True)
+        train.masks_per_slice = config.masks_per_slice
+        val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
+        sampler = FixedSteps(train, batch_size, seed, steps)
+        loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers)
+        return loader, make_loader(val, batch_size)
+
+    def _claim(self, folder: Path, made_with: dict[str, Any]) -> bool:
+        """Whether a folder is done already; refused if it was made with something else."""
+        path = folder / "done.json"
+        if not path.exists():
+            return False
+        before = read_json(path)["made_with"]
+        if before != json.loads(json.dumps(made_with)):
+            changed = [name for name in made_with if made_with[name] != before.get(name)]
+            raise ParameterError(
+                f"{display_path(folder)} was made with other values of {', '.join(changed)}; remove the folder, or "
+                "give another output_dir"
+            )
+        return True
+
+    def _fit(self, stage: training.Stage, config: Any, folder: Path, steps: int, texts: bool) -> dict[str, Any]:
+        """Train for so many steps, validating `validations` times on the way; what done.json says of it."""
+        each = -(-steps // self.config.validations)
+        config = config.model_copy(update={"epochs": self.config.validations, "save_interval": self.config.validations})
+        loaders = self._loaders(config.batch_size, config.seed, each, texts)
+        begin = time.perf_counter()
+        history = training.fit(stage, config, *loaders, folder)
+        return {
+            "steps": len(history.steps),
+            "slices": len(history.steps) * config.batch_size,
+            # what training costs: forward, backward and update, without loading and validation
+            "seconds": sum(step["seconds"] for step in history.steps),
+            "seconds_with_validation": time.perf_counter() - begin,
+            "parameters": count_parameters(stage.part),
+            "validation": [{"step": each * int(epoch["epoch"]), **_plain(epoch)} for epoch in history.epochs],
+        }
+
+    def train_stage1(self, seed: int) -> dict[str, Any]:
+        """Stage 1 and its control without k-space, both of `stage1_steps`; what done.json says."""
+        folder = self.directory / f"seed{seed}" / "stage1"
+        config = self.stage1.model_copy(update={"seed": seed})
+        made_with = {"steps": self.config.stage1_steps, **_kept(config)}
+        if self._claim(folder, made_with):
+            return read_json(folder / "done.json")
+        results: dict[str, Any] = {}
+        for name, build in (("stage1", build_encoder), ("control", build_control)):
+            training.prepare(config)
+            encoder = build(config, self.backbone).to(self.device)
+            system = TwoStageModel(encoder, self.backbone, self.tokenizer)
+            stage = training.AnalysisStage(system, name, config.label_smoothing)
+            results[name] = self._fit(stage, config, folder, self.config.stage1_steps, texts=True)
+        write_json(folder / "done.json", {"made_with": made_with, **results["stage1"], "control": results["control"]})
+        return read_json(folder / "done.json")
+
+    def train_method(self, name: str, seed: int) -> dict[str, Any]:
+        """Train one method for its steps; what done.json says.
+
+        Raises
+        ------
+        ParameterError
+            If the method needs image tokens and stage 1 of this seed is not trained.
+        """
+        folder = self.directory / f"seed{seed}" / name
+        steps, rate = self._plan(name)
+        config = self.stage2.model_copy(update={"seed": seed, "learning_rate": rate})
+        made_with = {"steps": steps, "stage1": _kept(self.stage1), **_kept(config)}
+        if self._claim(folder, made_with):
+            return read_json(folder / "done.json")
+        training.prepare(config)
+        system = self._system(name, seed)
+        stage = training.ReconstructionStage(system, name)
+        result = self._fit(stage, config, folder, steps, texts=False)
+        write_json(folder / "done.json", {"made_with": made_with, **result})
+        return read_json(folder / "done.json")
+
+    def _plan(self, name: str) -> tuple[int, float]:
+        if name not in self.config.methods:
+            raise ParameterError(f"methods: '{name}' is not among {', '.join(self.config.methods)}")
+        place = self.config.methods.index(name)
+        return self.config.steps[place], self.config.learning_rates[place]
+
+    def _system(self, name: str, seed: int) -> TwoStageModel:
+        """A method's untrained module in the decoder's place of a frozen model."""
+        module = METHODS[name].build(self.stage1, self.stage2, self.backbone)
+        module = module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if METHODS[name].tokens:
+            checkpoint = self._encoder_checkpoint(seed)
+            system, _ = inference.load_stage1(checkpoint, self.backbone, self.tokenizer)
+            system.decoder = module
+            system.freeze(None)
+            return system
+        # Read by nothing: a method without tokens takes neither encoder nor backbone.
+        unread = build_control(self.stage1, self.backbone).to(self.device)
+        return TwoStageModel(unread, self.backbone, self.tokenizer, module)
+
+    def _encoder_checkpoint(self, seed: int) -> Path:
+        path = self.directory / f"seed{seed}" / "stage1" / "stage1_checkpoints" / "stage1_best_model.pt"
+        if not (path.parent.parent / "done.json").exists():
+            raise ParameterError(f"stage 1 of seed {seed} is not trained: let part 'stage1' run first")
+        return path
+
+    def trained(self, name: str, seed: int) -> TwoStageModel:
+        """A model with a trained method in the decoder's place."""
+        folder = self.directory / f"seed{seed}" / name
+        if not (folder / "done.json").exists():
+            raise ParameterError(f"{name} of seed {seed} is not trained: let part 'train' run first")
+        system = self._system(name, seed)
+        path = folder / "stage2_checkpoints" / f"{name}_final_model.pt"
+        assert system.decoder is not None
+        load_weights(system.decoder, load_checkpoint(path, name)["weights"], display_path(path))
+        system.freeze(None)
+        return system
+
+    # ---------------------------------------------------------------------------------------- scoring
+
+    def choose_bart(self, acceleration: int) -> bart.Settings:
+        """BART's settings at one acceleration, chosen on validation slices once."""
+        path = self.directory / f"bart_{acceleration}x.json"
+        if not path.exists():
+            config = self._at(acceleration)
+            data = FastMRIDataset(
+                self.volumes["val"], config, acceleration=acceleration, max_slices=self.config.bart_slices
+            )
+            settings, tried = bart.choose(make_loader(data, 4))
+            write_json(path, {"version": bart.version(), "chosen": settings._asdict(), "tried": tried})
+        return bart.Settings(**read_json(path)["chosen"])
+
+    def _at(self, acceleration: int) -> Stage2Parameters:
+        if acceleration in self.stage2.accelerations:
+            return self.stage2
+        # as many centre lines as lie between those of the trained accelerations
+        fraction = float(np.interp(acceleration, self.stage2.accelerations, self.stage2.center_fractions))
+        return self.stage2.model_copy(update={"accelerations": [acceleration], "center_fractions": [fraction]})
+
+    @torch.no_grad()
+    def reconstruct(
+        self, name: str, seed: int, volumes: Sequence[Volume], folder: Path, accelerations: Sequence[int], **masks: str
+    ) -> None:
+        """Write a method's reconstructions of volumes at some accelerations; those that are whole are left as they are.
+
+        Parameters
+        ----------
+        name : str
+            One of `METHODS` or `UNLEARNED`.
+        seed : int
+            Of the training; without meaning for what is not learned.
+        volumes : sequence of Volume
+        folder : Path
+            Receives ``<method>/<acceleration>/<file>.h5``.
+        accelerations : sequence of int
+        **masks
+            ``mask_type``, if it is another than the trained one.
+        """
+        system: TwoStageModel | None = None
+        for acceleration in accelerations:
+            missing = [v for v in volumes if not (folder / name / str(acceleration) / v.path.name).exists()]
+            if not missing:
+                continue
+            if name in METHODS and system is None:
+                system = self.trained(name, seed)
+            settings = self.choose_bart(acceleration) if name == "bart" else None
+            nearest = NearestTrainingSlice(self.volumes["train"]) if name == "nearest_training_slice" else None
+            config = self._at(acceleration).model_copy(update=masks)
+            data = FastMRIDataset(missing, config, self.annotations, acceleration=acceleration)
+            writer = inference.VolumeWriter(folder, missing)
+            for batch in make_loader(data, self.stage2.batch_size):
+                moved = batch.to(self.device)
+                writer.add(name, acceleration, batch.slices, _images(moved, system, settings, nearest))
+
+    def token_swap(self, seed: int) -> dict[str, Any]:
+        """The model with its own tokens, another patient's and none, and what its texts are worth.
+
+        Images go to ``reconstructions/``; the scores of the texts, at each acceleration and at all, to ``texts.json``,
+        which is returned.
+        """
+        folder = self.directory / f"seed{seed}"
+        if (folder / "texts.json").exists():
+            return read_json(folder / "texts.json")
+        system = self.trained("model", seed)
+        path = folder / "stage1" / "stage1_checkpoints" / "control_best_model.pt"
+        control = inference.load_control(path, self.backbone, self.tokenizer)
+        tester = inference.Tester(system, control, max_new_tokens=self.config.max_new_tokens)
+        writer = inference.VolumeWriter(folder / "reconstructions", self.volumes["test"])
+        rows: list[dict[str, Any]] = []
+        for acceleration in self.stage2.accelerations:
+            data = FastMRIDataset(self.volumes["test"], self.stage2, self.annotations, acceleration=acceleration)
+            rows += tester.run(data, self.stage2.batch_size, writer, seed)
+        train = FastMRIDataset(self.volumes["train"], self.stage2, self.annotations)
+        facts = [train.facts(index) for index in range(len(train))]
+        scores = {
+            str(acceleration): inference.score_texts([r for r in rows if r["acceleration"] == acceleration], facts)
+            for acceleration in self.stage2.accelerations
+        }
+        write_json(folder / "texts.json", {"all": inference.score_texts(rows, facts), **scores})
+        return read_json(folder / "texts.json")
+
+    def shifted(self, shift: str) -> tuple[list[Volume], list[int], dict[str, str]]:
+        """Test volumes, accelerations and masks of one shift.
+
+        Parameters
+        ----------
+        shift : str
+            "acceleration 6", "mask random", "noise 2", "coils 4"; "head nibabel": the head of nibabel's tests, of
+            `num_coils` coils; or "folder DIR": every file of another folder.
+        """
+        kind, _, value = shift.partition(" ")
+        home = list(self.stage2.accelerations)
+        if kind == "acceleration":
+            return self.volumes["test"], [int(value)], {}
+        if kind == "mask":
+            return self.volumes["test"], home, {"mask_type": value}
+        if kind == "folder":
+            return index_volumes(value), home, {}
+        if shift == "head nibabel":
+            folder = self.directory / "shifted_files" / shift_name(shift)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "head.h5").exists():
+                shifts.write_head(folder / "head.h5", self.stage2.num_coils)
+            return index_volumes(folder), home, {}
+        made = shifts.copies(self.volumes["test"], self.directory / "shifted_files", shift, self.config.seed)
+        return made, home, {}
+
+    def score(self, name: str, seed: int) -> None:
+        """Reconstruct the test volumes at the trained accelerations, at home."""
+        folder = self.directory / f"seed{seed}" / "reconstructions"
+        self.reconstruct(name, seed, self.volumes["test"], folder, self.stage2.accelerations)
+
+    def score_shift(self, shift: str, name: str, seed: int) -> None:
+        """Reconstruct the test volumes under one shift."""
+        volumes, accelerations, masks = self.shifted(shift)
+        folder = self.directory / f"seed{seed}" / "shifts" / shift_name(shift)
+        self.reconstruct(name, seed, volumes, folder, accelerations, **masks)
+
+    # ---------------------------------------------------------------------------------------- all of it
+
+    def jobs(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Every job of the parts that the parameters name, in order: what it is, and a call that does it."""
+        config = self.config
+        scored = [name for name in UNLEARNED if name != "bart" or bart.version()] + config.methods
+        for seed in config.bench_seeds:
+            for part in ("stage1", "train"):
+                if part not in config.bench_parts:
+                    continue
+                if part == "stage1":
+                    yield f"stage 1, seed {seed}", functools.partial(self.train_stage1, seed)
+                    continue
+                for name in config.methods:
+                    yield f"train {name}, seed {seed}", functools.partial(self.train_method, name, seed)
+        for number, seed in enumerate(config.bench_seeds):
+            # what is not learned is the same for every seed
+            names = scored if number == 0 else config.methods
+            if "score" in config.bench_parts:
+                for name in names:
+                    yield f"score {name}, seed {seed}", functools.partial(self.score, name, seed)
+                if "model" in config.methods:
+                    yield f"swap tokens, seed {seed}", functools.partial(self.token_swap, seed)
+            if "shifts" in config.bench_parts and number == 0:
+                for shift in config.shifts:
+                    for name in names:
+                        yield f"{shift}: {name}", functools.partial(self.score_shift, shift, name, seed)
+
+    def run(self) -> list[str]:
+        """Do the jobs one after the other; what is done already takes no time.
+
+        Returns
+        -------
+        list of str
+            Jobs that were not begun because `bench_seconds` were over: run again to go on.
+        """
+        begin, left = time.perf_counter(), []
+        for name, call in self.jobs():
+            if self.config.bench_seconds and time.perf_counter() - begin > self.config.bench_seconds:
+                left.append(name)
+                continue
+            logger.info("bench: %s", name)
+            call()
+        return left
+
+
+def shift_name(shift: str) -> str:
+    """A shift as a folder's name: "folder data/other" → "folder_data_other"."""
+    return "_".join(shift.replace("/", " ").split())
+
+
+def _images(
+    batch: Batch, system: TwoStageModel | None, settings: bart.Settings | None, nearest: NearestTrainingSlice | None
+) -> Tensor:
+    if system is not None:
+        return system(batch)
+    if settings is not None:
+        return bart.reconstruct(batch, settings)
+    if nearest is not None:
+        assert batch.target is not None
+        return torch.from_numpy(np.stack([nearest.answer(target) for target in batch.target.cpu().numpy()]))
+    return zero_filled(batch.kspace, batch.scale, batch.recon)
+
+
+def _kept(config: Stage1Parameters | Stage2Parameters) -> dict[str, Any]:
+    """What decides a training's result; not where it is written, shown or logged."""
+    unread = {"output_dir", "interactive", "save_interval", "log_interval", "epochs", "stage1_checkpoint", "seed"}
+    return {name: value for name, value in config.to_dict().items() if name not in unread}
+
+
+def _plain(epoch: dict[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in epoch.items() if name != "epoch"}

@@ -1,0 +1,207 @@
+"""The bench's tables and figures, from the files that its parts have left; what is not there yet is left out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mrilib import bart, charts, figures
+from mrilib.bench import Bench, shift_name
+from mrilib.data import Volume
+from mrilib.evaluation import METRICS, VolumeScore, evaluate_volumes, pick_slices
+from mrilib.inference import comparisons
+from mrilib.lesions import Lesion, lesion_table, lesions_of
+from mrilib.runs import read_json
+from mrilib.style import METHODS, WIDTH, RecordFigure, method_label, styled
+
+Scores = dict[str, dict[str, dict[int, list[VolumeScore]]]]  # acceleration → method → seed → volumes
+
+
+def _whole(folder: Path, volumes: Sequence[Volume]) -> bool:
+    return all((folder / volume.path.name).exists() for volume in volumes)
+
+
+def _ordered(names: Sequence[str]) -> list[str]:
+    return [name for name in METHODS if name in names] + [name for name in names if name not in METHODS]
+
+
+def scores_of(bench: Bench, volumes: Sequence[Volume], below: str) -> Scores:
+    """Scores of everything whole in ``seedN/<below>/<method>/<acceleration>``."""
+    scores: Scores = {}
+    for seed in bench.config.bench_seeds:
+        for folder in sorted((bench.directory / f"seed{seed}" / below).glob("*/*")):
+            if _whole(folder, volumes):
+                methods = scores.setdefault(folder.name, {})
+                methods.setdefault(folder.parent.name, {})[seed] = evaluate_volumes(volumes, folder)
+    return scores
+
+
+def seed_means(seeds: Mapping[int, Sequence[VolumeScore]], metric: str) -> list[float]:
+    """A metric's mean over the volumes, one for each seed."""
+    return [float(np.mean([getattr(score, metric) for score in scores])) for scores in seeds.values()]
+
+
+def _with_spread(values: Sequence[float], form: str) -> str:
+    told = form.format(np.mean(values))
+    return told if len(values) < 2 else f"{told} ± {form.format((max(values) - min(values)) / 2)}"
+
+
+def score_table(bench: Bench, scores: Scores) -> pd.DataFrame:
+    """Every method at every acceleration: mean over the seeds ± half their range; PSNR in [dB].
+
+    Where BART is not installed its row says so.
+    """
+    rows = []
+    for acceleration, methods in scores.items():
+        for method in _ordered(list(methods)):
+            seeds = methods[method]
+            row: dict[str, Any] = {"acceleration": f"{acceleration}x", "method": method_label(method)}
+            for metric, label, form in (
+                ("ssim", "SSIM", "{:.3f}"),
+                ("psnr", "PSNR [dB]", "{:.2f}"),
+                ("ssim_head", "SSIM in head", "{:.3f}"),
+                ("psnr_head", "PSNR in head [dB]", "{:.2f}"),
+            ):
+                row[label] = _with_spread(seed_means(seeds, metric), form)
+            cost = _cost(bench, method)
+            row["steps"] = cost["steps"] if cost else "–"
+            row["trained [s]"] = f"{cost['seconds']:.0f}" if cost else "–"
+            row["parameters"] = f"{cost['parameters']:,}" if cost else "–"
+            row["seeds"] = len(seeds)
+            rows.append(row)
+        if "bart" not in methods and not bart.version():
+            rows.append({"acceleration": f"{acceleration}x", "method": f"{method_label('bart')}: {bart.MISSING}"})
+    return pd.DataFrame(rows).fillna("–")
+
+
+def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
+    """Steps, mean seconds over the seeds, parameters; the model without its tokens at test cost what the model did."""
+    name = "model" if method in ("no_tokens", "other_patient_tokens") else method
+    done = [bench.directory / f"seed{seed}" / name / "done.json" for seed in bench.config.bench_seeds]
+    found = [read_json(path) for path in done if path.exists()]
+    return {**found[0], "seconds": np.mean([one["seconds"] for one in found])} if found else None
+
+
+def differences(scores: Scores, own: str = "model") -> pd.DataFrame:
+    """Own method minus each other one inside the head, seed by seed: mean, and the least over the seeds."""
+    rows = []
+    for acceleration, methods in scores.items():
+        for method in _ordered([name for name in methods if name != own]):
+            row: dict[str, Any] = {
+                "acceleration": f"{acceleration}x",
+                f"{method_label(own)} minus": method_label(method),
+            }
+            for metric, label, form in (
+                ("ssim_head", "SSIM in head", "{:+.4f}"),
+                ("psnr_head", "PSNR in head", "{:+.2f}"),
+            ):
+                mine, others = (seed_means(methods[name], metric) for name in (own, method))
+                change = [a - b for a in mine for b in others]  # every pair of seeds
+                row[f"{label}, mean"] = form.format(np.mean(change))
+                row[f"{label}, least"] = form.format(min(change))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def shift_table(bench: Bench, home: Scores) -> pd.DataFrame:
+    """SSIM and PSNR [dB] inside the head away from home, and their fall from home (both accelerations' mean).
+
+    Of another acceleration the home is the mean of the trained ones.
+    """
+    rows = []
+    for shift in bench.config.shifts:
+        volumes = bench.shifted(shift)[0]
+        away = scores_of(bench, volumes, f"shifts/{shift_name(shift)}")
+        names = {name for methods in away.values() for name in methods}
+        for method in _ordered(sorted(names)):
+            row: dict[str, Any] = {"condition": shift, "method": method_label(method)}
+            for metric, label, form in (
+                ("ssim_head", "SSIM in head", "{:.3f}"),
+                ("psnr_head", "PSNR in head", "{:.2f}"),
+            ):
+                there, here = (
+                    [np.mean(seed_means(methods[method], metric)) for methods in of.values() if method in methods]
+                    for of in (away, home)
+                )
+                row[label] = form.format(np.mean(there))
+                row[f"{label}, fall"] = form.format(np.mean(here) - np.mean(there)) if here else "–"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def lesions(bench: Bench, seed: int) -> tuple[pd.DataFrame, str]:
+    """Lesion contrast and lesions lost of one seed, and a sentence on what was left out."""
+    found: dict[str, dict[str, list[Lesion]]] = {}
+    left_out = 0
+    if bench.annotations is None:
+        return pd.DataFrame(), "No annotations: no lesion is known."
+    for folder in sorted((bench.directory / f"seed{seed}" / "reconstructions").glob("*/*")):
+        if _whole(folder, bench.volumes["test"]):
+            one, left_out = lesions_of(bench.volumes["test"], bench.annotations, folder)
+            found.setdefault(folder.name, {})[folder.parent.name] = one
+    ordered = {acceleration: {name: of[name] for name in _ordered(list(of))} for acceleration, of in found.items()}
+    told = f"Left out of every method: {left_out} boxes whose lesion the target itself hardly shows."
+    return lesion_table(ordered), told
+
+
+@styled
+def quality_curves(bench: Bench) -> Figure:
+    """Validation SSIM and PSNR of the learned methods against optimizer steps; thin lines are single seeds."""
+    figure = RecordFigure(WIDTH, 3.6)
+    axes = figure.subplots(1, 2)
+    for name in _ordered(bench.config.methods):
+        paths = [bench.directory / f"seed{seed}" / name / "done.json" for seed in bench.config.bench_seeds]
+        done = [read_json(path)["validation"] for path in paths if path.exists()]
+        if not done:
+            continue
+        color = METHODS[name][1]
+        for axis, metric in zip(axes, ("val_ssim", "val_psnr"), strict=True):
+            steps = [point["step"] for point in done[0]]
+            values = np.array([[point[metric] for point in points] for points in done])
+            for single in values if len(values) > 1 else []:
+                axis.plot(steps, single, color=color, linewidth=0.6, alpha=0.6)
+            axis.plot(steps, values.mean(0), color=color, marker="o", markersize=3, label=method_label(name))
+    for axis, label in zip(axes, ("SSIM of validation volumes", "PSNR of validation volumes [dB]"), strict=True):
+        axis.set_xlabel("optimizer steps")
+        axis.set_ylabel(label)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    charts._legend_below(figure, list(axes), columns=3)
+    return figure
+
+
+def pictures(bench: Bench, scores: Scores, seed: int, per_figure: int = 6) -> dict[str, Figure]:
+    """Median and worst volume of the model at each acceleration, every method on one window, errors below.
+
+    Returns
+    -------
+    dict
+        "median_4x_1" → Figure; so many methods a figure at most.
+    """
+    directory = bench.directory / f"seed{seed}" / "reconstructions"
+    shown: dict[str, Figure] = {}
+    for acceleration, methods in scores.items():
+        if seed not in methods.get("model", {}):
+            continue
+        names = [name for name in _ordered(list(methods)) if (directory / name / acceleration).is_dir()]
+        picked = pick_slices(methods["model"][seed], bench.volumes["test"], 3)
+        for one in picked:
+            if one.role not in ("median", "worst"):
+                continue
+            for number, start in enumerate(range(0, len(names), per_figure), 1):
+                rows = comparisons(directory, acceleration, [one], names[start : start + per_figure])
+                shown[f"{one.role}_{acceleration}x_{number}"] = figures.reconstruction_comparison(rows)
+    return shown
+
+
+def metrics_section(scores: Scores) -> dict[str, Any]:
+    """The comparison as metrics.json holds it: acceleration → method → metric → one value a seed."""
+    return {
+        acceleration: {
+            method: {metric: seed_means(seeds, metric) for metric in METRICS} for method, seeds in methods.items()
+        }
+        for acceleration, methods in scores.items()
+    }

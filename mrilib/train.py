@@ -1,0 +1,144 @@
+"""One stage without a notebook: what `python -m mrilib train` does, in each process that `accelerate launch` starts."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
+from transformers.utils.logging import disable_progress_bar
+
+from mrilib import inference, model, runs, token_cache, training
+from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
+from mrilib.data import Batch, FastMRIDataset, Volume, load_annotations, make_loader, split_volumes
+from mrilib.distributed import launched
+
+StageParameters = Stage1Parameters | Stage2Parameters
+
+
+def make_loaders(
+    config: StageParameters,
+) -> tuple[dict[str, list[Volume]], DataLoader[Batch], DataLoader[Batch]]:
+    """Split, training loader and validation loader of a stage's parameters."""
+    volumes = split_volumes(config)
+    annotations = load_annotations(config)
+    train_data = FastMRIDataset(
+        volumes["train"],
+        config,
+        annotations,
+        training=True,
+        masks_per_slice=config.masks_per_slice,
+        max_slices=config.max_train_slices,
+    )
+    val_data = FastMRIDataset(volumes["val"], config, annotations, max_slices=config.max_val_slices)
+    group = isinstance(config, Stage1Parameters) and config.group_by_length
+    train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, group_by_length=group)
+    return volumes, train_loader, make_loader(val_data, config.batch_size)
+
+
+def make_stages(config: StageParameters, device: torch.device) -> Iterator[training.Stage]:
+    """The trainings of a stage's parameters, built one after the other: the stage itself, then its control."""
+    backbone, tokenizer = model.build_backbone(config, device)
+    if isinstance(config, Stage1Parameters):
+        encoder = model.build_encoder(config, backbone).to(device)
+        yield training.AnalysisStage(
+            model.TwoStageModel(encoder, backbone, tokenizer), "stage1", config.label_smoothing
+        )
+        if config.train_control:
+            training.prepare(config)  # the same seed again: the same order of slices
+            control = model.build_control(config, backbone).to(device)
+            yield training.AnalysisStage(
+                model.TwoStageModel(control, backbone, tokenizer), "control", config.label_smoothing
+            )
+        return
+    system, stage1_config = inference.load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
+    inference.check_same_input(config, stage1_config)
+    system.decoder = model.build_decoder(config, backbone).to(device)
+    yield training.ReconstructionStage(system)
+    if config.train_control:
+        training.prepare(config)  # the same seed again: the same order of slices and masks
+        decoder = model.build_decoder(config, backbone, use_tokens=False).to(device)
+        yield training.ReconstructionStage(model.TwoStageModel(system.encoder, backbone, tokenizer, decoder), "plain")
+
+
+def train(config: StageParameters, only: str = "") -> Path:
+    """Train a stage and its control, or `only` one of the two; the run folder.
+
+    Raises
+    ------
+    ParameterError
+        See `training.fit`.
+    """
+    number = 1 if isinstance(config, Stage1Parameters) else 2
+    notebook = f"stage{number}"
+    disable_progress_bar()
+    state = PartialState(cpu=training.pick_device(config.device).type == "cpu") if launched() else None
+    name = [config.output_dir or f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"]
+    if state is not None:
+        broadcast_object_list(name)
+        config = config.model_copy(update={"num_processes": state.num_processes})
+    config = config.model_copy(update={"output_dir": name[0]})
+    directory = resolve(name[0])
+    main = state is None or state.is_main_process
+    # A notebook that starts these processes keeps the record itself.
+    run = runs.start(notebook, config) if main and not only else None
+    if main:
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        training_log = logging.getLogger("mrilib")
+        training_log.addHandler(console)
+        training_log.setLevel(logging.INFO)
+    try:
+        with runs.stop_on_signals(directory):
+            _train_stages(config, directory, run, only)
+    except BaseException as error:
+        if run is not None:
+            run.finish(notebook, "failed", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if state is not None and sys.exc_info()[0] is None:
+            state.destroy_process_group()
+    return directory
+
+
+def _train_stages(config: StageParameters, directory: Path, run: runs.Run | None, only: str) -> None:
+    device = training.prepare(config)
+    volumes, train_loader, val_loader = make_loaders(config)
+    notebook = "stage1" if isinstance(config, Stage1Parameters) else "stage2"
+    if run is not None:
+        run.note(notebook, split={name: [volume.file for volume in part] for name, part in volumes.items()})
+    for stage in make_stages(config, device):
+        if only not in ("", stage.name):
+            continue
+        if (
+            isinstance(config, Stage2Parameters)
+            and isinstance(stage, training.ReconstructionStage)
+            and config.token_cache
+        ):
+            train_loader, val_loader = token_cache.cached_loaders(stage, config, train_loader, val_loader)
+        before = model.fingerprint(stage.model.backbone, stage.model.tokenizer)
+        history = training.fit(stage, config, train_loader, val_loader, directory)
+        after = model.fingerprint(stage.model.backbone, stage.model.tokenizer)
+        if run is not None and stage.name == notebook:
+            facts = {
+                "frozen_before": before,
+                "frozen_after": after,
+                "best_epoch": history.best_epoch,
+                "best_val_loss": history.best_loss,
+                "seconds": history.seconds,
+                "peak_memory_bytes": runs.peak_memory_bytes(),
+                "trainable_parameters": model.count_parameters(stage.part),
+            }
+            run.note(notebook, **facts)
+    if run is not None:
+        run.finish(notebook)
+
+
+def read_config(path: Path, stage: int, overrides: dict[str, object]) -> StageParameters:
+    """A stage's parameters from a params file, with `overrides` on top."""
+    cls = Stage1Parameters if stage == 1 else Stage2Parameters
+    return cls.from_yaml(path, {"interactive": False, **overrides})

@@ -1,0 +1,161 @@
+"""The bench: parts that resume, equal conditions, tables from files."""
+
+import json
+
+import pytest
+import systems
+import yaml
+
+from mrilib import bart, bench, bench_tables
+from mrilib.config import BenchParameters, ParameterError
+from mrilib.data import FastMRIDataset
+
+METHODS = ["model", "trained_without_tokens", "tokens_alone", "varnet", "varnet_measured_lines", "unet"]
+
+
+@pytest.fixture(scope="module")
+def values(phantom_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("params")
+    backbone = systems.write_backbone(folder / "backbone")
+    common = {"max_val_slices": 3, "center_fractions": [0.16, 0.08], "num_coils": 8}
+    one = systems.values(phantom_dir, backbone, **systems.ENCODER, **common)
+    two = systems.values(phantom_dir, backbone, **systems.DECODER, **common, train_control=False)
+    for name, content in (("stage1", one), ("stage2", two)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return {
+        "bench_parts": ["stage1", "train", "score", "shifts"],
+        "stage1_params": str(folder / "stage1.yaml"),
+        "stage2_params": str(folder / "stage2.yaml"),
+        "bench_seeds": [0, 1],
+        "stage1_steps": 2,
+        "methods": METHODS,
+        "steps": [4] * len(METHODS),
+        "learning_rates": [1e-3] * len(METHODS),
+        "validations": 2,
+        "bart_slices": 1,
+        "max_new_tokens": 4,
+        "shifts": ["acceleration 6", "mask random", "noise 2", "coils 4", "head nibabel"],
+        "interactive": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def done(values, tmp_path_factory):
+    """A bench that has run as a whole, two seeds, with BART's grid cut short."""
+    directory = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bart, "KERNELS", (4,))
+        patch.setattr(bart, "CALIBRATIONS", (24,))
+        patch.setattr(bart, "STRENGTHS", (0.005,))
+        one = bench.Bench(BenchParameters.create(values), directory)
+        assert one.run() == []
+    return one
+
+
+def test_every_method_had_its_steps_and_says_what_it_cost(done):
+    for seed in (0, 1):
+        for name in METHODS:
+            told = json.loads((done.directory / f"seed{seed}" / name / "done.json").read_text())
+            assert told["steps"] == 4 and told["seconds"] > 0 and told["parameters"] > 0
+            assert [point["step"] for point in told["validation"]] == [2, 4]
+            assert told["seconds"] < told["seconds_with_validation"]
+    assert json.loads((done.directory / "seed0" / "stage1" / "done.json").read_text())["control"]["steps"] == 2
+
+
+def test_what_is_done_is_not_done_again(done, values, monkeypatch):
+    times = {path: path.stat().st_mtime_ns for path in done.directory.rglob("*") if path.is_file()}
+    monkeypatch.setattr(bench.training, "fit", None)
+    monkeypatch.setattr(bench.bart, "reconstruct", None)
+    assert bench.Bench(BenchParameters.create(values), done.directory).run() == []
+    assert {path: path.stat().st_mtime_ns for path in done.directory.rglob("*") if path.is_file()} == times
+
+
+def test_other_parameters_are_refused_rather_than_mixed(done, values):
+    changed = BenchParameters.create({**values, "steps": [4, 6, 4, 4, 4, 4]})
+    with pytest.raises(ParameterError, match=r"trained_without_tokens was made with other values of steps"):
+        bench.Bench(changed, done.directory).run()
+
+
+def test_a_limit_of_seconds_leaves_jobs_for_the_next_call(values, tmp_path, monkeypatch):
+    ticks = iter(range(0, 10**6, 1000))
+    one = bench.Bench(BenchParameters.create({**values, "bench_seconds": 1500, "bench_parts": ["train"]}), tmp_path)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    begun = []
+    monkeypatch.setattr(one, "train_method", lambda name, seed: begun.append(name))
+    left = one.run()
+    assert len(begun) == 1 and len(left) == 2 * len(METHODS) - 1
+
+
+def test_tokens_need_stage_1(values, tmp_path):
+    one = bench.Bench(BenchParameters.create({**values, "bench_parts": ["train"]}), tmp_path)
+    with pytest.raises(ParameterError, match="stage 1 of seed 0 is not trained"):
+        one.train_method("model", 0)
+    with pytest.raises(ParameterError, match="varnet of seed 1 is not trained"):
+        one.trained("varnet", 1)
+
+
+def test_methods_see_the_same_batches(done):
+    data = FastMRIDataset(done.volumes["train"], done.stage2, training=True)
+    for epoch in (0, 1):
+        data.epoch = epoch
+        first, second = (list(bench.FixedSteps(data, 3, seed=5, steps=11)) for _ in range(2))
+        assert first == second and len(first) == 11
+    data.epoch = 0
+    assert first != list(bench.FixedSteps(data, 3, seed=5, steps=11)) != list(bench.FixedSteps(data, 3, 6, 11))
+
+
+def test_tables_hold_every_method_at_every_acceleration(done):
+    scores = bench_tables.scores_of(done, done.volumes["test"], "reconstructions")
+    swaps = {"no_tokens", "other_patient_tokens"}
+    wanted = {*METHODS, *swaps, "zero_filled", "nearest_training_slice", *(["bart"] if bart.version() else [])}
+    assert {name: set(methods) for name, methods in scores.items()} == {"4": wanted, "8": wanted}
+    assert {len(scores["4"][name]) for name in METHODS} == {2} and len(scores["4"]["nearest_training_slice"]) == 1
+    table = bench_tables.score_table(done, scores)
+    assert len(table) >= 2 * len(wanted) and "±" in table["SSIM in head"][0]
+    own = table[table["method"] == "two-stage model"]
+    assert own["steps"].tolist() == [4, 4] and own["seeds"].tolist() == [2, 2]
+    change = bench_tables.differences(scores)
+    mine, other = (bench_tables.seed_means(scores["4"][name], "ssim_head") for name in ("model", "varnet"))
+    row = change[(change["acceleration"] == "4x") & (change.iloc[:, 1] == "fastMRI's VarNet")].iloc[0]
+    assert float(row["SSIM in head, mean"]) == pytest.approx(sum(mine) / 2 - sum(other) / 2, abs=1e-4)
+    assert float(row["SSIM in head, least"]) == pytest.approx(min(mine) - max(other), abs=1e-4)
+    json.dumps(bench_tables.metrics_section(scores), allow_nan=False)
+
+
+def test_shifts_and_lesions_and_figures(done):
+    scores = bench_tables.scores_of(done, done.volumes["test"], "reconstructions")
+    table = bench_tables.shift_table(done, scores)
+    assert set(table["condition"]) == {"acceleration 6", "mask random", "noise 2", "coils 4", "head nibabel"}
+    assert set(table.groupby("condition").size()) == {len(METHODS) + 2 + bool(bart.version())}
+    noise = table[(table["condition"] == "noise 2") & (table["method"] == "zero-filled")]
+    assert float(noise["PSNR in head, fall"].iloc[0]) > 0
+    lesions, told = bench_tables.lesions(done, 0)
+    assert "Left out" in told and set(lesions["acceleration"]) == {"4x", "8x"}
+    counts = lesions[lesions["lesions"] == "all"]["number"]
+    assert counts.nunique() == 1 and counts.iloc[0] > 0
+    assert len(bench_tables.quality_curves(done).axes[0].get_lines()) == 3 * len(METHODS)
+    shown = bench_tables.pictures(done, scores, 0)
+    assert {"median_4x_1", "worst_8x_2"} <= set(shown)
+    texts = json.loads((done.directory / "seed1" / "texts.json").read_text())
+    assert {"all", "4", "8"} == set(texts) and "finding_f1_without_kspace" in texts["4"]
+
+
+def test_other_volumes_by_folder(values, phantom_dir, tmp_path):
+    one = bench.Bench(BenchParameters.create(values), tmp_path)
+    volumes, accelerations, masks = one.shifted(f"folder {phantom_dir}")
+    assert len(volumes) == 12 and accelerations == [4, 8] and masks == {}
+    assert bench.shift_name("folder data/other") == "folder_data_other"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"steps": [1]}, "one value per method"),
+        ({"methods": ["unet"] * 6}, "named twice"),
+        ({"bench_parts": ["trian"]}, "trian is not known"),
+        ({"learning_rates": [0.0] * 6}, "above 0"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(values, changed, told):
+    with pytest.raises(ParameterError, match=told):
+        BenchParameters.create({**values, **changed})

@@ -1,0 +1,134 @@
+"""Every shape of fastMRI's brains goes through both stages and the evaluation; nothing is ever NaN."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import systems
+import torch
+from fastmri import evaluate as official
+from heads import as_test_file, write_shape
+
+from mrilib import check, model, training
+from mrilib.config import Stage1Parameters
+from mrilib.data import FastMRIDataset, collate, make_loader
+from mrilib.evaluation import by_acceleration, evaluate_volumes, summarize, write_reconstruction
+from mrilib.volume import Volume, read_volume
+
+#: coils, (H, W), target, padding, reconSpace's y if not the target's
+SHAPES = [
+    (2, (512, 260), (256, 256), (0, 0), 0),
+    (5, (640, 264), (264, 264), (9, 4), 320),  # narrower than its header says
+    (16, (640, 320), (320, 320), (0, 0), 0),
+    (20, (640, 322), (320, 320), (31, 30), 0),
+    (24, (768, 396), (384, 384), (0, 20), 0),
+]
+COILS = 6  # after compression; sixteen would take the tests three times as long
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shapes")
+    for number, (coils, matrix, recon, padding, header_width) in enumerate(SHAPES):
+        write_shape(directory / f"file{number}.h5", coils, matrix, recon, padding, header_width)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def system(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[model.TwoStageModel, Stage1Parameters]:
+    backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+    config = systems.stage1_config(folder, backbone, img_size=320, num_coils=COILS, epochs=1)
+    whole = systems.build(config)
+    whole.decoder = model.build_decoder(
+        systems.stage2_config(folder, backbone, backbone / "config.json", img_size=320, num_coils=COILS), whole.backbone
+    )
+    return whole, config
+
+
+def volumes_of(folder: Path) -> list[Volume]:
+    return [read_volume(path) for path in sorted(folder.glob("*.h5"))]
+
+
+def test_they_are_good_files_with_an_empty_and_a_noise_only_slice(folder: Path) -> None:
+    for path in sorted(folder.glob("*.h5")):
+        report = check.check_file(path)
+        assert report.problems == [] and report.warnings == ["slice 1: all zero", "slice 2: noise only"]
+
+
+@pytest.mark.parametrize(
+    ("number", "crop"), [*((number, "readout") for number in range(len(SHAPES))), (1, "image"), (4, "image")]
+)
+def test_both_stages_train_on_every_shape(
+    folder: Path, system: tuple[model.TwoStageModel, Stage1Parameters], number: int, crop: str
+) -> None:
+    whole, config = system
+    config = config.model_copy(update={"crop": crop})
+    volume = volumes_of(folder)[number]
+    coils, matrix, recon, padding, _ = SHAPES[number]
+    dataset = FastMRIDataset([volume], config, training=True)
+    batch = collate([dataset[index] for index in range(3)])
+    if crop == "readout":
+        assert batch.kspace.shape == (3, min(coils, COILS), recon[0], matrix[1])
+        outside = torch.ones(matrix[1], dtype=torch.bool)
+        outside[padding[0] : matrix[1] - padding[1]] = False
+        assert not batch.mask[:, outside].any() and not batch.kspace[..., outside].any()
+        assert batch.acquired is not None and torch.equal(batch.acquired[0], ~outside)
+        assert batch.recon == recon
+    else:
+        assert batch.kspace.shape == (3, min(coils, COILS), 320, 320) and batch.recon == (320, 320)
+    stages = {"encoder": training.AnalysisStage(whole), "decoder": training.ReconstructionStage(whole)}
+    for part, stage in stages.items():
+        whole.freeze(part)
+        loss = stage.loss(batch).total
+        assert loss.isfinite()
+        loss.backward()
+        gradients = [p.grad for p in stage.part.parameters() if p.grad is not None]
+        assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+        assert any(gradient.any() for gradient in gradients)
+        whole.zero_grad()
+    with torch.no_grad():
+        image = whole(batch)
+    assert image.shape == (3, *batch.recon) and image.isfinite().all()
+    assert image[1].max() < 1e-9 * image[0].max()  # nothing measured, nothing shown
+
+
+def test_they_are_scored_as_fastmri_does_and_batched_by_shape(
+    folder: Path, system: tuple[model.TwoStageModel, Stage1Parameters], tmp_path: Path
+) -> None:
+    whole, config = system
+    volumes = volumes_of(folder)
+    dataset = FastMRIDataset(volumes, config, acceleration=8)
+    images: dict[str, dict[int, np.ndarray]] = {volume.file: {} for volume in volumes}
+    for batch in make_loader(dataset, 2):
+        with torch.no_grad():
+            for one, image in zip(batch.slices, whole(batch), strict=True):
+                images[one.file][one.slice_num] = image.numpy()
+    for volume in volumes:
+        stack = np.stack([images[volume.file][number] for number in range(3)])
+        write_reconstruction(tmp_path / volume.path.name, stack)
+    ours = summarize(evaluate_volumes(volumes, tmp_path), 100)
+    json.dumps(ours, allow_nan=False)
+    args = argparse.Namespace(target_path=folder, predictions_path=tmp_path, acquisition=None, acceleration=None)
+    theirs = official.evaluate(args, "reconstruction_rss").means()
+    for name in ("ssim", "psnr", "nmse"):
+        assert ours[name] == pytest.approx(float(np.squeeze(theirs[name.upper()])), rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_test_files_are_reconstructed_with_their_own_mask(
+    system: tuple[model.TwoStageModel, Stage1Parameters], tmp_path: Path, number: int
+) -> None:
+    whole, config = system
+    coils, matrix, recon, padding, header_width = SHAPES[number]
+    path = write_shape(tmp_path / "test.h5", coils, matrix, recon, padding, header_width)
+    as_test_file(path, acceleration=6)
+    report = check.check_file(path)
+    assert report.problems == []
+    volume = read_volume(path)
+    assert by_acceleration([volume], config.accelerations) == {6: [volume]}
+    batch = collate([FastMRIDataset([volume], config)[0]])
+    with torch.no_grad():
+        image = whole(batch)
+    assert image.shape == (1, *volume.recon) and image.isfinite().all() and batch.slices[0].acceleration == 6
