@@ -170,8 +170,8 @@ def _check_same(path: Path, folder: Path, one: Variant, notebooks: Sequence[str]
         values = {**read_yaml(folder / f"{notebook}.yaml"), **given}
         wanted = NOTEBOOKS[notebook][1].create(values, written_later=LATER).to_dict()
         for name, value in wanted.items():
-            if name in (*LATER, "output_dir", "interactive", "runs"):
-                continue
+            if name not in values or name in (*LATER, "output_dir", "interactive", "runs"):
+                continue  # what the file leaves out is the notebook cell's, not config's
             if section["config"].get(name) != value:
                 raise ParameterError(
                     f"'{display_path(path)}' was made with {notebook}.{name} {section['config'].get(name)!r}, not "
