@@ -126,8 +126,9 @@ def sweep(options: argparse.Namespace) -> int:
     comparison = resolve("outputs") / f"{base}-sweep"
     if not options.overwrite:
         unfinished = [name for name, path in own.items() if path.exists() and _status(path) != "done"]
-        if unfinished:
-            raise ParameterError(f"not finished: {', '.join(unfinished)}; delete them, or --overwrite runs all anew")
+        if unfinished and not options.resume:
+            told = "--resume goes on with them, --overwrite runs all anew"
+            raise ParameterError(f"not finished: {', '.join(unfinished)}; {told}")
         for one in planned:
             if own[one.name].exists():
                 _check_same(own[one.name], folder, one, notebooks)
@@ -135,11 +136,18 @@ def sweep(options: argparse.Namespace) -> int:
     states: dict[str, str] = {}
     for number, one in enumerate(planned, 1):
         print(f"══ {number} of {len(planned)}: {one.name}", flush=True)
-        if own[one.name].exists() and not options.overwrite:
+        there = own[one.name].exists() and not options.overwrite
+        if there and _status(own[one.name]) == "done":
             print("   done before", flush=True)
             states[one.name] = "done"
             continue
-        command = ["run", str(folder), "--name", one.name, *(["--overwrite"] if options.overwrite else [])]
+        command = [
+            "run",
+            str(folder),
+            "--name",
+            one.name,
+            *(["--overwrite"] if options.overwrite else ["--resume"] * there),
+        ]
         command += ["--stage1-only"] if options.stage1_only else []
         command += ["--stage2-only", "-c", str(options.checkpoint)] if options.stage2_only else []
         for name, value in one.parameters.items():
@@ -160,10 +168,13 @@ def _status(path: Path) -> str:
 
 
 def _check_same(path: Path, folder: Path, one: Variant, notebooks: Sequence[str]) -> None:
-    """A finished run is taken as it is only if it was made with the notebooks and parameters that are asked for now."""
-    made = read_json(path / "run.json")["notebooks"]
-    if set(made) != set(notebooks):
-        told = f"consists of {', '.join(made)}, not of {', '.join(notebooks)}"
+    """Take a run that is there, or go on with it, only if it has the notebooks and parameters asked for now."""
+    if not (path / "run.json").is_file():
+        raise ParameterError(f"'{display_path(path)}' is no run folder; choose another --name, or --overwrite")
+    record = read_json(path / "run.json")
+    made = record["notebooks"]
+    if set(record["planned"]) != set(notebooks):
+        told = f"consists of {', '.join(record['planned'])}, not of {', '.join(notebooks)}"
         raise ParameterError(f"'{display_path(path)}' {told}; choose another --name, or --overwrite")
     for notebook, section in made.items():
         given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}

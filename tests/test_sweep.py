@@ -14,7 +14,7 @@ import yaml
 
 from mrilib import sweep
 from mrilib.__main__ import main, parse_overrides
-from mrilib.config import ParameterError
+from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.sweep import _flow, parse_grid, variants
 
 
@@ -119,6 +119,27 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params,
     shutil.rmtree(failed)
     assert main([*command, "-p", "stage1.epochs=2"]) == 1
     assert "was made with stage1.epochs 1, not 2" in capfd.readouterr().err
+
+
+def test_resume_goes_on_with_what_is_not_finished(params, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(sweep, "_mrilib", lambda command: commands.append(command) or 0)
+    for epochs, status in ((2, "done"), (3, "failed")):
+        folder = tmp_path / f"s-stage1.epochs-{epochs}"
+        folder.mkdir()
+        values = yaml.safe_load((params / "stage1.yaml").read_text()) | {"epochs": epochs}
+        config = Stage1Parameters.create(values).to_dict()
+        record = {"status": status, "planned": ["stage1"], "notebooks": {"stage1": {"config": config}}}
+        (folder / "run.json").write_text(json.dumps(record))
+    command = ["sweep", str(params), "--name", str(tmp_path / "s"), "--stage1-only", "-p", "stage1.epochs=2,3,4"]
+    assert main(command) == 1 and not commands
+    assert main([*command, "--resume"]) == 0
+    assert ["--resume" in one for one in commands] == [True, False, False]
+    assert [one[one.index("--name") + 1].rsplit("/", 1)[1] for one in commands] == [
+        "s-stage1.epochs-3",
+        "s-stage1.epochs-4",
+        "s-sweep",
+    ]
 
 
 @pytest.mark.parametrize(
