@@ -137,6 +137,7 @@ def test_shifts_and_lesions_and_figures(done):
     shown = bench_tables.pictures(done, scores, 0)
     assert {"median_4x_1", "worst_8x_2"} <= set(shown)
     texts = json.loads((done.directory / "seed1" / "texts.json").read_text())
+    assert bench_tables.text_table(done)["acceleration"].tolist() == ["all", "4x", "8x"]
     assert {"all", "4", "8"} == set(texts) and "finding_f1_without_kspace" in texts["4"]
 
 
