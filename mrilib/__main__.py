@@ -338,6 +338,11 @@ def train_stage(options: argparse.Namespace) -> int:
     if options.resume:
         values["resume"] = True
     config = train.read_config(options.params, options.stage, values)
+    if options.dry_run:
+        from mrilib import dry_run
+
+        print(dry_run.report(config).text())
+        return 0
     try:
         directory = train.train(config, options.only)
     except TrainingStopped as stopped:

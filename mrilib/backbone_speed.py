@@ -30,8 +30,9 @@ def build(config: BenchmarkParameters, device: torch.device) -> NirvanaForCausal
     """A frozen backbone with random weights."""
     torch.manual_seed(config.seed)
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim")
-    model = NirvanaForCausalLM(NirvanaConfig(**{name: getattr(config, name) for name in names}))
-    return model.to(device).eval().requires_grad_(False)
+    with torch.device(device):
+        model = NirvanaForCausalLM(NirvanaConfig(**{name: getattr(config, name) for name in names}))
+    return model.eval().requires_grad_(False)
 
 
 def llama_like(model: NirvanaForCausalLM) -> LlamaForCausalLM:
@@ -39,7 +40,7 @@ def llama_like(model: NirvanaForCausalLM) -> LlamaForCausalLM:
     config = model.config
     d, layers = config.hidden_size, config.num_hidden_layers
     per_layer = (parameters(model.model) - config.vocab_size * d) / layers - 4 * d * d
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": d,
         "intermediate_size": round(per_layer / (3 * d)),
@@ -47,7 +48,9 @@ def llama_like(model: NirvanaForCausalLM) -> LlamaForCausalLM:
         "num_attention_heads": config.num_heads,
         "tie_word_embeddings": True,
     }
-    return LlamaForCausalLM(LlamaConfig(**sizes)).to(model.device).eval().requires_grad_(False)
+    with model.device:
+        llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    return llama.eval().requires_grad_(False)
 
 
 def parameters(model: nn.Module) -> int:

@@ -250,6 +250,9 @@ class BackboneParameters(DataParameters):
         "models/model.safetensors", "backbone weights, or a Hugging Face causal-LM folder", min_length=1
     )
     tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
+    backbone_dtype: Literal["float32", "bfloat16"] = P(
+        "float32", "type that the frozen backbone's weights are kept in; bfloat16 takes half the memory"
+    )
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
     delta_rule: Literal["auto", "fused", "plain"] = P(
         "auto", "auto: fused kernels on GPUs if installed; plain: without"
@@ -363,7 +366,20 @@ class Stage2Parameters(TrainingParameters):
     decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
+    token_cache: bool = P(
+        False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
+    )
+    token_cache_dir: str = P("outputs/token_cache", "folder of the token cache, shared by runs", min_length=1)
     train_control: bool = P(True, "also train the control: a decoder without image tokens, same steps")
+
+    @model_validator(mode="after")
+    def _cache_has_masks(self) -> Self:
+        if self.token_cache and not self.masks_per_slice:
+            raise ValueError(
+                "token_cache: with masks_per_slice 0 every epoch has new masks and nothing to read back; "
+                "set masks_per_slice to 1 or more, or token_cache: off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _control_has_input(self) -> Self:

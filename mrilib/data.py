@@ -40,6 +40,7 @@ class Slice(NamedTuple):
     facts: Facts
     report: Report | None
     acquired: Tensor | None = None  # bool (phase,): False on the header's padding; None: every line was acquired
+    tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
 
 
 class Batch(NamedTuple):
@@ -51,8 +52,9 @@ class Batch(NamedTuple):
     target: Tensor | None  # float32 (B, h, w) [file units]
     maximum: Tensor  # float32 (B,) [file units]
     recon: tuple[int, int]
-    slices: list[Slice]  # what is not stacked above; without their k-space and target
+    slices: list[Slice]  # what is not stacked above; without their tensors
     acquired: Tensor | None = None  # bool (B, phase)
+    tokens: Tensor | None = None  # image tokens (B, N, hidden) if a token cache holds them for all the slices
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
@@ -424,6 +426,7 @@ class ShapeBatchSampler(Sampler[list[int]]):
 def collate(slices: list[Slice]) -> Batch:
     """Stack slices of equal shape."""
     targets = [s.target for s in slices if s.target is not None]
+    tokens = [s.tokens for s in slices if s.tokens is not None]
     return Batch(
         kspace=torch.stack([s.kspace for s in slices]),
         mask=torch.stack([s.mask for s in slices]),
@@ -431,8 +434,10 @@ def collate(slices: list[Slice]) -> Batch:
         target=torch.stack(targets) if len(targets) == len(slices) else None,
         maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
         recon=slices[0].recon,
-        slices=[s._replace(kspace=s.kspace[:0], target=None) for s in slices],  # stacked above; not sent twice
+        # stacked here; not sent twice
+        slices=[s._replace(kspace=s.kspace[:0], target=None, tokens=None) for s in slices],
         acquired=torch.stack([torch.ones_like(s.mask) if s.acquired is None else s.acquired for s in slices]),
+        tokens=torch.stack(tokens) if len(tokens) == len(slices) else None,
     )
 
 

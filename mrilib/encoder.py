@@ -170,12 +170,22 @@ class KSpaceEncoder(nn.Module):
         # VarNet.forward ends in an RSS image; its steps are taken here one by one, for the complex coil images.
         measured = torch.view_as_real(kspace)
         fastmri_mask = mask[:, None, None, :, None]
-        maps = self._step(self.varnet.sens_net, measured, fastmri_mask)
+        maps = self._maps(measured, fastmri_mask)
         refined = measured.clone()
         for cascade in self.varnet.cascades:
             refined = self._step(cascade, refined, measured, fastmri_mask, maps)
         coil_images = physics.ifft2c(torch.view_as_complex(refined.float().contiguous()))
         return physics.combine(coil_images, torch.view_as_complex(maps.float().contiguous()))
+
+    def _maps(self, measured: Tensor, fastmri_mask: Tensor) -> Tensor:
+        """VarNet's sensitivity maps. Its U-Net sees every coil at full size, by far the most activations of all steps.
+
+        Where memory is to be saved it takes one slice at a time, which to it is all the same.
+        """
+        if not self.activation_checkpointing:
+            return self.varnet.sens_net(measured, fastmri_mask)
+        pairs = zip(measured.split(1), fastmri_mask.split(1), strict=True)
+        return torch.cat([self._step(self.varnet.sens_net, one, mask) for one, mask in pairs])
 
     def _step(self, module: nn.Module, *inputs: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

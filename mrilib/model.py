@@ -211,10 +211,13 @@ class TwoStageModel(nn.Module):
 
     def image_tokens_from_prefix(self, prefix: Tensor) -> Tensor:
         """The same from k-space tokens (B, N + 2, hidden)."""
+        return self.hidden_states(prefix).float()
+
+    def hidden_states(self, prefix: Tensor) -> Tensor:
+        """The same in the type that the backbone works in, which is what the token cache keeps."""
         prefix = prefix.to(word_embeddings(self.backbone).dtype)
         base: Any = self.backbone.base_model
-        hidden = base(inputs_embeds=prefix, use_cache=False).last_hidden_state
-        return hidden[:, 1:-1].float()
+        return base(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 
     def reconstruct(self, batch: Batch, tokens: Tensor | None) -> Tensor:
         """The decoder's image (B, h, w) [file units] from image tokens, or from none."""
@@ -248,10 +251,11 @@ def hidden_size(backbone: PreTrainedModel) -> int:
 def build_backbone(
     config: BackboneParameters, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load backbone and tokenizer, checked against each other."""
+    """Load backbone and tokenizer, checked against each other, with activation checkpointing if that is asked for."""
     path = resolve(config.backbone_path)
     kernels.choose(config.delta_rule)
-    backbone = load_backbone(resolve(config.config_path), path, device=device)
+    dtype = getattr(torch, config.backbone_dtype)
+    backbone = load_backbone(resolve(config.config_path), path, dtype, device)
     if getattr(config, "activation_checkpointing", False):
         checkpoint_layers(backbone)
     own = path / "tokenizer.json"

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers.utils.logging import disable_progress_bar
 
-from mrilib import inference, model, runs, training
+from mrilib import inference, model, runs, token_cache, training
 from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
 from mrilib.data import Batch, FastMRIDataset, Volume, load_annotations, make_loader, split_volumes
 from mrilib.distributed import launched
@@ -114,6 +114,12 @@ def _train_stages(config: StageParameters, directory: Path, run: runs.Run | None
     for stage in make_stages(config, device):
         if only not in ("", stage.name):
             continue
+        if (
+            isinstance(config, Stage2Parameters)
+            and isinstance(stage, training.ReconstructionStage)
+            and config.token_cache
+        ):
+            train_loader, val_loader = token_cache.cached_loaders(stage, config, train_loader, val_loader)
         before = model.fingerprint(stage.model.backbone, stage.model.tokenizer)
         history = training.fit(stage, config, train_loader, val_loader, directory)
         after = model.fingerprint(stage.model.backbone, stage.model.tokenizer)

@@ -118,13 +118,24 @@ class AnalysisStage(Stage):
 
 
 class ReconstructionStage(Stage):
-    """Stage 2: SSIM loss on the image; trains the image decoder."""
+    """Stage 2: SSIM loss on the image; trains the image decoder.
+
+    Parameters
+    ----------
+    model : TwoStageModel
+    name : {"stage2", "plain"}
+    image_tokens : callable, optional
+        Gives a batch's image tokens: the model if left out, or `TokenCache.image_tokens`.
+    """
 
     trainable = "decoder"
 
-    def __init__(self, model: TwoStageModel, name: str = "stage2") -> None:
+    def __init__(
+        self, model: TwoStageModel, name: str = "stage2", image_tokens: Callable[[Batch], Tensor] | None = None
+    ) -> None:
         super().__init__(model)
         self.name = name
+        self.image_tokens = image_tokens or model.image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
     def weight(self, batch: Batch) -> float:
@@ -136,7 +147,7 @@ class ReconstructionStage(Stage):
         decoder = self.model.decoder
         assert decoder is not None
         with torch.no_grad():
-            tokens = self.model.image_tokens(batch) if decoder.token_dim else None
+            tokens = self.image_tokens(batch) if decoder.token_dim else None
         return self.model.reconstruct(batch, tokens)
 
     def loss(self, batch: Batch) -> BatchLoss:

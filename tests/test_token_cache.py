@@ -1,0 +1,408 @@
+"""The token cache: the same numbers as without, never a stale or damaged entry, whatever happens to the process."""
+
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import systems
+import torch
+import yaml
+from safetensors import safe_open
+
+from mrilib import model, token_cache, train, training
+from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
+from mrilib.data import FastMRIDataset, make_loader, split_volumes
+from mrilib.token_cache import TokenCache, read_entry
+
+
+@pytest.fixture(scope="module")
+def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
+    values = systems.values(data, backbone, stage1_checkpoint=str(backbone), **systems.DECODER)
+    values |= {"masks_per_slice": 2, "epochs": 3, "token_cache": True, "token_cache_dir": str(directory)}
+    return Stage2Parameters.create(values | others)
+
+
+def system_of(config: Stage2Parameters) -> model.TwoStageModel:
+    stage1 = systems.stage1_config(Path(config.data_dir), Path(config.backbone_path))
+    system = systems.build(stage1)
+    torch.manual_seed(2)
+    system.decoder = model.build_decoder(config, system.backbone)
+    return system
+
+
+def datasets(config: Stage2Parameters) -> tuple[FastMRIDataset, FastMRIDataset]:
+    volumes = split_volumes(config)
+    train = FastMRIDataset(volumes["train"], config, training=True, masks_per_slice=config.masks_per_slice)
+    return train, FastMRIDataset(volumes["val"], config)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def filled(phantom_dir, backbone_dir, tmp_path_factory):
+    """A filled cache. Tests that change its files copy it."""
+    config = config_of(phantom_dir, backbone_dir, tmp_path_factory.mktemp("cache"))
+    system = system_of(config)
+    cache = TokenCache(system, config)
+    return config, system, cache, cache.hold(*datasets(config))
+
+
+def copy_of(filled, directory: Path):
+    """The same cache in another folder."""
+    config, system, _, _ = filled
+    shutil.copytree(config.token_cache_dir, directory)
+    config = config.model_copy(update={"token_cache_dir": str(directory)})
+    cache = TokenCache(system, config)
+    return config, cache, cache.hold(*datasets(config))
+
+
+def refuse_to_compute(monkeypatch):
+    monkeypatch.setattr(TokenCache, "_compute", lambda *_: pytest.fail("computed again"))
+
+
+def test_entries_are_the_slices_bit_for_bit_under_every_mask(filled):
+    config, system, _, (train, val) = filled
+    for plain, cached in zip(datasets(config), (train, val), strict=True):
+        for epoch in (0, 1, 2):
+            plain.epoch = cached.epoch = epoch
+            for index in (0, len(plain) // 2, len(plain) - 1):
+                a, b = plain[index], cached[index]
+                for name in ("kspace", "mask", "target"):
+                    assert torch.equal(getattr(a, name), getattr(b, name)), name
+                rest = ("scale", "maximum", "recon", "acceleration", "file", "slice_num", "patient", "report")
+                assert all(getattr(a, name) == getattr(b, name) for name in rest)
+                with torch.no_grad():
+                    tokens = system.image_tokens(systems.collate([a]))[0]
+                torch.testing.assert_close(b.tokens.float(), tokens, rtol=1e-4, atol=1e-4)
+        assert plain.epoch == 2
+
+
+def test_masks_take_turns_and_validation_keeps_its_own(filled):
+    _, _, _, (train, val) = filled
+    masks = []
+    for epoch in range(4):
+        train.epoch = val.epoch = epoch
+        masks.append(torch.stack([train[i].mask for i in range(3)]))
+    assert torch.equal(masks[0], masks[2]) and torch.equal(masks[1], masks[3])
+    assert not torch.equal(masks[0], masks[1])
+    with_cache = val[0]
+    val.epoch = 0
+    assert torch.equal(with_cache.mask, val[0].mask)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_has_the_same_losses_as_without(filled, tmp_path, monkeypatch, workers):
+    config = filled[0].model_copy(update={"num_workers": workers})
+    histories = []
+    for cached in (False, True):
+        training.prepare(config)
+        system = system_of(config)
+        pair = datasets(config)
+        source = None
+        if cached:
+            refuse_to_compute(monkeypatch)
+            cache = TokenCache(system, config)
+            pair, source = cache.hold(*pair), cache.image_tokens
+            monkeypatch.setattr(model.TwoStageModel, "image_tokens", lambda *_: pytest.fail("the backbone ran"))
+        loaders = make_loader(pair[0], config.batch_size, 0, shuffle=True), make_loader(pair[1], config.batch_size)
+        stage = training.ReconstructionStage(system, image_tokens=source)
+        histories.append(training.fit(stage, config, *loaders, tmp_path / str(cached)))
+    plain, cached = histories
+    assert [s["loss"] for s in cached.steps] == pytest.approx([s["loss"] for s in plain.steps], rel=1e-5)
+    for a, b in zip(plain.epochs, cached.epochs, strict=True):
+        assert {k: v for k, v in b.items() if k != "seconds"} == pytest.approx(
+            {k: v for k, v in a.items() if k != "seconds"}, rel=1e-4
+        )
+
+
+def test_bf16_tokens_are_kept_as_they_are(filled, tmp_path):
+    config, _, _, _ = filled
+    half = config.model_copy(
+        update={"mixed_precision": "bf16", "backbone_dtype": "bfloat16", "token_cache_dir": str(tmp_path), "epochs": 1}
+    )
+    stage1 = systems.stage1_config(Path(config.data_dir), Path(config.backbone_path), backbone_dtype="bfloat16")
+    system = systems.build(stage1)
+    cache = TokenCache(system, half)
+    train, _ = cache.hold(*datasets(half))
+    assert train[0].tokens.dtype == torch.bfloat16
+    assert cache.facts["bytes"] == pytest.approx(sum(map(len, files(tmp_path).values())), rel=0.02)
+    loader = make_loader(train, 3)
+    batch = next(iter(loader))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        direct = system.image_tokens(batch)
+    torch.testing.assert_close(cache.image_tokens(batch), direct, rtol=0.05, atol=0.05)
+
+
+def test_size_is_said_beforehand_and_refused_when_the_disk_is_too_small(filled, tmp_path, monkeypatch):
+    config, system, cache, _ = filled
+    actual = sum(map(len, files(Path(config.token_cache_dir)).values()))
+    assert cache.facts["bytes_to_write"] == pytest.approx(actual, rel=0.02)
+    refuse_to_compute(monkeypatch)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=token_cache.SPARE_BYTES + actual // 2))
+    small = config.model_copy(update={"token_cache_dir": str(tmp_path)})
+    with pytest.raises(ParameterError, match=r"token_cache: .* GB to be written to .*masks_per_slice"):
+        TokenCache(system, small).hold(*datasets(small))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    TokenCache(system, config).hold(*datasets(config))  # a cache that is there needs no room
+
+
+def test_a_cache_that_is_there_is_taken(filled, monkeypatch):
+    config, system, _, _ = filled
+    refuse_to_compute(monkeypatch)
+    for changed in ({"masks_per_slice": 1}, {"batch_size": 2}, {"learning_rate": 1e-3}, {"epochs": 9}):
+        other = config.model_copy(update=changed)
+        again = TokenCache(system, other)
+        again.hold(*datasets(other))
+        assert again.facts["bytes_to_write"] == 0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"seed": 1}, {"center_fractions": [0.08, 0.05]}, {"accelerations": [4, 6]}, {"num_coils": 5},
+     {"mask_type": "random"}, {"mixed_precision": "bf16"}, {"crop": "image"}],
+)  # fmt: skip
+def test_other_masks_or_settings_are_another_cache(filled, changed):
+    config, system, cache, _ = filled
+    other = config.model_copy(update=changed)
+    train, _ = datasets(other)
+    digests = token_cache.file_digests([v.path for v in train.volumes], Path(config.token_cache_dir) / "files.json")
+    before = {shard.key for shard in cache._shards(datasets(config)[0], digests)}
+    assert before.isdisjoint({shard.key for shard in TokenCache(system, other)._shards(train, digests)})
+
+
+def test_one_bit_of_a_weight_or_a_head_count_is_another_cache(filled):
+    config, _, cache, _ = filled
+    for part in ("encoder", "backbone"):
+        system = system_of(config)
+        assert TokenCache(system, config).key == cache.key
+        parameter = list(getattr(system, part).parameters())[-1].data
+        flat = parameter.view(torch.int32).reshape(-1)
+        flat[-1] ^= 1
+        assert TokenCache(system, config).key != cache.key
+    system = system_of(config)
+    system.encoder.vit.config.num_attention_heads = 4  # the weights' shapes do not tell it
+    assert TokenCache(system, config).key != cache.key
+
+
+def test_a_changed_byte_of_a_data_file_is_computed_anew_and_nothing_else(filled, tmp_path):
+    config, system, _, _ = filled
+    data, directory = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(config.data_dir, data)
+    shutil.copytree(config.token_cache_dir, directory)
+    moved = config.model_copy(update={"data_dir": str(data), "token_cache_dir": str(directory)})
+    cache = TokenCache(system, moved)
+    train, _ = cache.hold(*datasets(moved))
+    assert cache.facts["bytes_to_write"] == 0  # the same bytes in another place
+    volume = train.volumes[0]
+    with h5py.File(volume.path) as h5:
+        stored = h5["kspace"]
+        place = stored.id.get_chunk_info(0).byte_offset if stored.chunks else stored.id.get_offset()
+    state = volume.path.stat()
+    with open(volume.path, "r+b") as file:  # in place, of the same size, its time of writing put back
+        file.seek(place + 100)
+        byte = file.read(1)[0]
+        file.seek(place + 100)
+        file.write(bytes([byte ^ 1]))
+    os.utime(volume.path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    before = files(directory)
+    TokenCache(system, moved).hold(*datasets(moved))
+    new = set(files(directory)) - set(before)
+    assert len(new) == 2 and all(name.startswith(volume.file) for name in new)  # under both masks
+
+
+def test_a_damaged_entry_is_noticed_whichever_byte_it_is(filled, tmp_path):
+    _, _, _, (train, _) = filled
+    shard, row = train.place(0)
+    whole = shard.path.read_bytes()
+    tensors, facts = read_entry(shard, row)
+    broken = shard._replace(path=tmp_path / "broken.safetensors")
+    rng = np.random.default_rng(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    noticed = 0
+    for offset in [*rng.integers(0, header, 150), *rng.integers(header, len(whole), 150)]:
+        content = bytearray(whole)
+        content[offset] ^= 1 << rng.integers(8)
+        broken.path.write_bytes(content)
+        entry = read_entry(broken, row)
+        if entry is None:
+            noticed += 1
+        else:  # another slice's bytes, or a space of the header
+            assert entry[1] == facts
+            assert all(torch.equal(entry[0][name], tensor) for name, tensor in tensors.items())
+    assert noticed > 100
+    for cut in (0, 7, header - 1, header, len(whole) // 2, len(whole) - 1):
+        broken.path.write_bytes(whole[:cut])
+        assert read_entry(broken, row) is None
+    broken.path.unlink()
+    assert read_entry(broken, row) is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_entry_is_computed_again_as_it_was(filled, tmp_path, caplog, workers):
+    config, cache, (train, _) = copy_of(filled, tmp_path / "cache")
+    train.config = config.model_copy(update={"num_workers": workers})
+    wanted = [cache.image_tokens(batch) for batch in make_loader(train, config.batch_size)]
+    before = files(tmp_path / "cache")
+    shard, _ = train.place(4)
+    gone, _ = train.place(0)
+    content = bytearray(shard.path.read_bytes())
+    content[-100] ^= 8
+    shard.path.write_bytes(content)
+    gone.path.unlink()
+    with caplog.at_level("WARNING", logger="mrilib"):
+        token_cache.logger.propagate = True
+        again = [cache.image_tokens(batch) for batch in make_loader(train, config.batch_size)]
+    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+    assert files(tmp_path / "cache") == before
+    assert shard.path.name in caplog.text and gone.path.name in caplog.text
+
+
+def test_a_shard_of_other_slices_under_its_name_is_not_believed(filled, tmp_path):
+    _, _, (train, _) = copy_of(filled, tmp_path / "cache")
+    (a, row), (b, _) = train.place(0), train.place(len(train) - 1)
+    shutil.copy(b.path, a.path)
+    assert read_entry(a, row) is None
+
+
+def test_a_disk_that_cannot_be_written_is_named(filled, tmp_path, monkeypatch):
+    config, system, _, _ = filled
+    elsewhere = config.model_copy(update={"token_cache_dir": str(tmp_path)})
+    real = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if "safetensors" in path.name:
+            real(path, content[:100])
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"token_cache_dir: .*safetensors cannot be written .*No space left"):
+        TokenCache(system, elsewhere).hold(*datasets(elsewhere))
+    assert not [path for path in tmp_path.rglob("*") if "safetensors" in path.name]
+
+
+def fill(config: Stage2Parameters) -> None:
+    """What a process of its own does."""
+    TokenCache(system_of(config), config).hold(*datasets(config))
+
+
+def test_killed_processes_leave_a_usable_cache_and_two_at_once_do_not_harm_it(filled, tmp_path):
+    config = filled[0]
+    wanted = files(Path(config.token_cache_dir))
+    elsewhere = config.model_copy(update={"token_cache_dir": str(tmp_path)})
+    fork = multiprocessing.get_context("fork")
+    for count in (2, 4, 6):  # killed when so many shards are there
+        process = fork.Process(target=fill, args=(elsewhere,))
+        process.start()
+        deadline = time.monotonic() + 120
+        while len(files(tmp_path)) < count:
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+    there = files(tmp_path)
+    assert 6 <= len(there) < len(wanted)
+    assert all(wanted[name] == content for name, content in there.items())
+    both = [fork.Process(target=fill, args=(elsewhere,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+        assert process.exitcode == 0
+    assert files(tmp_path) == wanted
+
+
+def test_the_parameter_is_on_or_off_and_needs_masks(phantom_dir, backbone_dir, tmp_path):
+    for text, value in (("on", True), ("off", False), ('"on"', True)):
+        given = yaml.safe_load(f"token_cache: {text}")
+        assert config_of(phantom_dir, backbone_dir, tmp_path, **given).token_cache is value
+    with pytest.raises(ParameterError, match="masks_per_slice 0 every epoch has new masks"):
+        config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0)
+    assert config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0, token_cache=False).masks_per_slice == 0
+
+
+def test_raw_hidden_states_are_stored(filled):
+    """Before the decoder's LayerNorm and in the backbone's type, so that any decoder can be trained on them."""
+    _, system, _, (train, _) = filled
+    train.epoch = 0
+    shard, _ = train.place(0)
+    with safe_open(shard.path, "pt") as file:
+        stored = torch.stack([file.get_tensor(f"{row}.tokens") for row in range(len(shard.indices))])
+    plain = token_cache._uncached(train, 0)
+    batch = systems.collate([plain[i] for i in shard.indices])
+    with torch.no_grad():
+        raw = system.backbone.base_model(inputs_embeds=system.encoder(batch.kspace, batch.mask)).last_hidden_state
+    assert torch.equal(stored, raw[:, 1:-1])
+
+
+@pytest.mark.fullsize
+@pytest.mark.skipif(not (ROOT / "data/demo").exists(), reason="needs data/demo: run `make demo` once")
+def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(tmp_path, capsys):
+    """Against the decoder's own steps on batches in memory; the encoder is untrained, which costs the same."""
+    stage1 = Stage1Parameters.from_yaml(ROOT / "params/demo/stage1.yaml")
+    given = {"stage1_checkpoint": stage1.backbone_path, "epochs": 3, "masks_per_slice": 1, "train_control": False}
+    given |= {"token_cache": True, "token_cache_dir": str(tmp_path / "cache")}
+    config = Stage2Parameters.from_yaml(ROOT / "params/demo/stage2.yaml", given)
+
+    def stage_of() -> training.ReconstructionStage:
+        training.prepare(config)
+        backbone, tokenizer = model.build_backbone(config, "cpu")
+        encoder = model.build_encoder(stage1, backbone)
+        system = model.TwoStageModel(encoder, backbone, tokenizer, model.build_decoder(config, backbone))
+        return training.ReconstructionStage(system)
+
+    plain_config = config.model_copy(update={"token_cache": False})
+    plain = stage_of()
+    plain_loaders = train.make_loaders(plain_config)[1:]
+    stage = stage_of()
+    loaders = token_cache.cached_loaders(stage, config, *train.make_loaders(config)[1:])
+
+    def seconds_without_decoder(stage, loaders) -> float:
+        """Everything that an epoch does before the decoder: slices loaded, image tokens got."""
+        begin = time.perf_counter()
+        with torch.no_grad():
+            for loader in loaders:
+                for batch in loader:
+                    stage.image_tokens(batch)
+        return time.perf_counter() - begin
+
+    slow = seconds_without_decoder(plain, plain_loaders)
+    fast = min(seconds_without_decoder(stage, loaders) for _ in range(2))
+
+    batches = list(loaders[0])
+    history = training.fit(stage, config, *loaders, tmp_path / "run")
+    epoch = min(entry["seconds"] for entry in history.epochs[1:])
+    parameters = stage.model.freeze("decoder")
+    optimizer = torch.optim.AdamW(parameters)
+    steps = []
+    for _ in range(2):
+        stage.model.train()
+        begin = time.perf_counter()
+        for batch in batches:
+            (stage.loss(batch).total / len(batch.slices)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(time.perf_counter() - begin)
+    decoder = min(steps)
+    with capsys.disabled():
+        print(
+            f"\n{torch.get_num_threads()} threads, {len(batches)} steps: slices and image tokens {slow:.1f} s without "
+            f"the cache, {fast:.2f} s with it ({slow / fast:.0f} times faster); the decoder's own steps "
+            f"{decoder:.1f} s, a whole epoch with validation and checkpoints {epoch:.1f} s "
+            f"({epoch / decoder:.2f} of them)"
+        )
+    assert epoch <= 1.3 * decoder
+    assert slow >= 10 * fast
