@@ -9,6 +9,7 @@ from mrilib.config import (
     NOTEBOOKS,
     ROOT,
     BackboneParameters,
+    BenchParameters,
     DataParameters,
     OutputParameters,
     Parameters,
@@ -21,6 +22,7 @@ SHARED: dict[type[Parameters], str] = {
     DataParameters: "Data, masks and coils",
     BackboneParameters: "The frozen language model",
     TrainingParameters: "The training loop, both stages",
+    BenchParameters: "The comparison with other methods",
 }
 HEADER = """# Parameters
 
