@@ -242,7 +242,7 @@ def _bars(axis: Axes, groups: Sequence[str], series: Series, colors: Mapping[str
                 _number(axis, form.format(value), place, top, upright=len(groups) * len(series) > 10)
     axis.set_xticks(range(len(groups)), groups)
     axis.grid(False, axis="x")
-    axis.margins(y=0.12)
+    axis.margins(y=0.22 if len(groups) * len(series) > 10 else 0.12)
 
 
 def _number(axis: Axes, text: str, x: float, y: float, upright: bool = False) -> None:

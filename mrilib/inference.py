@@ -52,7 +52,9 @@ def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
 
 def _check_backbone(content: dict[str, Any], backbone: PreTrainedModel, path: Path) -> None:
     if content["backbone"] != tensor_hash(backbone):
-        raise CheckpointError(f"{display_path(path)} was trained with another backbone; give its backbone_path")
+        raise CheckpointError(
+            f"{display_path(path)} was trained with another backbone; give its backbone_path and backbone_dtype"
+        )
 
 
 def load_stage1(
