@@ -136,7 +136,7 @@ def score_slice(target: np.ndarray, reconstruction: np.ndarray, maximum: float) 
 def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Official SSIM, PSNR [dB] and NMSE of a volume from the `score_slice` of its slices."""
     total = {name: math.fsum(one[name] for one in slices) for name in ("ssim", "error", "energy", "pixels")}
-    psnr = 10 * math.log10(total["pixels"] / total["error"]) if total["error"] else math.inf
+    psnr = 10 * math.log10(total["pixels"] / total["error"]) if total["error"] else EXACT_PSNR
     return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mrilib import inference, model, runs, token_cache, training
 from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
-from mrilib.data import Batch, FastMRIDataset, Volume, load_annotations, make_loader, split_volumes
+from mrilib.data import Batch, FastMRIDataset, Split, load_annotations, make_loader, require_targets, split_volumes
 from mrilib.distributed import launched
 
 StageParameters = Stage1Parameters | Stage2Parameters
@@ -22,9 +22,11 @@ StageParameters = Stage1Parameters | Stage2Parameters
 
 def make_loaders(
     config: StageParameters,
-) -> tuple[dict[str, list[Volume]], DataLoader[Batch], DataLoader[Batch]]:
+) -> tuple[Split, DataLoader[Batch], DataLoader[Batch]]:
     """Split, training loader and validation loader of a stage's parameters."""
     volumes = split_volumes(config)
+    if isinstance(config, Stage2Parameters):
+        require_targets(volumes["train"] + volumes["val"])
     annotations = load_annotations(config)
     train_data = FastMRIDataset(
         volumes["train"],
@@ -110,7 +112,8 @@ def _train_stages(config: StageParameters, directory: Path, run: runs.Run | None
     volumes, train_loader, val_loader = make_loaders(config)
     notebook = "stage1" if isinstance(config, Stage1Parameters) else "stage2"
     if run is not None:
-        run.note(notebook, split={name: [volume.file for volume in part] for name, part in volumes.items()})
+        split = {name: [volume.file for volume in part] for name, part in volumes.items()}
+        run.note(notebook, split=split, skipped_files=volumes.skipped)
     for stage in make_stages(config, device):
         if only not in ("", stage.name):
             continue
