@@ -74,14 +74,17 @@ def _bart(*arguments: str) -> None:
         raise BartError(f"bart {arguments[0]}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
 
 
-def reconstruct_slice(kspace: Tensor, mask: Tensor, settings: Settings, folder: Path) -> tuple[Tensor, Tensor]:
+def reconstruct_slice(
+    kspace: Tensor, mask: Tensor, acquired: Tensor, settings: Settings, folder: Path
+) -> tuple[Tensor, Tensor]:
     """l1-wavelet reconstruction of one slice.
 
     Parameters
     ----------
     kspace : Tensor, complex64, shape (coil, readout, phase)
         Masked.
-    mask : Tensor, bool, shape (phase,)
+    mask, acquired : Tensor, bool, shape (phase,)
+        Lines that were measured, and lines that a fully sampled scan has.
     settings : Settings
     folder : Path
         Empty; for BART's files.
@@ -119,7 +122,7 @@ def reconstruct_slice(kspace: Tensor, mask: Tensor, settings: Settings, folder: 
     product = torch.vdot(predicted[..., mask].flatten(), kspace[..., mask].flatten())
     predicted = predicted * (product / product.abs().clamp_min(torch.finfo(torch.float32).tiny))
     combined = physics.ifft2c(physics.fft2c(image)[..., odd:]).abs()
-    return combined, physics.rss(physics.ifft2c(torch.where(mask, kspace, predicted)))
+    return combined, physics.rss(physics.ifft2c(torch.where(mask, kspace, predicted * acquired)))
 
 
 def reconstruct(batch: Batch, settings: Settings) -> Tensor:
@@ -144,8 +147,9 @@ def _both(batch: Batch, number: int, settings: Settings) -> dict[str, Tensor]:
     kspace, mask = batch.kspace[number].cpu(), batch.mask[number].cpu()
     if not kspace.abs().any():
         return dict.fromkeys(("combined", "rss"), torch.zeros(batch.recon))
+    acquired = torch.ones_like(mask) if batch.acquired is None else batch.acquired[number].cpu()
     with tempfile.TemporaryDirectory(prefix="bart-") as temporary:
-        combined, rss = reconstruct_slice(kspace, mask, settings, Path(temporary))
+        combined, rss = reconstruct_slice(kspace, mask, acquired, settings, Path(temporary))
     scale = float(batch.scale[number])
     images = {"combined": combined, "rss": rss}
     return {name: physics.center_crop_or_pad(image, batch.recon) * scale for name, image in images.items()}

@@ -34,7 +34,15 @@ class UNetBaseline(nn.Module):
         super().__init__()
         self.unet = Unet(in_chans=1, out_chans=1, chans=chans, num_pool_layers=pools)
 
-    def forward(self, tokens: None, kspace: Tensor, mask: Tensor, scale: Tensor, recon: tuple[int, int]) -> Tensor:
+    def forward(
+        self,
+        tokens: None,
+        kspace: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        recon: tuple[int, int],
+        acquired: Tensor | None = None,
+    ) -> Tensor:
         """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
         image = zero_filled(kspace, torch.ones_like(scale), recon)[:, None]
         mean = image.mean((-2, -1), keepdim=True)
@@ -69,20 +77,29 @@ class VarNetBaseline(nn.Module):
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         self.measured_lines = measured_lines
 
-    def forward(self, tokens: None, kspace: Tensor, mask: Tensor, scale: Tensor, recon: tuple[int, int]) -> Tensor:
+    def forward(
+        self,
+        tokens: None,
+        kspace: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        recon: tuple[int, int],
+        acquired: Tensor | None = None,
+    ) -> Tensor:
         """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
-        image = around_empty_coils(self._image, kspace, mask, torch.float32)
+        known = mask if acquired is None else mask | ~acquired  # what no scan acquires is zero in the target too
+        image = around_empty_coils(self._image, kspace, torch.stack([mask, known], dim=1), torch.float32)
         return physics.center_crop_or_pad(image, recon) * scale[:, None, None]
 
-    def _image(self, kspace: Tensor, mask: Tensor) -> Tensor:
-        measured, lines = torch.view_as_real(kspace), mask[:, None, None, :, None]
+    def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+        measured, (lines, known) = torch.view_as_real(kspace), masks[:, :, None, None, :, None].unbind(1)
         if not self.measured_lines:
             return self.varnet(measured, lines)
         maps = self.varnet.sens_net(measured, lines)
         refined = measured.clone()
         for cascade in self.varnet.cascades:
             refined = cascade(refined, measured, lines, maps)
-        refined = torch.where(lines, measured, refined)
+        refined = torch.where(known, measured, refined)
         return fastmri.rss(fastmri.complex_abs(fastmri.ifft2c(refined.float())), dim=1)
 
 

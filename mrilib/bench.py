@@ -59,6 +59,7 @@ from mrilib.model import (
     count_parameters,
 )
 from mrilib.runs import read_json, write_json
+from mrilib.trainer import FREE_ON_RESUME
 
 logger = logging.getLogger("mrilib")
 Builder = Callable[[Stage1Parameters, Stage2Parameters, PreTrainedModel], nn.Module]
@@ -110,19 +111,14 @@ class FixedSteps(ShapeBatchSampler):
         super().__init__(dataset, batch_size, seed, shuffle=True)
         self.steps = steps
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def plan(self) -> list[list[int]]:
+        """Passes over the shuffled slices, one after the other, cut off after so many batches."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
-        given = 0
-        while True:
-            passed = ShapeBatchSampler(self.dataset, self.batch_size, int(rng.integers(2**32)), shuffle=True)
-            for batch in passed:
-                if given == self.steps:
-                    return
-                given += 1
-                yield batch
-
-    def __len__(self) -> int:
-        return self.steps
+        batches: list[list[int]] = []
+        while len(batches) < self.steps:
+            seed = int(rng.integers(2**32))
+            batches += ShapeBatchSampler(self.dataset, self.batch_size, seed, shuffle=True).plan()
+        return batches[: self.steps]
 
 
 class Bench:
@@ -156,7 +152,10 @@ class Bench:
         train.masks_per_slice = config.masks_per_slice
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
         sampler = FixedSteps(train, batch_size, seed, steps)
-        loader = DataLoader(train, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers)
+        generator = torch.Generator().manual_seed(seed)  # its own: the model's random numbers must not depend on it
+        loader = DataLoader(
+            train, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers, generator=generator
+        )
         return loader, make_loader(val, batch_size)
 
     def _claim(self, folder: Path, made_with: dict[str, Any]) -> bool:
@@ -176,7 +175,9 @@ class Bench:
     def _fit(self, stage: training.Stage, config: Any, folder: Path, steps: int, texts: bool) -> dict[str, Any]:
         """Train for so many steps, validating `validations` times on the way; what done.json says of it."""
         each = -(-steps // self.config.validations)
-        config = config.model_copy(update={"epochs": self.config.validations, "save_interval": self.config.validations})
+        validations = self.config.validations
+        # An interrupted training goes on where it stopped: done.json is missing, its checkpoint is there.
+        config = config.model_copy(update={"epochs": validations, "save_interval": validations, "resume": True})
         loaders = self._loaders(config.batch_size, config.seed, each, texts)
         begin = time.perf_counter()
         history = training.fit(stage, config, *loaders, folder)
@@ -452,7 +453,7 @@ def _images(
 
 def _kept(config: Stage1Parameters | Stage2Parameters) -> dict[str, Any]:
     """What decides a training's result; not where it is written, shown or logged."""
-    unread = {"output_dir", "interactive", "save_interval", "log_interval", "epochs", "stage1_checkpoint", "seed"}
+    unread = FREE_ON_RESUME | {"log_interval", "epochs", "seed"}  # steps and seed are the bench's own
     return {name: value for name, value in config.to_dict().items() if name not in unread}
 
 

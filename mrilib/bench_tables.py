@@ -205,3 +205,23 @@ def metrics_section(scores: Scores) -> dict[str, Any]:
         }
         for acceleration, methods in scores.items()
     }
+
+
+def text_table(bench: Bench) -> pd.DataFrame:
+    """What stage 1 reads in the scan, at each acceleration: mean over the seeds ± half their range."""
+    paths = [bench.directory / f"seed{seed}" / "texts.json" for seed in bench.config.bench_seeds]
+    done = [read_json(path) for path in paths if path.exists()]
+    rows = []
+    for acceleration in done[0] if done else ():
+        row: dict[str, Any] = {"acceleration": acceleration if acceleration == "all" else f"{acceleration}x"}
+        for name, label in (
+            ("contrast_accuracy", "contrast named rightly"),
+            ("finding_f1", "finding F1"),
+            ("finding_f1_without_kspace", "control without k-space"),
+            ("finding_f1_best_constant", "best constant answer"),
+            ("cross_entropy", "cross-entropy [nats per token]"),
+            ("cross_entropy_without_kspace", "of the control"),
+        ):
+            row[label] = _with_spread([scores[acceleration][name] for scores in done], "{:.3f}")
+        rows.append(row)
+    return pd.DataFrame(rows)

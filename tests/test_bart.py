@@ -46,6 +46,7 @@ def test_fully_sampled_data_comes_back(batch):
     full = batch._replace(
         kspace=kspace[None],
         mask=torch.ones(1, 63, dtype=torch.bool),
+        acquired=torch.ones(1, 63, dtype=torch.bool),
         scale=torch.tensor([3.0]),
         slices=batch.slices[:1],
     )
@@ -102,7 +103,10 @@ def test_settings_are_the_best_that_were_tried(batch, monkeypatch):
 
 def collate_one(batch):
     return batch._replace(
-        **{name: getattr(batch, name)[:1] for name in ("kspace", "mask", "scale", "target", "maximum", "slices")}
+        **{
+            name: getattr(batch, name)[:1]
+            for name in ("kspace", "mask", "scale", "target", "maximum", "slices", "acquired")
+        }
     )
 
 

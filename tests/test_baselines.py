@@ -75,6 +75,18 @@ def test_measured_lines_are_put_back(batches):
     image = kept(None, batch.kspace, everything, batch.scale, batch.recon)
     torch.testing.assert_close(image, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
     assert not torch.allclose(call(kept, batch), call(baseline, batch), rtol=1e-3)
+    # lines that no scan of this acquisition has stay zero, so that they may as well be told as measured
+    acquired = everything.clone()
+    acquired[:, :9] = False
+    arguments = batch.mask & acquired, batch.scale, batch.recon
+    data = batch.kspace * arguments[0][:, None, None]
+    told = kept(None, data, *arguments, acquired)
+    assert not torch.allclose(told, kept(None, data, *arguments), rtol=1e-3)
+    nothing_missing = acquired & (batch.mask | ~acquired)
+    same = kept(None, data * 1, nothing_missing, batch.scale, batch.recon, nothing_missing)
+    full = physics.rss(physics.ifft2c(data))
+    wanted = physics.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
+    torch.testing.assert_close(same, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
 
 
 def test_empty_coils_and_slices_give_no_nan(batches):

@@ -288,3 +288,11 @@ def test_gradients_are_finite_for_empty_slices(image_skip: bool) -> None:
     losses.sum().backward()
     assert losses.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_volume_of_zeros_has_a_finite_loss() -> None:
+    image = torch.zeros(2, 20, 20, requires_grad=True)
+    losses = VolumeSSIMLoss()(image, torch.zeros(2, 20, 20), torch.zeros(2))
+    torch.testing.assert_close(losses, torch.zeros(2))
+    losses.sum().backward()
+    assert image.grad is not None and image.grad.isfinite().all()

@@ -18,7 +18,7 @@ from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.history import read_epochs
 from mrilib.runs import read_json_lines
 
-KILLS = 7  # a stage: 14 in all
+KILLS = 5  # a stage: 10 in all
 
 
 @pytest.fixture(scope="module")
@@ -156,4 +156,4 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(pha
         checkpoint = whole / "stage1_checkpoints" / "stage1_best_model.pt"
         if names[0] == "stage1":
             config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, **values)
-    assert len(moments) >= 10 and moments.count("writing") >= 3, moments
+    assert len(moments) >= 10 and moments.count("writing") >= 2, moments
