@@ -199,7 +199,7 @@ def test_activation_checkpointing_reaches_the_frozen_backbone(stage1):
     for on in (False, True):
         system = systems.build(config.model_copy(update={"activation_checkpointing": on}))
         system.freeze("encoder")
-        hook = system.backbone.base_model.layers[0].register_forward_hook(lambda *_, on=on: calls.append(on))
+        hook = system.backbone.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_, on=on: calls.append(on))
         system.analysis_loss(batch).loss.backward()
         hook.remove()
         gradients.append(system.encoder.projection.weight.grad)
