@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep_stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
     sweep_stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
     sweep.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
-    sweep.add_argument("--overwrite", action="store_true", help="run finished and failed ones anew")
+    sweep_again = sweep.add_mutually_exclusive_group()
+    sweep_again.add_argument("--resume", action="store_true", help="go on with runs that are not finished")
+    sweep_again.add_argument("--overwrite", action="store_true", help="run all anew, finished ones too")
 
     data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
     data.add_argument("directory", type=Path)
@@ -385,9 +387,13 @@ def reconstruct_file(options: argparse.Namespace) -> int:
 
 def sweep_runs(options: argparse.Namespace) -> int:
     """A grid of runs and their comparison."""
-    from mrilib.sweep import sweep
+    from mrilib.sweep import Stopped, sweep
 
-    return sweep(options)
+    try:
+        return sweep(options)
+    except Stopped as signal:
+        print(f"error: stopped by {signal}; the same command with --resume goes on", file=sys.stderr)
+        return 1
 
 
 def list_runs(options: argparse.Namespace) -> int:

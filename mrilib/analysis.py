@@ -457,7 +457,7 @@ class Report(NamedTuple):
 
 
 def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
-    """Read reports, one JSON object a line with the keys file, slice, prompt, response.
+    """Read reports, one JSON object a line with the keys file (with or without .h5), slice, prompt, response.
 
     Returns
     -------
@@ -493,6 +493,7 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
                     raise ValueError(f"{where}: slice is {entry[key]!r}; it must be a number from 0 on")
             elif not isinstance(entry[key], str) or not entry[key].strip():
                 raise ValueError(f"{where}: {key} is {entry[key]!r}; it must be a text that is not empty")
+        entry["file"] = entry["file"].strip().removesuffix(".h5")
         place = (entry["file"], entry["slice"])
         if place in reports:
             raise ValueError(f"{where}: {place[0]}, slice {place[1]} was already given in line {first_line[place]}")

@@ -242,7 +242,7 @@ def _bars(axis: Axes, groups: Sequence[str], series: Series, colors: Mapping[str
                 _number(axis, form.format(value), place, top, upright=len(groups) * len(series) > 10)
     axis.set_xticks(range(len(groups)), groups)
     axis.grid(False, axis="x")
-    axis.margins(y=0.12)
+    axis.margins(y=0.22 if len(groups) * len(series) > 10 else 0.12)
 
 
 def _number(axis: Axes, text: str, x: float, y: float, upright: bool = False) -> None:
@@ -357,7 +357,7 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
     for axis, (name, title) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         present = [kind for kind in kinds if known.get(name + kind) is not None]
         for place, kind in enumerate(present):
-            value, error = float(known[name + kind]), 2 * float(known.get(f"{name}{kind}_se", 0.0))
+            value, error = float(known[name + kind]), 2 * float(known.get(f"{name}{kind}_se") or 0.0)
             error = error if np.isfinite(error) else 0.0  # infinite for a single patient
             axis.bar(place, value, 0.7, color=kinds[kind][1])
             if error:

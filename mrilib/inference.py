@@ -52,7 +52,9 @@ def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
 
 def _check_backbone(content: dict[str, Any], backbone: PreTrainedModel, path: Path) -> None:
     if content["backbone"] != tensor_hash(backbone):
-        raise CheckpointError(f"{display_path(path)} was trained with another backbone; give its backbone_path")
+        raise CheckpointError(
+            f"{display_path(path)} was trained with another backbone; give its backbone_path and backbone_dtype"
+        )
 
 
 def load_stage1(
@@ -325,7 +327,9 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         difference = [a - b for a, b in zip(nats, own, strict=True)]
         mean, error = clustered_mean(difference, tokens, patients)
         scores[f"cross_entropy_gain_over_{control}"] = mean
-        scores[f"cross_entropy_gain_over_{control}_se"] = error
+        scores[f"cross_entropy_gain_over_{control}_se"] = (
+            error if np.isfinite(error) else None
+        )  # of one patient it is unknown
     if rows[0]["generated_without_kspace"] is not None:
         blind = [parse_or_none(row["generated_without_kspace"]) for row in rows]
         scores["contrast_accuracy_without_kspace"] = analysis.attribute_accuracy(truth, blind, "contrast")

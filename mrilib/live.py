@@ -59,7 +59,7 @@ class Watch(Generic[Example]):
         self.history = History()
         self._next = self._cost = 0.0
         if interactive:
-            layout: Any = {"max_width": "100%"}
+            layout: Any = {"max_width": "100%", "align_self": "flex-start"}  # a box would stretch it
             self.text = ipywidgets.HTML('<p role="status">The curves begin with the first steps.</p>')
             self.picture = ipywidgets.Image(format="png", layout={**layout, "display": "none"})
             self.shown = ipywidgets.HTML()
@@ -91,6 +91,12 @@ class Watch(Generic[Example]):
                     self.shown.value = shown
                 else:
                     _put(self.shown_picture, shown)
+
+    def finish(self, history: History) -> None:
+        """After the training: take the example of its last epoch if it is not there (it stopped early, say)."""
+        if self.example is not None and int(history.epochs[-1]["epoch"]) not in self.examples:
+            self.last = int(history.epochs[-1]["epoch"])
+            self.epoch(history)
 
     def _draw(self) -> None:
         begin = time.monotonic()

@@ -15,11 +15,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 MODEL_TYPE = "transformer_rnn"
 
 
+def _read_json(path: Path, wanted: str) -> Any:
+    """The value of a key in a JSON file; a ValueError names the file where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[wanted]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON file with '{wanted}' in it ({error!r})") from error
+
+
 def _shards(path: Path) -> list[Path]:
     """The safetensors files that `path` stands for: itself, or those that an index file lists."""
     if not path.name.endswith(".safetensors.index.json"):
         return [path]
-    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    names = sorted(set(_read_json(path, "weight_map").values()))
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(f"backbone_path {path} lists files that are not beside it: {', '.join(missing)}")
@@ -28,12 +36,12 @@ def _shards(path: Path) -> list[Path]:
 
 def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """Build the model without memory, then give it each tensor as it is read."""
-    settings = json.loads(config_path.read_text())
-    if settings.get("model_type") != MODEL_TYPE:
+    if (kind := _read_json(config_path, "model_type")) != MODEL_TYPE:
         raise ValueError(
-            f"config_path {config_path} has model_type {settings.get('model_type')!r}, not {MODEL_TYPE!r}; "
+            f"config_path {config_path} has model_type {kind!r}, not {MODEL_TYPE!r}; "
             "for another language model give its directory as backbone_path"
         )
+    settings = json.loads(config_path.read_text(encoding="utf-8"))
     config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -95,6 +95,8 @@ class NirvanaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # the published file points to code that is not shipped with it
         kwargs.pop("auto_map", None)
+        # what follows from the other sizes may be told, if it is told right
+        told = {name: kwargs.pop(name, None) for name in ("head_dim", "intermediate_size")}
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim",
                      "window_size"):  # fmt: skip
@@ -104,6 +106,9 @@ class NirvanaConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
         if self.hidden_size // 16 < 1:
             raise ValueError(f"hidden_size must be at least 16, got {self.hidden_size}")
+        for name, value in told.items():
+            if value is not None and value != getattr(self, name):
+                raise ValueError(f"{name} {value} is not what the architecture has: {getattr(self, name)}")
         if self.hidden_act not in ("swish", "silu"):
             raise ValueError(f"hidden_act must be 'swish' or 'silu', got {self.hidden_act!r}")
         if self.attention_bias:
@@ -287,7 +292,8 @@ class TaskAwareDeltaNet(nn.Module):
         )
         if layer is not None and state is not None:
             layer.delta = state.detach()
-        delta = self.o_proj((self.o_norm(o) * F.silu(self.g_proj(x)).view(split)).flatten(2))
+        o = self.o_norm(o.to(self.o_norm.weight.dtype))  # as wide as the weights under autocast too
+        delta = self.o_proj((o * F.silu(self.g_proj(x)).view(split)).flatten(2))
         if not self.has_trigger:
             return delta, None
 

@@ -46,8 +46,8 @@ def reference() -> str:
 
 
 def _table(cls: type[Parameters]) -> str:
-    """The parameters that a class adds to its base, or gives another default, meaning or limit than there."""
-    base = typing.cast("type[Parameters]", cls.__mro__[1])
+    """The parameters that a class adds to its nearest shared base, or gives another default, meaning or limit."""
+    base = next(one for one in cls.__mro__[1:] if one in SHARED or one is Parameters)
     lines = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
     for name, field in cls.model_fields.items():
         inherited = base.model_fields.get(name)

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import yaml
 from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, read_yaml, resolve
 from mrilib.runs import read_json
 
+MRILIB = (sys.executable, "-m", "mrilib")
 LATER = ("data_dir", "stage1_checkpoint", "control_checkpoint", "stage2_checkpoint", "plain_checkpoint")
 
 
@@ -124,8 +126,9 @@ def sweep(options: argparse.Namespace) -> int:
     comparison = resolve("outputs") / f"{base}-sweep"
     if not options.overwrite:
         unfinished = [name for name, path in own.items() if path.exists() and _status(path) != "done"]
-        if unfinished:
-            raise ParameterError(f"not finished: {', '.join(unfinished)}; delete them, or --overwrite runs all anew")
+        if unfinished and not options.resume:
+            told = "--resume goes on with them, --overwrite runs all anew"
+            raise ParameterError(f"not finished: {', '.join(unfinished)}; {told}")
         for one in planned:
             if own[one.name].exists():
                 _check_same(own[one.name], folder, one, notebooks)
@@ -133,11 +136,18 @@ def sweep(options: argparse.Namespace) -> int:
     states: dict[str, str] = {}
     for number, one in enumerate(planned, 1):
         print(f"══ {number} of {len(planned)}: {one.name}", flush=True)
-        if own[one.name].exists() and not options.overwrite:
+        there = own[one.name].exists() and not options.overwrite
+        if there and _status(own[one.name]) == "done":
             print("   done before", flush=True)
             states[one.name] = "done"
             continue
-        command = ["run", str(folder), "--name", one.name, *(["--overwrite"] if options.overwrite else [])]
+        command = [
+            "run",
+            str(folder),
+            "--name",
+            one.name,
+            *(["--overwrite"] if options.overwrite else ["--resume"] * there),
+        ]
         command += ["--stage1-only"] if options.stage1_only else []
         command += ["--stage2-only", "-c", str(options.checkpoint)] if options.stage2_only else []
         for name, value in one.parameters.items():
@@ -158,18 +168,21 @@ def _status(path: Path) -> str:
 
 
 def _check_same(path: Path, folder: Path, one: Variant, notebooks: Sequence[str]) -> None:
-    """A finished run is taken as it is only if it was made with the notebooks and parameters that are asked for now."""
-    made = read_json(path / "run.json")["notebooks"]
-    if set(made) != set(notebooks):
-        told = f"consists of {', '.join(made)}, not of {', '.join(notebooks)}"
+    """Take a run that is there, or go on with it, only if it has the notebooks and parameters asked for now."""
+    if not (path / "run.json").is_file():
+        raise ParameterError(f"'{display_path(path)}' is no run folder; choose another --name, or --overwrite")
+    record = read_json(path / "run.json")
+    made = record["notebooks"]
+    if set(record["planned"]) != set(notebooks):
+        told = f"consists of {', '.join(record['planned'])}, not of {', '.join(notebooks)}"
         raise ParameterError(f"'{display_path(path)}' {told}; choose another --name, or --overwrite")
     for notebook, section in made.items():
         given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}
         values = {**read_yaml(folder / f"{notebook}.yaml"), **given}
         wanted = NOTEBOOKS[notebook][1].create(values, written_later=LATER).to_dict()
         for name, value in wanted.items():
-            if name in (*LATER, "output_dir", "interactive", "runs"):
-                continue
+            if name not in values or name in (*LATER, "output_dir", "interactive", "runs"):
+                continue  # what the file leaves out is the notebook cell's, not config's
             if section["config"].get(name) != value:
                 raise ParameterError(
                     f"'{display_path(path)}' was made with {notebook}.{name} {section['config'].get(name)!r}, not "
@@ -182,8 +195,31 @@ def _flow(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
 
 
+class Stopped(Exception):
+    """The sweep was told to stop; the run that was under way has been told and has ended."""
+
+
 def _mrilib(command: Sequence[str]) -> int:
-    return subprocess.run([sys.executable, "-m", "mrilib", *command], cwd=ROOT).returncode
+    """Run a command of mrilib in a process of its own, and hand signals on to it; its exit status.
+
+    It has a session of its own, so that a Ctrl-C reaches it once, and it may take its time to save what it has.
+    """
+    process = subprocess.Popen([*MRILIB, *command], cwd=ROOT, start_new_session=True)
+    told: list[int] = []
+
+    def forward(number: int, _: Any) -> None:
+        told.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        raise Stopped(signal.Signals(told[0]).name)
+    return status
 
 
 def _compare(folder: Path, directory: Path, done: Sequence[Path]) -> int:

@@ -234,6 +234,12 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
     ):
         if f"cross_entropy_gain_over_{control}" in scores:
             gain, error = (scores[f"cross_entropy_gain_over_{control}{end}"] for end in ("", "_se"))
+            if error is None:
+                lines.append(
+                    f"- Cross-entropy with the own scan and that of {words} differ by {gain:.3f} nats per token; "
+                    "of one patient there is no standard error."
+                )
+                continue
             verdict = "lower than" if gain > 2 * error else "higher than" if gain < -2 * error else "no different from"
             lines.append(
                 f"- Cross-entropy with the own scan is {verdict} that of {words}: by {gain:.3f} ± {error:.3f} nats per "

@@ -297,3 +297,13 @@ def test_attribute_accuracy():
     assert analysis.attribute_accuracy(truth, guess, "level") == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="neither"):
         analysis.attribute_accuracy(truth, guess, "findings")
+
+
+def test_reports_may_name_their_file_with_its_ending(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    lines = [{"file": name, "slice": 1, "prompt": "p", "response": "r"} for name in ("a.h5", "b")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert set(analysis.read_reports(path)) == {("a", 1), ("b", 1)}
+    path.write_text("".join(json.dumps({**lines[0], "file": name}) + "\n" for name in ("a.h5", "a")))
+    with pytest.raises(ValueError, match="line 2: a, slice 1 was already given in line 1"):
+        analysis.read_reports(path)

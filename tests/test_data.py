@@ -17,6 +17,7 @@ from mrilib import kspace
 from mrilib.config import DataParameters, ParameterError
 from mrilib.data import (
     FastMRIDataset,
+    ShapeBatchSampler,
     collate,
     index_volumes,
     load_annotations,
@@ -517,3 +518,46 @@ def test_without_kspace_the_same_texts_come_in_the_same_batches(volumes: list[Vo
         assert [(s.file, s.slice_num, s.facts) for s in a.slices] == [(s.file, s.slice_num, s.facts) for s in b.slices]
         assert a.target is not None and b.target is None
         assert b.kspace.shape == (len(b.slices), 0)
+
+
+def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volume], phantom_dir: Path) -> None:
+    """Processes and resumed ones take their parts of one plan: nothing twice, nothing lost, the same order."""
+    dataset = FastMRIDataset(volumes, parameters(phantom_dir), training=True)
+    sampler = ShapeBatchSampler(dataset, 2, seed=3, shuffle=True)
+    plan = sampler.plan()
+    assert list(sampler) == plan and len(sampler) == len(plan)
+    parts = []
+    for number in range(3):
+        sampler.skip, sampler.share = 4, (number, 3)
+        parts.append(list(sampler))
+        assert len(sampler) == len(parts[-1])
+    taken = [parts[i % 3][i // 3] for i in range(len(plan) - 4)]
+    assert taken == plan[4:]
+    dataset.epoch = 1
+    assert sampler.plan() != plan
+    assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
+
+
+def test_batches_of_like_length(volumes: list[Volume], phantom_dir: Path) -> None:
+    config = parameters(phantom_dir)
+    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
+    padding = []
+    for group in (False, True):
+        sampler = ShapeBatchSampler(dataset, 3, seed=1, shuffle=True, group_by_length=group)
+        plan = sampler.plan()
+        assert sorted(i for batch in plan for i in batch) == list(range(len(dataset)))
+        assert all(len({dataset.shape_key(i) for i in batch}) == 1 for batch in plan)
+        lengths = [[dataset.text_length(i) for i in batch] for batch in plan]
+        padding.append(sum(max(batch) - one for batch in lengths for one in batch))
+    assert padding[1] < padding[0]
+
+
+def test_chunks_of_a_batch_are_the_batch(volumes: list[Volume], phantom_dir: Path) -> None:
+    dataset = FastMRIDataset(volumes, parameters(phantom_dir))
+    batch = collate([dataset[0], dataset[1], dataset[2]])
+    chunks = list(batch.chunks(2))
+    assert [len(chunk.slices) for chunk in chunks] == [2, 1]
+    assert torch.equal(torch.cat([chunk.kspace for chunk in chunks]), batch.kspace)
+    assert [one.slice_num for chunk in chunks for one in chunk.slices] == [one.slice_num for one in batch.slices]
+    assert batch.target is not None and chunks[1].target is not None
+    assert torch.equal(chunks[1].target[0], batch.target[2])

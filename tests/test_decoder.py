@@ -322,3 +322,11 @@ class ConstantBottleneck(nn.Module):
 def test_a_decoder_without_tokens_has_nothing_to_modulate_with():
     control = decoder(token_dim=0, token_modulation=True)
     assert control.modulate is None and set(control.state_dict()) == set(decoder(token_dim=0).state_dict())
+
+
+def test_a_volume_of_zeros_has_a_finite_loss() -> None:
+    image = torch.zeros(2, 20, 20, requires_grad=True)
+    losses = VolumeSSIMLoss()(image, torch.zeros(2, 20, 20), torch.zeros(2))
+    torch.testing.assert_close(losses, torch.zeros(2))
+    losses.sum().backward()
+    assert image.grad is not None and image.grad.isfinite().all()

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import fastmri
 import pytest
 import torch
+from fastmri.models import VarNet
 from torch import Tensor
 
 from mrilib import kspace
@@ -207,6 +209,28 @@ def test_published_weights_load_strictly(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match=r"varnet_weights: .*text.pt holds more than plain tensors, or is damaged"):
         model.load_varnet(tmp_path / "text.pt")
+
+
+def test_the_published_layout_loads_strictly_and_gives_what_fastmris_varnet_gives(tmp_path: Path) -> None:
+    """At full size: fastMRI's own VarNet with the sizes of brain_leaderboard_state_dict.pt, saved and loaded."""
+    torch.manual_seed(3)
+    published = VarNet(num_cascades=12, sens_chans=8, sens_pools=4, chans=18, pools=4).eval()
+    torch.save(published.state_dict(), tmp_path / "brain_leaderboard_state_dict.pt")
+    model = KSpaceEncoder(24, 32, 16, 1, 2).eval()
+    model.load_varnet(tmp_path / "brain_leaderboard_state_dict.pt")
+    data, mask = measured(2, 3, 40, 36)
+    with torch.no_grad():
+        real, line = torch.view_as_real(data), mask[:, None, None, :, None]
+        theirs = published(real, line)
+        assert torch.equal(model.varnet(real, line), theirs)
+        # and the encoder's own image is the coil combination of the very same refined coil images
+        maps = torch.view_as_complex(published.sens_net(real, line))
+        refined = real
+        for cascade in published.cascades:
+            refined = cascade(refined, real, line, torch.view_as_real(maps))
+        coil_images = kspace.ifft2c(torch.view_as_complex(refined))
+        assert torch.equal(fastmri.rss(fastmri.complex_abs(torch.view_as_real(coil_images)), dim=1), theirs)
+        assert torch.equal(model.refined_image(data, mask), kspace.combine(coil_images, maps))
 
 
 def test_a_size_that_patches_do_not_fill_is_refused() -> None:

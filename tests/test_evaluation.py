@@ -280,3 +280,15 @@ def test_the_nearest_slice_needs_targets(volumes: list[Volume]) -> None:
     with pytest.raises(ValueError, match="needs training volumes with reconstruction_rss"):
         NearestTrainingSlice(without)
     assert len(NearestTrainingSlice([*without[:2], volumes[3]]).places) == 3
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 40), (2, 48, 37)])
+def test_slice_scores_add_up_to_the_official_metrics_of_the_volume(shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(0)
+    target = rng.random(shape, dtype=np.float32) * 1e-5
+    target[0, 20, 20] = 2e-5  # the maximum lies in the square that is evaluated of a volume narrower than high
+    image = target + 2e-6 * rng.standard_normal(shape, dtype=np.float32)
+    slices = [evaluation.score_slice(t, r, float(target.max())) for t, r in zip(target, image, strict=True)]
+    whole = evaluation.score_volume(target, image)
+    for name, value in evaluation.volume_metrics(slices).items():
+        assert value == pytest.approx(whole[name], rel=1e-5)

@@ -274,6 +274,17 @@ def test_data_consistency_keeps_measured_lines_and_the_image_elsewhere() -> None
         torch.testing.assert_close(result[one][..., ~mask[one]], predicted[one][..., ~mask[one]])
 
 
+def test_lines_that_no_scan_has_stay_zero() -> None:
+    maps, measured, image = noise(2, 3, 8, 9), noise(2, 3, 8, 9, seed=1), noise(2, 8, 9, seed=2)
+    acquired = torch.ones(2, 9, dtype=torch.bool)
+    acquired[0, :2] = acquired[0, 8:] = acquired[1, 0] = False
+    mask = (torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.4) & acquired
+    whole, padded = (kspace.fft2c(kspace.data_consistency(image, maps, measured, mask, a)) for a in (None, acquired))
+    for one in range(2):
+        assert padded[one][..., ~acquired[one]].abs().max() < 1e-5 < whole[one][..., ~acquired[one]].abs().max()
+        torch.testing.assert_close(padded[one][..., acquired[one]], whole[one][..., acquired[one]])
+
+
 def smooth_coils(coils: int, rank: int, seed: int = 0) -> Tensor:
     return (noise(coils, rank, seed=seed) @ noise(rank, 10 * 13, seed=seed + 1)).reshape(coils, 10, 13)
 

@@ -35,6 +35,14 @@ def test_examples_have_their_turns(epochs, taken):
     assert list(watch.examples) == taken
 
 
+def test_a_training_that_stopped_early_has_its_last_example():
+    watch = live.Watch(100, interactive=False, example=lambda: "text")
+    watch.epoch(history(1))
+    watch.finish(history(7))
+    watch.finish(history(7))
+    assert list(watch.examples) == [7]
+
+
 def test_curves_grow_while_training(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])

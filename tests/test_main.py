@@ -166,6 +166,8 @@ def test_a_second_head_goes_through_the_whole_pipeline(run, phantom_dir, backbon
     assert set(metrics) == {"4", "8"} and "nearest_training_slice" in metrics["4"]
     (tmp_path / "targets").mkdir()
     (tmp_path / "targets" / "file_full.h5").symlink_to(data / "file_full.h5")
+    text = json.loads((tmp_path / "run" / "metrics.json").read_text())["analysis"]
+    assert text["patients"] == 1 and "cross_entropy_other_patient" not in text
     for acceleration, methods in metrics.items():
         for method, scores in methods.items():
             folder = tmp_path / "run" / "reconstructions" / method / acceleration

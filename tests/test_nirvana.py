@@ -192,6 +192,20 @@ def test_checkpointing_gives_the_same_gradients():
         model(inputs_embeds=x, use_cache=True)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients_of_padded_rows_are_finite(side):
+    """A row that is all padding, and others beside it: no NaN, and padding feels nothing."""
+    model = small().requires_grad_(False)
+    x = torch.randn(3, 70, 32).requires_grad_()
+    mask = torch.ones(3, 70, dtype=torch.long)
+    mask[1, slice(0, 20) if side == "left" else slice(50, 70)] = 0
+    mask[2] = 0
+    hidden = model.model(inputs_embeds=x, attention_mask=mask).last_hidden_state
+    hidden[mask.bool()].square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad[~mask.bool()] == 0).all() and (x.grad[mask.bool()] != 0).any(-1).all()
+
+
 def test_loss_is_the_librarys():
     model = small()
     ids = torch.randint(50, (2, 9))
@@ -293,11 +307,26 @@ def test_wrong_arguments(model):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_heads", 5), ("vocab_size", 0), ("hidden_act", "gelu"), ("attention_bias", True), ("hidden_size", 8)],
+    [
+        ("num_heads", 5),
+        ("vocab_size", 0),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("hidden_size", 8),
+        ("head_dim", 17),
+        ("intermediate_size", 1024),
+    ],
 )
 def test_config_refuses(key, value):
     with pytest.raises(ValueError, match=key):
         NirvanaConfig(**{"hidden_size": 64, "num_heads": 4, key: value})
+
+
+def test_config_takes_what_follows_from_it():
+    """As other tools write it, with sizes that are no choice here, and survives a round trip."""
+    config = NirvanaConfig(hidden_size=64, num_heads=4, head_dim=16, intermediate_size=256, dtype="bfloat16")
+    again = NirvanaConfig.from_dict(config.to_dict())
+    assert (again.head_dim, again.intermediate_size) == (16, 256)
 
 
 def test_published_config(tmp_path):
@@ -405,6 +434,14 @@ def test_refuses_pickles_and_missing_paths(tmp_path, model):
         load_backbone("", GOLDEN / "model.safetensors")
     with pytest.raises(ValueError, match="empty"):
         load_backbone("", "")
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        load_backbone(broken, GOLDEN / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json.*weight_map"):
+        load_backbone(GOLDEN / "config.json", index)
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="'llama'"):

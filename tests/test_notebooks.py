@@ -158,7 +158,7 @@ def test_documented_papermill_commands_are_right():
     commands = []
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = path.read_text().replace("\\\n", " ")
-        commands += re.findall(r"papermill notebooks/(\w+)\.ipynb ([^\n\"]+(?:\"[^\n\"]*\"[^\n\"]*)*)", text)
+        commands += re.findall(r"papermill notebooks/(\w+)\.ipynb (.*)", text)
     assert len(commands) >= 5
     for stem, rest in commands:
         assert set(re.findall(r" -p (\w+) ", f" {rest} ")) <= set(stems[stem].model_fields), (stem, rest)

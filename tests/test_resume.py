@@ -18,7 +18,7 @@ from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.history import read_epochs
 from mrilib.runs import read_json_lines
 
-KILLS = 7  # a stage: 14 in all
+KILLS = 5  # a stage: 10 in all
 
 
 @pytest.fixture(scope="module")
@@ -49,35 +49,50 @@ def processes() -> Any:
     return context
 
 
-def train_apart(config: Config, directory: Path) -> float:
-    """Train in a process of its own, to the end; seconds."""
-    start = time.monotonic()
+def start(config: Config, directory: Path) -> tuple[Any, float]:
+    """A training in a process of its own, once it has begun, and the time of that."""
+    known = set(directory.glob("logs/*.log"))
     process = processes().Process(target=systems.train_in, args=(directory, config))
     process.start()
+    while process.is_alive() and set(directory.glob("logs/*.log")) == known:
+        time.sleep(0.01)
+    return process, time.monotonic()
+
+
+def train_apart(config: Config, directory: Path) -> float:
+    """Train in a process of its own, to the end; seconds."""
+    process, begun = start(config, directory)
     process.join()
     assert process.exitcode == 0
-    return time.monotonic() - start
+    return time.monotonic() - begun
 
 
 def train_with_kills(config: Config, directory: Path, seconds: float, rng: random.Random) -> list[str]:
-    """The same, killed at random moments and gone on with; what was under way each time."""
-    moments = []
-    for number in range(KILLS):
-        process = processes().Process(target=systems.train_in, args=(directory, config))
-        process.start()
-        if number % 2:  # while a checkpoint is being written
-            deadline = time.monotonic() + seconds
-            skipped = rng.randrange(8)
-            while process.is_alive() and time.monotonic() < deadline and skipped >= 0:
-                if list(directory.glob("*_checkpoints/*.part")):
-                    skipped -= 1
+    """The same, killed at random moments and gone on with; what was under way each time.
+
+    Whenever it gets to its end, the next training starts, in another folder.
+    """
+    moments: list[str] = []
+    copies = 1
+    while len(moments) < KILLS:
+        copy = directory.with_name(f"{directory.name}-{copies}")
+        process, _ = start(config, copy)
+        if len(moments) % 2:  # in the middle of writing a checkpoint
+            writes = rng.randrange(1, 4)
+            before = True
+            while process.is_alive() and writes:
+                now = bool(list(copy.glob("*_checkpoints/*.part")))
+                writes -= now and not before
+                before = now
         else:
-            process.join(rng.uniform(0.3, 0.9) * seconds)
+            process.join(rng.uniform(0.05, 0.4) * seconds)
         process.kill()
         process.join()
-        written = list(directory.glob("*_checkpoints/*.part"))
-        moments.append("ended" if process.exitcode == 0 else "writing" if written else "between")
-    train_apart(config, directory)
+        if process.exitcode == 0:
+            copies += 1
+        else:
+            moments.append("writing" if list(copy.glob("*_checkpoints/*.part")) else "between")
+    train_apart(config, copy)
     return moments
 
 
@@ -119,23 +134,26 @@ def logged(directory: Path) -> dict[str, list[dict[str, float]]]:
 
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(phantom_dir, backbone_dir, tmp_path):
     rng = random.Random(5)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    first = stage1(phantom_dir, backbone_dir, save_interval=1, max_train_slices=9)
-    seconds = train_apart(first, whole)
-    moments = train_with_kills(first, killed, seconds, rng)
-    checkpoint = whole / "stage1_checkpoints" / "stage1_best_model.pt"
     values = {"epochs": 2, "resume": True, "checkpoint_minutes": 0, "save_interval": 1, "max_train_slices": 9}
-    second = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, **values)
-    seconds = train_apart(second, whole)
-    moments += train_with_kills(second, killed, seconds, rng)
+    config: Config = systems.stage1_config(phantom_dir, backbone_dir, gradient_accumulation_steps=2, **values)
+    moments = []
+    for names in (("stage1", "control"), ("stage2", "plain")):
+        whole, killed = tmp_path / names[0] / "whole", tmp_path / names[0] / "killed"
+        killed.mkdir(parents=True)
+        seconds = train_apart(config, whole)
+        moments += train_with_kills(config, killed, seconds, rng)
+        expected = contents(whole)
+        kinds = ("best_model", "final_model", "epoch_2")
+        assert {f"{name}_{kind}.pt" for name in names for kind in kinds} <= set(expected)
+        finished = [path for path in killed.parent.glob("killed-*") if contents(path)]
+        assert finished
+        for path in finished:
+            assert_equal(contents(path), expected)
+            assert logged(path) == logged(whole)
+        for name in names:
+            steps = [entry["step"] for entry in read_json_lines(whole / "logs" / f"{name}.jsonl")]
+            assert steps == list(range(1, len(steps) + 1))
+        checkpoint = whole / "stage1_checkpoints" / "stage1_best_model.pt"
+        if names[0] == "stage1":
+            config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, **values)
     assert len(moments) >= 10 and moments.count("writing") >= 2, moments
-    assert moments.count("ended") <= 4, moments
-    expected = contents(whole)
-    assert {"stage1_final_model.pt", "control_final_model.pt", "stage2_final_model.pt", "plain_best_model.pt"} <= set(
-        expected
-    )
-    assert_equal(contents(killed), expected)
-    assert logged(killed) == logged(whole)
-    steps = [entry["step"] for entry in logged(killed)["stage1.jsonl"]]
-    assert steps == list(range(1, len(steps) + 1))
-    assert not list(killed.glob("*_checkpoints/*resume*"))

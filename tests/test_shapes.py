@@ -11,8 +11,8 @@ import torch
 from fastmri import evaluate as official
 from heads import as_test_file, write_shape
 
-from mrilib import check, model, training
-from mrilib.config import Stage1Parameters
+from mrilib import check, kspace, model, training
+from mrilib.config import DataParameters, Stage1Parameters
 from mrilib.data import FastMRIDataset, collate, make_loader
 from mrilib.evaluation import by_acceleration, evaluate_volumes, summarize, write_reconstruction
 from mrilib.volume import Volume, read_volume
@@ -92,6 +92,23 @@ def test_both_stages_train_on_every_shape(
         image = whole(batch)
     assert image.shape == (3, *batch.recon) and image.isfinite().all()
     assert image[1].max() < 1e-9 * image[0].max()  # nothing measured, nothing shown
+
+
+@pytest.mark.parametrize(("acceleration", "norm", "peak"), [(4, 0.03, 0.02), (8, 0.02, 0.015)])
+def test_compression_from_24_to_16_coils_keeps_the_rss(
+    folder: Path, acceleration: int, norm: float, peak: float
+) -> None:
+    """What is lost is mostly the noise of the directions that are left out."""
+    volume = volumes_of(folder)[4]
+    images = []
+    for num_coils in (24, 16):
+        config = DataParameters.create({"data_dir": str(folder), "num_coils": num_coils})
+        one = FastMRIDataset([volume], config, acceleration=acceleration)[0]
+        assert one.kspace.shape[0] == num_coils
+        images.append(kspace.rss(kspace.ifft2c(one.kspace * one.scale)))
+    whole, compressed = images
+    assert (compressed - whole).norm() / whole.norm() < norm
+    assert (compressed - whole).abs().max() / whole.max() < peak
 
 
 def test_they_are_scored_as_fastmri_does_and_batched_by_shape(

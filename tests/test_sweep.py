@@ -1,14 +1,20 @@
 """Sweeps: which runs, what is refused before the first starts, and what a failed one does to the others."""
 
 import json
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
 
 import pytest
 import systems
 import yaml
 
+from mrilib import sweep
 from mrilib.__main__ import main, parse_overrides
-from mrilib.config import ParameterError
+from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.sweep import _flow, parse_grid, variants
 
 
@@ -58,6 +64,30 @@ def test_values_reach_the_run_as_they_are(value):
     assert parse_overrides([text], ("stage1",)) == {"stage1": {"name": value}}
 
 
+def test_a_signal_reaches_the_run_once_and_ends_the_sweep(tmp_path, monkeypatch):
+    told, ready = tmp_path / "told", tmp_path / "ready"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        f"told, ready = pathlib.Path({str(told)!r}), pathlib.Path({str(ready)!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: told.write_text((told.read_text() if told.exists() else '') + 'x'))\n"
+        "ready.touch()\n"
+        "while not told.exists(): time.sleep(0.02)\n"
+        "time.sleep(0.3)\n"  # it saves what it has
+    )
+    monkeypatch.setattr(sweep, "MRILIB", (sys.executable, "-c", child))
+
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(sweep.Stopped, match="SIGTERM"):
+        sweep._mrilib([])
+    assert told.read_text() == "x" and signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.fixture(scope="module")
 def params(phantom_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("params")
@@ -89,6 +119,27 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params,
     shutil.rmtree(failed)
     assert main([*command, "-p", "stage1.epochs=2"]) == 1
     assert "was made with stage1.epochs 1, not 2" in capfd.readouterr().err
+
+
+def test_resume_goes_on_with_what_is_not_finished(params, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(sweep, "_mrilib", lambda command: commands.append(command) or 0)
+    for epochs, status in ((2, "done"), (3, "failed")):
+        folder = tmp_path / f"s-stage1.epochs-{epochs}"
+        folder.mkdir()
+        values = yaml.safe_load((params / "stage1.yaml").read_text()) | {"epochs": epochs}
+        config = Stage1Parameters.create(values).to_dict()
+        record = {"status": status, "planned": ["stage1"], "notebooks": {"stage1": {"config": config}}}
+        (folder / "run.json").write_text(json.dumps(record))
+    command = ["sweep", str(params), "--name", str(tmp_path / "s"), "--stage1-only", "-p", "stage1.epochs=2,3,4"]
+    assert main(command) == 1 and not commands
+    assert main([*command, "--resume"]) == 0
+    assert ["--resume" in one for one in commands] == [True, False, False]
+    assert [one[one.index("--name") + 1].rsplit("/", 1)[1] for one in commands] == [
+        "s-stage1.epochs-3",
+        "s-stage1.epochs-4",
+        "s-sweep",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -182,3 +182,26 @@ def test_bf16_autocast_trains_both_stages_close_to_float32(stage1, phantom_dir, 
     system.decoder = model.build_decoder(stage2, backbone)
     history2 = training.fit(training.ReconstructionStage(system), stage2, *loaders(stage2), tmp_path)
     assert 0 < history2.epochs[0]["val_ssim"] < 1
+
+
+def test_a_backbone_kept_in_bfloat16_has_a_checkpoint_of_its_own(stage1, backbone_dir):
+    config, directory, _, _ = stage1
+    backbone, tokenizer = model.build_backbone(config.model_copy(update={"backbone_dtype": "bfloat16"}), "cpu")
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.bfloat16}
+    with pytest.raises(CheckpointError, match="backbone_dtype"):
+        inference.load_stage1(directory / "stage1_checkpoints" / "stage1_best_model.pt", backbone, tokenizer)
+
+
+def test_activation_checkpointing_reaches_the_frozen_backbone(stage1):
+    config, _, _, _ = stage1
+    batch = next(iter(loaders(config)[1]))
+    gradients, calls = [], []
+    for on in (False, True):
+        system = systems.build(config.model_copy(update={"activation_checkpointing": on}))
+        system.freeze("encoder")
+        hook = system.backbone.base_model.layers[0].register_forward_hook(lambda *_, on=on: calls.append(on))
+        system.analysis_loss(batch).loss.backward()
+        hook.remove()
+        gradients.append(system.encoder.projection.weight.grad)
+    assert calls.count(False) == 1 and calls.count(True) == 2  # once more in the backward pass
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)

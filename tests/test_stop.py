@@ -1,0 +1,92 @@
+"""A signal to `mrilib run`: the step is finished, all is saved and marked, no kernel stays, and --resume goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import systems
+import yaml
+
+from mrilib import runs
+from mrilib.checkpoint import load_checkpoint
+from mrilib.config import ROOT
+from mrilib.runs import read_json_lines
+
+EPOCHS = 4
+
+
+def run(params: Path, directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mrilib", "run", str(params), "--name", str(directory), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def processes_of(directory: Path) -> list[int]:
+    """All processes that work for a run folder: each has it in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(runs.RUN_VARIABLE) == str(directory) and process.pid != os.getpid():
+                found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def wait_for_steps(process: subprocess.Popen[str], log: Path, count: int) -> None:
+    while len(read_json_lines(log)) < count:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def record(directory: Path) -> Any:
+    return json.loads((directory / "run.json").read_text())
+
+
+def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path):
+    backbone = systems.write_backbone(tmp_path / "backbone")
+    values = systems.values(phantom_dir, backbone, **systems.ENCODER, epochs=EPOCHS, batch_size=1, train_control=False)
+    values |= {"max_train_slices": 9, "max_val_slices": 3}
+    params = tmp_path / "params"
+    params.mkdir()
+    (params / "stage1.yaml").write_text(yaml.safe_dump(values))
+    directory = tmp_path / "run"
+    log = directory / "logs" / "stage1.jsonl"
+
+    process = run(params, directory)
+    wait_for_steps(process, log, 3)
+    assert processes_of(directory)  # papermill and its kernel
+    second = run(params, directory, "--resume")
+    assert "is in use by process" in second.communicate()[0] and second.returncode == 1
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "stopped by SIGTERM; to go on: " in told and "--resume" in told
+    assert not processes_of(directory)
+    found = record(directory)
+    assert found["status"] == "failed" and found["notebooks"]["stage1"]["error"] == "stopped by SIGTERM"
+    saved = load_checkpoint(directory / "stage1_checkpoints" / "stage1_resume.pt", "stage1")
+    assert saved["step"] == len(read_json_lines(log)) >= 3
+
+    process = run(params, directory, "--resume")
+    wait_for_steps(process, log, saved["step"] + 1)
+    process.kill()  # and nothing is left of that one either, soon
+    process.wait()
+    deadline = time.monotonic() + 60
+    while processes_of(directory) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(directory)
+    assert record(directory)["status"] == "running"  # nobody was there to mark it
+
+    process = run(params, directory, "--resume")
+    told = process.communicate()[0]
+    assert process.returncode == 0, told
+    found = record(directory)
+    assert found["status"] == "done" and len(found["resumed"]) == 2
+    assert [entry["step"] for entry in read_json_lines(log)] == list(range(1, 9 * EPOCHS + 1))
+    process = run(params, directory, "--resume")
+    assert "02_train_stage1 is done" in process.communicate()[0] and process.returncode == 0

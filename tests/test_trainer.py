@@ -1,0 +1,256 @@
+"""The loop's troubles: stop files, sick losses, memory, full disks, second processes, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import systems
+import torch
+import yaml
+
+from mrilib import model, runs, training
+from mrilib.checkpoint import load_checkpoint
+from mrilib.config import ROOT, ParameterError, Stage1Parameters
+from mrilib.distributed import TrainingStopped
+from mrilib.history import read_epochs
+from mrilib.runs import read_json_lines
+
+
+@pytest.fixture(scope="module")
+def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(autouse=True)
+def free_folders() -> Iterator[None]:
+    yield
+    for directory in list(runs._held):
+        runs.release(directory)
+    os.environ.pop(runs.RUN_VARIABLE, None)
+
+
+@pytest.fixture
+def config(phantom_dir: Path, backbone_dir: Path) -> Stage1Parameters:
+    return systems.stage1_config(
+        phantom_dir, backbone_dir, epochs=1, max_train_slices=9, max_val_slices=3, train_control=False
+    )
+
+
+def with_(config: Stage1Parameters, **others: Any) -> Stage1Parameters:
+    return config.model_copy(update=others)
+
+
+def stage_of(config: Stage1Parameters, cls: type[training.AnalysisStage] = training.AnalysisStage) -> training.Stage:
+    training.prepare(config)
+    return cls(systems.build(config), "stage1", config.label_smoothing)
+
+
+def fit(stage: training.Stage, config: Stage1Parameters, directory: Path, **others: Any) -> training.History:
+    return training.fit(stage, config, *systems.loaders(config), directory, **others)
+
+
+def weights(directory: Path, name: str = "final_model") -> dict[str, torch.Tensor]:
+    return load_checkpoint(directory / "stage1_checkpoints" / f"stage1_{name}.pt", "stage1")["weights"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Sick(training.AnalysisStage):
+    """Its loss is NaN in the third batch that it sees."""
+
+    seen = 0
+
+    def loss(self, batch: Any) -> Any:
+        self.seen += 1
+        result = super().loss(batch)
+        return result._replace(total=result.total * float("nan")) if self.seen == 3 else result
+
+
+class Hungry(training.AnalysisStage):
+    """Runs out of memory, truly, on more than `fits` slices at once."""
+
+    fits = 1
+
+    def loss(self, batch: Any) -> Any:
+        if len(batch.slices) > self.fits:
+            torch.empty(2**60)
+        return super().loss(batch)
+
+
+def test_a_stopped_training_goes_on_as_if_nothing_had_been(config, tmp_path):
+    told = []
+    fit(stage_of(config), config, tmp_path / "whole", on_step=told.append)
+    assert [entry["step"] for entry in told] == [1, 2, 3]
+    stop = tmp_path / "stopped"
+    with pytest.raises(TrainingStopped, match="after step 2"):
+        fit(stage_of(config), config, stop, on_step=lambda e: runs.request_stop(stop, "x") if e["step"] == 2 else None)
+    (stop / runs.STOP_FILE).unlink()
+    with pytest.raises(ParameterError, match=r"holds an unfinished training of stage1; resume: true"):
+        fit(stage_of(config), config, stop)
+    with pytest.raises(ParameterError, match=r"was begun with learning_rate: 0.0003 \(now 0.1\)"):
+        fit(stage_of(config), with_(config, resume=True, learning_rate=0.1), stop)
+    again = fit(stage_of(config), with_(config, resume=True), stop)
+    assert [entry["step"] for entry in again.steps] == [1, 2, 3]
+    assert same(weights(stop), weights(tmp_path / "whole"))
+    # A finished one is refused, or taken over.
+    with pytest.raises(ParameterError, match="holds a finished training"):
+        fit(stage_of(config), config, stop)
+    stage = stage_of(config)
+    taken = fit(stage, with_(config, resume=True), stop)
+    assert taken.epochs == again.epochs and same(dict(stage.part.state_dict()), weights(stop))
+
+
+def test_a_sick_loss_stops_with_the_state_before_it_saved(config, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 3: loss nan.*file_brain_AX.* slice \d.*learning_rate"):
+        fit(stage_of(config, Sick), config, tmp_path)
+    assert load_checkpoint(tmp_path / "stage1_checkpoints" / "stage1_resume.pt", "stage1")["step"] == 2
+    fit(stage_of(config), with_(config, resume=True), tmp_path)  # the loss of its third batch is well
+    assert [entry["step"] for entry in read_json_lines(tmp_path / "logs" / "stage1.jsonl")] == [1, 2, 3]
+
+
+def test_a_sick_loss_is_skipped_and_counted(config, tmp_path):
+    before = fit(stage_of(config), with_(config, max_train_slices=6), tmp_path / "two")
+    assert before.skipped == 0
+    history = fit(stage_of(config, Sick), with_(config, on_nan="skip"), tmp_path / "three")
+    assert history.skipped == 1 and history.epochs[0]["skipped_steps"] == 1
+    assert read_epochs(tmp_path / "three" / "logs" / "stage1_history.csv")[0]["skipped_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "three").values())
+
+    class AllSick(training.AnalysisStage):
+        def loss(self, batch: Any) -> Any:
+            result = super().loss(batch)
+            return result._replace(total=result.total * float("inf"))
+
+    with pytest.raises(FloatingPointError, match="every step was skipped"):
+        fit(stage_of(config, AllSick), with_(config, on_nan="skip"), tmp_path / "none")
+
+
+def test_memory_that_runs_out_names_what_to_turn_or_halves_the_batch(config, tmp_path):
+    with pytest.raises(MemoryError, match=r"step 1: memory ran out on 3 slices.*batch_size.*activation_checkpointing"):
+        fit(stage_of(config, Hungry), config, tmp_path / "told")
+    whole = fit(stage_of(config), config, tmp_path / "whole")
+    halved = fit(stage_of(config, Hungry), with_(config, auto_batch_size=True), tmp_path / "halved")
+    state = load_checkpoint(tmp_path / "halved" / "stage1_checkpoints" / "stage1_final_model.pt", "stage1")
+    assert state["micro_batch"] == 1
+    for name in ("loss", "gradient_norm", "cross_entropy", "token_accuracy"):
+        values = [[entry[name] for entry in history.steps] for history in (halved, whole)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+    Hungry.fits = 0
+    try:
+        with pytest.raises(MemoryError, match="on a single slice"):
+            fit(stage_of(config, Hungry), with_(config, auto_batch_size=True), tmp_path / "none")
+    finally:
+        Hungry.fits = 1
+
+
+def test_a_data_file_that_vanishes_is_named_and_nothing_is_lost(config, tmp_path):
+    loaders = systems.loaders(config)
+    volumes = loaders[0].dataset.volumes
+
+    def vanish(entry: dict[str, float]) -> None:
+        volumes[:] = [volume._replace(path=tmp_path / "gone" / volume.path.name) for volume in volumes]
+
+    with pytest.raises(ValueError, match=r"file_brain_AX.*\.h5, slice \d: cannot be read"):
+        training.fit(stage_of(config), config, *loaders, tmp_path / "run", on_step=vanish)
+    assert load_checkpoint(tmp_path / "run" / "stage1_checkpoints" / "stage1_resume.pt", "stage1")["step"] == 1
+    fit(stage_of(config), with_(config, resume=True), tmp_path / "run")
+
+
+def test_a_full_disk_ends_in_an_error_and_the_last_checkpoint_is_whole(config, tmp_path):
+    every = with_(config, checkpoint_minutes=0)
+    folder = tmp_path / "stage1_checkpoints"
+
+    def fill(entry: dict[str, float]) -> None:
+        if entry["step"] == 2:  # writing there meets the kernel's own "no space left"
+            (folder / "stage1_resume.pt.part").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=r"No space left on device.*the one before is whole"):
+        fit(stage_of(config), every, tmp_path, on_step=fill)
+    assert load_checkpoint(folder / "stage1_resume.pt", "stage1")["step"] == 1
+    again = fit(stage_of(config), with_(every, resume=True), tmp_path)
+    assert len(again.steps) == 3
+
+
+def test_a_read_only_folder_is_told(config, tmp_path):
+    (tmp_path / "stage1_checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match=r"a checkpoint could not be written: .*there is none before it"):
+        fit(stage_of(config), config, tmp_path)
+
+
+def test_a_second_process_is_refused(config, tmp_path):
+    runs.hold(tmp_path)
+    code = "import sys; from pathlib import Path; from mrilib import runs; runs.hold(Path(sys.argv[1]), wait=0)"
+    environment = {name: value for name, value in os.environ.items() if name != runs.RUN_VARIABLE}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    stranger = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert stranger.returncode and f"is in use by process {os.getpid()}" in stranger.stderr
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # it is this run's own
+    assert child.returncode == 0, child.stderr
+
+
+def test_old_epoch_checkpoints_are_deleted(config, tmp_path):
+    fit(stage_of(config), with_(config, epochs=3, save_interval=1, max_checkpoints=2), tmp_path)
+    names = {path.name for path in (tmp_path / "stage1_checkpoints").iterdir()}
+    assert names == {f"stage1_{name}.pt" for name in ("best_model", "final_model", "epoch_2", "epoch_3")}
+
+
+def test_a_loss_and_an_encoder_of_ones_own_plug_in(config, tmp_path):
+    """A loss is a Stage with another `loss`; an encoder is any module from (k-space, mask) to (B, N + 2, hidden)."""
+
+    class Focal(training.AnalysisStage):
+        def loss(self, batch: Any) -> training.BatchLoss:
+            result = super().loss(batch)
+            return training.BatchLoss(2 * result.total, {**result.statistics, "plain": float(result.total.detach())})
+
+    class Means(torch.nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.map = torch.nn.Linear(1, width)
+
+        def forward(self, kspace: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            share = mask.float().mean(1)[:, None, None]
+            return self.map(share).expand(-1, (systems.SIZE // 16) ** 2 + 2, -1)
+
+    stage = stage_of(config, Focal)
+    stage.model.encoder = Means(model.hidden_size(stage.model.backbone))
+    history = fit(stage, config, tmp_path)
+    assert history.steps[0]["gradient_norm_map"] > 0
+    assert history.steps[0]["loss"] * 3 < 2 * history.steps[0]["plain"]  # over many tokens, not one slice
+
+
+def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
+    """From the notebook's side: fit starts accelerate launch; gloo, since there is no GPU."""
+    one = with_(config, gradient_accumulation_steps=4, batch_size=1, epochs=2, output_dir=str(tmp_path / "one"))
+    alone = fit(stage_of(one), one, tmp_path / "one")
+    two = with_(one, gradient_accumulation_steps=2, num_processes=2)
+    stage = stage_of(two)
+    shown: list[dict[str, float]] = []
+    both = fit(stage, two, tmp_path / "two", on_step=shown.append)
+    assert len(both.steps) == len(alone.steps) == len(shown) and len(both.epochs) == 2
+    for name in ("loss", "gradient_norm", "learning_rate", "cross_entropy"):
+        values = [[entry[name] for entry in history.steps] for history in (both, alone)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+    assert [e["val_loss"] for e in both.epochs] == pytest.approx([e["val_loss"] for e in alone.epochs], rel=1e-4)
+    for name, value in weights(tmp_path / "two").items():
+        torch.testing.assert_close(value, weights(tmp_path / "one")[name], rtol=1e-2, atol=1e-4)
+    assert same(dict(stage.part.state_dict()), weights(tmp_path / "two"))
+
+
+def test_the_train_command(config, tmp_path, capsys):
+    from mrilib.__main__ import main
+
+    params = tmp_path / "stage1.yaml"
+    params.write_text(yaml.safe_dump(config.to_dict()))
+    arguments = ["train", str(params), "--stage", "1", "-p", f"output_dir={tmp_path / 'run'}"]
+    assert main([*arguments, "-p", "epochs=2"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "done" and record["notebooks"]["stage1"]["config"]["epochs"] == 2
+    assert main(arguments) == 1 and "holds a finished training" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 1 and "was begun with epochs: 2 (now 1)" in capsys.readouterr().err
