@@ -49,7 +49,7 @@ class Server:
             command.append("--allow-root")
         self.log = open(folder / "jupyterlab.log", "w")  # noqa: SIM115 (open as long as the server)
         self.process = subprocess.Popen(command, env={**os.environ, **own}, stdout=self.log, stderr=self.log)
-        until(self._answers, 60, "JupyterLab does not answer")
+        until(self._answers, 120, "JupyterLab does not answer")
 
     def _answers(self) -> bool:
         if self.process.poll() is not None:
@@ -86,7 +86,7 @@ class Lab:
     def open(self, notebook: str) -> None:
         """Open a notebook of the server's folder and wait until its kernel is there."""
         self.driver.get(f"{self.server.url}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}?reset")
-        until(lambda: self._kernel() == "idle", 90, f"no kernel for {notebook}")
+        until(lambda: self._kernel() == "idle", 180, f"no kernel for {notebook}")
 
     def _kernel(self) -> Any:
         return self.driver.execute_script(

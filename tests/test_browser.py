@@ -78,7 +78,7 @@ def differs(window: Any, before: Any) -> bool:
 def try_notebook(window: Any, folder: Path, stem: str, values: dict[str, Any], sliders: tuple[str, ...]) -> None:
     """Run all cells, move each slider by one step, and look at it in both themes."""
     window.open(put_notebook(Path(window.server.folder), stem, {**values, "output_dir": str(folder / "run")}))
-    window.run_all(120)
+    window.run_all(300)
     for label in sliders:
         handle = window.slider(label)
         lab.until(window.picture, 20, "no picture")
@@ -111,4 +111,4 @@ def test_an_error_in_a_cell_is_seen(window, phantom_dir, tmp_path):
     values = {"data_dir": str(phantom_dir), "volume": "nothing", "output_dir": str(tmp_path / "run")}
     window.open(put_notebook(Path(window.server.folder), "01_explore_data", values))
     with pytest.raises(AssertionError, match="ParameterError: volume: 'nothing' is not in"):
-        window.run_all(120)
+        window.run_all(300)

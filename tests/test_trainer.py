@@ -254,3 +254,21 @@ def test_the_train_command(config, tmp_path, capsys):
     assert record["status"] == "done" and record["notebooks"]["stage1"]["config"]["epochs"] == 2
     assert main(arguments) == 1 and "holds a finished training" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 1 and "was begun with epochs: 2 (now 1)" in capsys.readouterr().err
+
+
+def test_a_tracker_gets_every_step(config, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = fit(stage_of(config), with_(config, log_with="tensorboard"), tmp_path)
+    (folder,) = {path.parent for path in (tmp_path / "logs").glob("*/events*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [entry["step"] for entry in history.steps]
+    assert events.Scalars("val_loss")
+
+
+def test_a_tracker_that_is_not_installed_is_refused(phantom_dir, backbone_dir, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ParameterError, match="log_with: the package trackio is not installed: pip install trackio"):
+        systems.stage1_config(phantom_dir, backbone_dir, log_with="trackio")
