@@ -459,3 +459,47 @@ def _kept(config: Stage1Parameters | Stage2Parameters) -> dict[str, Any]:
 
 def _plain(epoch: dict[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in epoch.items() if name != "epoch"}
+
+
+def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
+    """Seconds of an optimizer step of a method, or of "stage1", as trained: the median of some after the first.
+
+    An untrained encoder costs what a trained one does, so nothing needs to be trained before.
+    """
+    encoder = build_encoder(bench.stage1, bench.backbone).to(bench.device)
+    stage: training.Stage
+    if name == "stage1":
+        stage = training.AnalysisStage(TwoStageModel(encoder, bench.backbone, bench.tokenizer))
+    else:
+        module = METHODS[name].build(bench.stage1, bench.stage2, bench.backbone)
+        module = module.to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        unread = build_control(bench.stage1, bench.backbone).to(bench.device)
+        first = encoder if METHODS[name].tokens else unread
+        stage = training.ReconstructionStage(TwoStageModel(first, bench.backbone, bench.tokenizer, module), name)
+    config: Any = bench.stage1 if name == "stage1" else bench.stage2
+    optimizer = torch.optim.AdamW(stage.model.freeze(stage.trainable), lr=1e-6)
+    stage.model.train()
+    loader, _ = bench._loaders(config.batch_size, 0, steps, texts=name == "stage1")
+    seconds = []
+    for batch in loader:
+        begin = time.perf_counter()
+        (stage.loss(batch.to(bench.device)).total / config.batch_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - begin)
+    stage.model.freeze(None)
+    return float(np.median(seconds[1:] or seconds))
+
+
+def calibrate(params: str, seconds: float = 300.0) -> Iterator[tuple[str, float, int]]:
+    """Seconds a step, and the steps that take `seconds`, of stage 1 and every learned method here and now."""
+    values = {name: value for name, value in read_yaml(resolve(params)).items() if name in BenchParameters.model_fields}
+    one = Bench(BenchParameters.create({**values, "bench_parts": []}), Path())
+    for name in ("stage1", *METHODS):
+        each = seconds_per_step(one, name)
+        yield name, each, round(seconds / each)
+
+
+if __name__ == "__main__":  # python -m mrilib.bench: what the steps in params/bench/benchmark.yaml are to be taken from
+    for method, each, count in calibrate("params/bench/benchmark.yaml"):
+        print(f"{method:24s} {each:6.3f} s a step, {count:5d} steps in 5 minutes", flush=True)

@@ -366,6 +366,7 @@ class Stage2Parameters(TrainingParameters):
     decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
+    token_modulation: bool = P(False, "image tokens also scale and shift every level of the U-Net's way up")
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
     )

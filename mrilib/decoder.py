@@ -90,6 +90,9 @@ class ImageDecoder(nn.Module):
         False: transposed convolutions.
     image_skip : bool
         False: image tokens alone.
+    token_modulation : bool
+        Image tokens also scale and shift the features at every level of the way up (Perez et al., AAAI 2018), each
+        where it lies; at the start by nothing. Without it they join at the bottleneck alone, 16-fold down.
     activation_checkpointing : bool
         Recompute each level in the backward pass.
     """
@@ -102,6 +105,7 @@ class ImageDecoder(nn.Module):
         img_size: int = 320,
         use_bilinear_upsample: bool = True,
         image_skip: bool = True,
+        token_modulation: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -140,6 +144,12 @@ class ImageDecoder(nn.Module):
             self.grow.append(Upsample(2 * width, use_bilinear_upsample))
             first = ResidualBlock(2 * width if image_skip else width, width)
             self.up.append(nn.Sequential(first, *(ResidualBlock(width, width) for _ in range(blocks - 1))))
+        self.modulate: nn.ModuleList | None = None
+        if token_modulation and token_dim:
+            self.modulate = nn.ModuleList(nn.Conv2d(hidden, 2 * width, 1) for width in reversed(widths))
+            for layer in self.modulate:
+                for tensor in layer.parameters():
+                    nn.init.zeros_(tensor)
         self.head = nn.Conv2d(widths[0], 2 if image_skip else 1, 1)
         if image_skip:  # start from the zero-filled image: data consistency alone
             nn.init.zeros_(self.head.weight)
@@ -223,11 +233,15 @@ class ImageDecoder(nn.Module):
         if token_map is not None:
             joined.append(token_map.to(joined[0].dtype) if joined else token_map)
         x = self._step(self.bottleneck, torch.cat(joined, dim=1))
-        for grow, blocks in zip(self.grow, self.up, strict=True):
+        for level, (grow, blocks) in enumerate(zip(self.grow, self.up, strict=True)):
             x = grow(x)
             if skips:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = self._step(blocks, x)
+            if self.modulate is not None and token_map is not None:
+                here = F.interpolate(token_map, x.shape[-2:], mode="bilinear", align_corners=False)
+                factor, shift = self.modulate[level](here).to(x.dtype).chunk(2, dim=1)
+                x = x * (1 + factor) + shift
         return self.head(x)
 
     def _step(self, module: nn.Module, x: Tensor) -> Tensor:

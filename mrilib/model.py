@@ -341,6 +341,7 @@ def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_token
         img_size=config.img_size,
         use_bilinear_upsample=config.use_bilinear_upsample,
         image_skip=config.image_skip,
+        token_modulation=config.token_modulation,
         activation_checkpointing=config.activation_checkpointing,
     )
     return decoder.to(memory_format=torch.channels_last)

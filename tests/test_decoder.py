@@ -290,6 +290,40 @@ def test_gradients_are_finite_for_empty_slices(image_skip: bool) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_modulation_by_tokens_begins_as_nothing_and_reaches_every_level():
+    plain, modulated = decoder(), decoder(token_modulation=True)
+    state = plain.state_dict()
+    extra = set(modulated.state_dict()) - set(state)
+    assert extra and all(name.startswith("modulate") for name in extra)
+    modulated.load_state_dict({**modulated.state_dict(), **state})
+    inputs = {**measured(height=40, width=37), "recon": (32, 32)}
+    torch.testing.assert_close(modulated(some_tokens(), **inputs), plain(some_tokens(), **inputs))
+    modulated(some_tokens(), **inputs).sum().backward()
+    for layer in modulated.modulate:
+        assert layer.weight.grad.abs().sum() > 0
+    # alone, without the bottleneck: what the tokens say still reaches the image
+    with torch.no_grad():
+        for layer in modulated.modulate:
+            layer.weight.normal_(std=0.3)
+    frozen = modulated.bottleneck
+    modulated.bottleneck = nn.Sequential(ConstantBottleneck())
+    one, other = modulated(some_tokens(), **inputs), modulated(-some_tokens(), **inputs)
+    modulated.bottleneck = frozen
+    assert not torch.allclose(one, other, rtol=1e-3)
+
+
+class ConstantBottleneck(nn.Module):
+    """Drops the tokens at the bottleneck: 32 channels of ones."""
+
+    def forward(self, joined: Tensor) -> Tensor:
+        return torch.ones_like(joined[:, :32])
+
+
+def test_a_decoder_without_tokens_has_nothing_to_modulate_with():
+    control = decoder(token_dim=0, token_modulation=True)
+    assert control.modulate is None and set(control.state_dict()) == set(decoder(token_dim=0).state_dict())
+
+
 def test_a_volume_of_zeros_has_a_finite_loss() -> None:
     image = torch.zeros(2, 20, 20, requires_grad=True)
     losses = VolumeSSIMLoss()(image, torch.zeros(2, 20, 20), torch.zeros(2))
