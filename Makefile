@@ -9,7 +9,7 @@ demo: $(BIN)/installed  ## phantom data, both stages, evaluation → outputs/dem
 	$(BIN)/python -m mrilib run params/demo $(ARGS)
 
 test: $(BIN)/installed  ## all tests but those marked fullsize
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # one process a core, one thread each
 
 lab: $(BIN)/installed  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_explore_data.ipynb $(ARGS)
