@@ -107,7 +107,9 @@ def test_notebook(tmp_path):
     off = {name: False for name, value in values.items() if value is True}  # the other sections have tests of their own
     params = tmp_path / "benchmark.yaml"
     params.write_text(
-        yaml.safe_dump({**values, **off, **TINY, "backbone_speed": True, "output_dir": str(tmp_path / "run")})
+        yaml.safe_dump(
+            {**values, **off, **TINY, "backbone_speed": True, "bench_parts": [], "output_dir": str(tmp_path / "run")}
+        )
     )
     command = [sys.executable, "-m", "papermill", "notebooks/06_benchmark.ipynb", str(tmp_path / "out.ipynb")]
     result = subprocess.run(

@@ -54,7 +54,14 @@ def trained(phantom_dir, tmp_path_factory) -> dict[str, Any]:
     names = ("data_dir", "val_fraction", "test_fraction", "split_seed", "num_coils", "img_size", "config_path")
     values = systems.values(phantom_dir, backbone)
     common = {name: values[name] for name in (*names, "backbone_path", "device")}
-    return {**common, **checkpoints, "control_checkpoint": "", "max_new_tokens": 8, "bootstrap_samples": 100}
+    return {
+        **common,
+        **checkpoints,
+        "control_checkpoint": "",
+        "plain_checkpoint": "",
+        "max_new_tokens": 8,
+        "bootstrap_samples": 100,
+    }
 
 
 @pytest.fixture(scope="module")

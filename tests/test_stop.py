@@ -14,11 +14,12 @@ import systems
 import yaml
 
 from mrilib import runs
+from mrilib.__main__ import main
 from mrilib.checkpoint import load_checkpoint
 from mrilib.config import ROOT
 from mrilib.runs import read_json_lines
 
-EPOCHS = 4
+EPOCHS = 8
 
 
 def run(params: Path, directory: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -48,7 +49,7 @@ def record(directory: Path) -> Any:
     return json.loads((directory / "run.json").read_text())
 
 
-def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path):
+def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path, capsys):
     backbone = systems.write_backbone(tmp_path / "backbone")
     values = systems.values(phantom_dir, backbone, **systems.ENCODER, epochs=EPOCHS, batch_size=1, train_control=False)
     values |= {"max_train_slices": 9, "max_val_slices": 3}
@@ -61,8 +62,8 @@ def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path):
     process = run(params, directory)
     wait_for_steps(process, log, 3)
     assert processes_of(directory)  # papermill and its kernel
-    second = run(params, directory, "--resume")
-    assert "is in use by process" in second.communicate()[0] and second.returncode == 1
+    assert main(["run", str(params), "--name", str(directory), "--resume"]) == 1
+    assert "is in use by process" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "stopped by SIGTERM; to go on: " in told and "--resume" in told
