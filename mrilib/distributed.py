@@ -9,15 +9,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import yaml
+from accelerate.utils import gather_object
 
 from mrilib import runs
 from mrilib.config import ROOT, ParameterError, TrainingParameters, display_path
 
 if TYPE_CHECKING:
     from mrilib.training import Stage
+
+T = TypeVar("T")
 
 
 class TrainingStopped(Exception):
@@ -27,6 +30,11 @@ class TrainingStopped(Exception):
 def launched() -> bool:
     """Whether this process is one of several that `accelerate launch` (or torchrun) has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def everyone(value: T) -> list[T]:
+    """What each process has to say, in their order."""
+    return gather_object([value])
 
 
 def launch_command(config: TrainingParameters, *arguments: str) -> list[str]:

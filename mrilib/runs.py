@@ -212,6 +212,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 RUN_VARIABLE = "MRILIB_RUN"  # tells the processes that a run starts which folder it holds for them
 _held: dict[Path, TextIO] = {}
+_claimed: set[Path] = set()  # those of them that this process was the first to hold
 
 
 def hold(directory: Path, wait: float = 3.0) -> None:
@@ -257,6 +258,7 @@ def hold(directory: Path, wait: float = 3.0) -> None:
         file.flush()
         fcntl.flock(file, fcntl.LOCK_SH)
         os.environ[RUN_VARIABLE] = str(directory)
+        _claimed.add(directory)
     _held[directory] = file
 
 
@@ -265,6 +267,10 @@ def release(directory: Path) -> None:
     file = _held.pop(directory, None)
     if file is not None:
         file.close()
+    if directory in _claimed:  # what this process starts from now on is no longer at work for that run
+        _claimed.remove(directory)
+        if os.environ.get(RUN_VARIABLE) == str(directory):
+            del os.environ[RUN_VARIABLE]
 
 
 STOP_FILE = "stop"

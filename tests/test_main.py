@@ -46,11 +46,6 @@ def write_params(folder: Path, data: Path, backbone: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(scope="module")
 def params(tmp_path_factory, phantom_dir, backbone_dir) -> Path:
     return write_params(tmp_path_factory.mktemp("params"), phantom_dir, backbone_dir)
 

@@ -20,11 +20,6 @@ from mrilib.data import FastMRIDataset, make_loader, split_volumes
 from mrilib.token_cache import TokenCache, read_entry
 
 
-@pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
 def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
     values = systems.values(data, backbone, stage1_checkpoint=str(backbone), **systems.DECODER)
     values |= {"masks_per_slice": 2, "epochs": 3, "token_cache": True, "token_cache_dir": str(directory)}

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,6 @@ from mrilib.config import ROOT, ParameterError, Stage1Parameters
 from mrilib.distributed import TrainingStopped
 from mrilib.history import read_epochs
 from mrilib.runs import read_json_lines
-
-
-@pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(autouse=True)
-def free_folders() -> Iterator[None]:
-    yield
-    for directory in list(runs._held):
-        runs.release(directory)
-    os.environ.pop(runs.RUN_VARIABLE, None)
 
 
 @pytest.fixture
@@ -193,6 +180,22 @@ def test_a_second_process_is_refused(config, tmp_path):
     assert stranger.returncode and f"is in use by process {os.getpid()}" in stranger.stderr
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # it is this run's own
     assert child.returncode == 0, child.stderr
+
+
+def test_a_folder_that_was_given_up_is_claimed_anew(tmp_path):
+    """A notebook that has finished, another process that goes on in its folder, and the notebook run again."""
+    runs.hold(tmp_path)
+    runs.release(tmp_path)
+    code = "import sys; from pathlib import Path; from mrilib import runs; runs.hold(Path(sys.argv[1])); input()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
+    while not (tmp_path / ".lock").read_text().startswith(f"process {other.pid} "):
+        assert other.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(ParameterError, match=f"is in use by process {other.pid}"):
+        runs.hold(tmp_path, wait=0)
+    other.communicate("\n")
+    runs.hold(tmp_path)
 
 
 def test_old_epoch_checkpoints_are_deleted(config, tmp_path):
