@@ -85,8 +85,10 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
         finally:
             runs.end_process(process)
     if process.returncode:
-        if runs.stop_requested(directory):
-            raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if any(line.startswith("stopped: ") for line in lines):
+            raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
+        # Of processes that fail the launcher ends the others by a signal, which they take for a request to stop.
+        runs.withdraw_stop(directory)
         told = next((line for line in lines if line.startswith("error: ")), "error: they ended without a word")
         raise RuntimeError(f"{config.num_processes} training processes failed, {told}; see '{display_path(log)}'")

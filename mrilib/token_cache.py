@@ -35,8 +35,9 @@ from mrilib import data, delta_rule, encoder, kernels, kspace, nirvana, trigger
 from mrilib import volume as volume_module
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
 from mrilib.data import Batch, FastMRIDataset, Slice, collate, make_loader
+from mrilib.distributed import TrainingStopped
 from mrilib.model import TwoStageModel, hidden_size, tensor_hash
-from mrilib.runs import progress_bar, versions
+from mrilib.runs import progress_bar, stop_requested, versions
 from mrilib.training import ReconstructionStage
 
 FORMAT = 1  # of a shard; raised when one holds other things than before
@@ -119,6 +120,8 @@ class TokenCache:
         ------
         ParameterError
             If the disk has no room for what is missing.
+        TrainingStopped
+            On the run's stop file (see `runs.request_stop`); what is computed stays.
         """
         begin = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -247,6 +250,8 @@ class TokenCache:
             for batch in loader:
                 self._compute(batch, loading.popleft())
                 bar.update()
+                if stop_requested():
+                    raise TrainingStopped("stopped while filling the token cache; what is in it stays")
         bar.close()
 
     @torch.no_grad()

@@ -196,6 +196,8 @@ class Trainer:
         if path.exists():
             self._refuse_unasked(path)
             self.load(load_checkpoint(path, self.stage.name), path)
+            if path == final and self.main:  # the process that wrote it may not have come to this any more
+                unfinished.unlink(missing_ok=True)
             logger.info("%s goes on after epoch %d, step %d", self.stage.name, self.epoch, self.step)
         return path == final
 
@@ -299,7 +301,7 @@ class Trainer:
             return action()
         except TrainingStopped:
             raise
-        except Exception:
+        except (Exception, KeyboardInterrupt):  # a notebook's interrupt is one of the latter
             if self.accelerator.num_processes == 1:  # of several, the others cannot be asked for their state now
                 try:
                     self.save_to_resume()
@@ -421,21 +423,21 @@ class Trainer:
         if number % config.save_interval == 0:
             self.save(f"epoch_{number}")
             self._delete_old()
+        if self.main:  # before the state: a process that goes on from it does not write this epoch's row again
+            write_epochs(self.epochs_path, history.epochs)
         self.save_to_resume()
         if self.main:
-            write_epochs(self.epochs_path, history.epochs)
             self.accelerator.log({k: v for k, v in history.epochs[-1].items() if k.startswith("val_")}, step=self.step)
         if self.main and self.on_epoch is not None:
             self.on_epoch(history)
 
     def _delete_old(self) -> None:
         if self.main and self.config.max_checkpoints:
-            kept = sorted(
-                self.checkpoint_path("x").parent.glob(f"{self.stage.name}_epoch_*.pt"),
-                key=lambda path: int(path.stem.rpartition("_")[2]),
-            )
-            for path in kept[: -self.config.max_checkpoints]:
-                path.unlink()
+            folder, start = self.checkpoint_path("x").parent, f"{self.stage.name}_epoch_"
+            numbers = [path.stem.removeprefix(start) for path in folder.glob(f"{start}*.pt")]
+            kept = sorted(int(number) for number in numbers if number.isdecimal())  # a user's own copies stay
+            for number in kept[: -self.config.max_checkpoints]:
+                (folder / f"{start}{number}.pt").unlink()
 
     def _out_of_patience(self) -> bool:
         patience, waited = self.config.early_stopping_patience, self.epoch - self.history.best_epoch

@@ -15,7 +15,7 @@ import systems
 import yaml
 from fastmri import evaluate as official
 
-from mrilib.__main__ import main, parse_overrides
+from mrilib.__main__ import claim_folder, main, parse_overrides
 from mrilib.config import ROOT, ParameterError
 from mrilib.data import index_volumes
 from mrilib.evaluation import evaluate_volumes
@@ -211,6 +211,20 @@ def test_a_run_folder_is_not_overwritten_unasked(run, params, capsys):
     assert main(["run", str(params), "--name", str(run)]) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert (run / "run.json").read_text() == before
+
+
+def test_what_is_no_run_folder_is_never_emptied(params, tmp_path, capsys):
+    precious = tmp_path / "documents" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.touch()
+    for more in ([], ["--overwrite"], ["--resume"]):
+        assert main(["run", str(params), "--name", str(precious.parent), *more]) == 1
+        assert "is no run folder (it has no run.json)" in capsys.readouterr().err
+    assert [path.name for path in precious.parent.iterdir()] == ["thesis.tex"]
+    remains = tmp_path / "killed-at-once"
+    (remains / "params").mkdir(parents=True)
+    claim_folder(remains, overwrite=False)
+    assert [path.name for path in remains.iterdir()] == [".lock"]
 
 
 def test_runs_table(run, capsys):
