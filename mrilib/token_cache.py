@@ -426,7 +426,7 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> dict[Path, str]:
     are the same. The change time is the kernel's own, so that no write goes unseen; a file that changed within two
     seconds of being read is read again, as the clock of a file system may be that coarse.
     """
-    known: dict[str, Any] = json.loads(manifest.read_text()) if manifest.exists() else {}
+    known = _read_manifest(manifest)
     states = {path: _state(path) for path in paths}
     unknown = [path for path in paths if known.get(str(path), {}).get("state") != states[path]]
     if unknown:
@@ -441,6 +441,15 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> dict[Path, str]:
         entries = {str(path): {"state": states[path], "sha256": digest} for path, digest in settled.items()}
         _write(manifest, json.dumps({**known, **entries}, indent=0).encode())
     return digests
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """What is known of files; nothing if a power cut, say, has damaged it: they are read again then."""
+    try:
+        known = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {name: entry for name, entry in known.items() if isinstance(entry, dict)} if isinstance(known, dict) else {}
 
 
 def _state(path: Path) -> list[int]:

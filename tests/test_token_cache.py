@@ -1,5 +1,6 @@
 """The token cache: the same numbers as without, never a stale or damaged entry, whatever happens to the process."""
 
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -416,3 +417,14 @@ def test_a_stop_while_it_is_filled_keeps_what_is_computed(filled, tmp_path):
     runs.withdraw_stop(tmp_path)
     cache.hold(*datasets(config))
     assert len(files(tmp_path)) > 1 and first in files(tmp_path).items()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"/data/a.h5": {"sta', b"[1]", b"\xff\x00", b'{"x": 1}'])
+def test_a_damaged_list_of_digests_is_made_again(tmp_path, content):
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"slices")
+    os.utime(path, (0, 0))
+    manifest = tmp_path / "files.json"
+    manifest.write_bytes(content)
+    expected = {path: hashlib.sha256(b"slices").hexdigest()}
+    assert token_cache.file_digests([path], manifest) == expected
