@@ -5,6 +5,7 @@ begin with the checkpoint that the notebook has written and leave the final one 
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mrilib.training import Stage
 
 T = TypeVar("T")
+RAISED = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)(: |$)")
 
 
 class TrainingStopped(Exception):
@@ -90,5 +92,13 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
             raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
         # Of processes that fail the launcher ends the others by a signal, which they take for a request to stop.
         runs.withdraw_stop(directory)
-        told = next((line for line in lines if line.startswith("error: ")), "error: they ended without a word")
-        raise RuntimeError(f"{config.num_processes} training processes failed, {told}; see '{display_path(log)}'")
+        raise RuntimeError(
+            f"{config.num_processes} training processes failed, {_reason(lines)}; see '{display_path(log)}'"
+        )
+
+
+def _reason(lines: list[str]) -> str:
+    """The first error that a log tells: in this package's words, or a traceback's last line."""
+    told = [line for line in lines if line.startswith("error: ")]
+    told += ["error: " + line for line in (re.sub(r"^\[rank\d+\]: ", "", one) for one in lines) if RAISED.match(line)]
+    return told[0] if told else "error: they ended without a word"

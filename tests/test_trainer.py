@@ -140,6 +140,9 @@ def test_processes_that_fail_are_not_taken_for_stopped(config, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match=r"2 training processes failed, error: file_brain.h5 cannot be read; see"):
         list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
     assert not stop.exists()
+    code = "import sys; print('[rank1]: Traceback (most recent call last):\\n[rank1]: KeyError: 7'); sys.exit(1)"
+    with pytest.raises(RuntimeError, match=r"processes failed, error: KeyError: 7; see"):
+        list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
     code = f"import sys; open({str(stop)!r}, 'w').close(); print('stopped: stage1 was stopped'); sys.exit(130)"
     with pytest.raises(TrainingStopped, match="resume: true goes on"):
         list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
