@@ -7,6 +7,7 @@ reads it: the trainable part's weights, optimizer, schedule, random number state
 import contextlib
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ ENTRIES = (
 # What torch.load raises for a damaged or foreign file, found by changing bytes at random.
 _DAMAGED = (
     pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-    AssertionError,
+    AssertionError, struct.error, MemoryError,
 )  # fmt: skip
 
 

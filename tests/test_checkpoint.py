@@ -117,6 +117,7 @@ def test_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None
     damaged = [data[: len(data) * part // 16] for part in range(16)]
     pickled = pickle.dumps({"format": 1, "stage": "stage1"})
     damaged += [pickled[:length] for length in range(len(pickled))]
+    damaged += [b"\x80\x02J\x01"]  # a number of four bytes that ends after one
     damaged += [b"plain text, no pickle", bytes(range(256)), b"PK\x03\x04 no zip", data[:64] + bytes(64) + data[128:]]
     path = tmp_path / "damaged.pt"
     for one in damaged:
