@@ -217,7 +217,9 @@ def run_one(notebook: "Notebook", came: list[int]) -> int:
         section.update(status="failed", error=reason)
     record.save()
     if came:
-        command = f"python -m mrilib run {display_path(directory / 'params')} --name {directory.name} --resume"
+        outputs = resolve("outputs")
+        named = directory.relative_to(outputs) if directory.is_relative_to(outputs) else directory
+        command = f"python -m mrilib run {display_path(directory / 'params')} --name {named} --resume"
         print(f"stopped by {signal.Signals(came[0]).name}; to go on: {command}", file=sys.stderr)
         return STOPPED
     path = display_path(directory / (NOTEBOOKS[name][0] + ".ipynb"))

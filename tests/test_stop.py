@@ -96,7 +96,8 @@ def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path, capsys):
 def test_a_signal_between_two_notebooks_or_while_one_is_being_started(tmp_path, capsys):
     runs.Run(tmp_path, ["stage2", "evaluate"]).save()
     assert run_one(Notebook("stage2", {}, tmp_path), [signal.SIGTERM]) == STOPPED
-    assert "stopped by SIGTERM; to go on: " in capsys.readouterr().err
+    told = f"stopped by SIGTERM; to go on: python -m mrilib run {tmp_path}/params --name {tmp_path} --resume"
+    assert told in capsys.readouterr().err
     assert record(tmp_path)["notebooks"]["stage2"] == {"status": "failed", "error": "stopped by SIGTERM"}
     notebook = Notebook("evaluate", {}, tmp_path)
     notebook.stop(1)
