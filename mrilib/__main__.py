@@ -93,7 +93,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder, one papermill process each, into one run folder."""
     from mrilib import phantom
     from mrilib.config import ExploreParameters
-    from mrilib.runs import Run, hold
+    from mrilib.runs import Run, hold, stop_on_signals
 
     folder: Path = options.params
     if not folder.is_dir():
@@ -136,12 +136,15 @@ def run_notebooks(options: argparse.Namespace) -> int:
 
     if not resumed:
         claim_folder(directory, options.overwrite)
-        Run(directory, list(names)).save()
         (directory / "params").mkdir()
         for name in names:
             shutil.copy(folder / f"{name}.yaml", directory / "params")
     if overrides:
-        (directory / "params" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+        written = directory / "params" / "overrides.yaml.part"
+        written.write_text(yaml.safe_dump(overrides))
+        written.replace(directory / "params" / "overrides.yaml")
+    if not resumed:  # last: a folder with a record has all that going on takes
+        Run(directory, list(names)).save()
     record = Run(directory, [])
     todo = [name for name in names if record.record["notebooks"].get(name, {}).get("status") != "done"]
     for name in names:
@@ -149,10 +152,18 @@ def run_notebooks(options: argparse.Namespace) -> int:
             print(f"── {NOTEBOOKS[name][0]} is done", flush=True)
     if resumed and todo:
         record.resumed()
-    for name in todo:
-        status = run_one(name, values[name], directory)
-        if status:
-            return status
+    notebook: Notebook | None = None
+
+    def stop(times: int) -> None:
+        if notebook is not None:
+            notebook.stop(times)
+
+    with stop_on_signals(directory, stop) as came:
+        for name in todo:
+            notebook = Notebook(name, values[name], directory)
+            status = run_one(notebook, came)
+            if status:
+                return status
     if (directory / "metrics.json").is_file():
         from mrilib.tables import metrics_text
 
@@ -161,31 +172,41 @@ def run_notebooks(options: argparse.Namespace) -> int:
 
 
 def claim_folder(directory: Path, overwrite: bool) -> None:
-    """Hold a new run's folder; one that is there already is emptied if that is asked for, and refused otherwise."""
+    """Hold a new run's folder; a run that is there already is deleted if that is asked for, and refused otherwise."""
     from mrilib.runs import hold
 
-    if directory.exists() and not overwrite:
+    name = display_path(directory)
+    begun = (directory / "run.json").exists()
+    if begun and not overwrite:
         raise ParameterError(
-            f"'{display_path(directory)}' exists; choose another --name, --resume to go on with it, or --overwrite to "
-            "delete it first"
+            f"'{name}' exists; choose another --name, --resume to go on with it, or --overwrite to delete it first"
         )
+    # A start that was killed before its record was written leaves no more than these.
+    if not begun and directory.exists() and {path.name for path in directory.iterdir()} - {".lock", "params"}:
+        raise ParameterError(f"'{name}' exists and is no run folder (it has no run.json); choose another --name")
     hold(directory)
     for path in directory.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
 
 
-def run_one(name: str, values: dict[str, Any], directory: Path) -> int:
-    """Execute one notebook and see to its record if it fails or is stopped; the exit status."""
-    from mrilib.runs import Run, stop_on_signals
+def run_one(notebook: "Notebook", came: list[int]) -> int:
+    """Execute one notebook and see to its record if it fails or is stopped; the exit status.
+
+    Parameters
+    ----------
+    notebook : Notebook
+    came : list of int
+        The signals that have come, as `runs.stop_on_signals` gives it.
+    """
+    from mrilib.runs import Run
 
     start = time.monotonic()
+    name, directory = notebook.name, notebook.directory
     print(f"── {NOTEBOOKS[name][0]} → {display_path(directory)}", flush=True)
-    notebook = Notebook(name, values, directory)
-    with stop_on_signals(directory, notebook.stop) as came:
-        status = notebook.execute()
+    status = notebook.execute() if not came else STOPPED  # between two notebooks
     if not status and not came:
         print(f"   done in {time.monotonic() - start:.0f} s", flush=True)
         return 0
@@ -196,7 +217,9 @@ def run_one(name: str, values: dict[str, Any], directory: Path) -> int:
         section.update(status="failed", error=reason)
     record.save()
     if came:
-        command = f"python -m mrilib run {display_path(directory / 'params')} --name {directory.name} --resume"
+        outputs = resolve("outputs")
+        named = directory.relative_to(outputs) if directory.is_relative_to(outputs) else directory
+        command = f"python -m mrilib run {display_path(directory / 'params')} --name {named} --resume"
         print(f"stopped by {signal.Signals(came[0]).name}; to go on: {command}", file=sys.stderr)
         return STOPPED
     path = display_path(directory / (NOTEBOOKS[name][0] + ".ipynb"))
@@ -275,14 +298,17 @@ class Notebook:
     def __init__(self, name: str, values: dict[str, Any], directory: Path) -> None:
         self.name, self.values, self.directory = name, values, directory
         self.process: subprocess.Popen[str] | None = None
+        self.ending = False  # asked to end before it had begun
 
     def stop(self, times: int) -> None:
         """On a signal: training finishes its step and saves; anything else, and a second signal, ends at once."""
         training = self.name in ("stage1", "stage2") and times == 1
         told = "training finishes its step and saves; a second signal ends it at once" if training else "ending"
         print(f"   {told}", file=sys.stderr, flush=True)
-        if not training and self.process is not None:
-            self.process.terminate()  # papermill takes its kernel along
+        if not training:
+            self.ending = True
+            if self.process is not None:
+                self.process.terminate()  # papermill takes its kernel along
 
     def execute(self) -> int:
         """Run it, its log on the console; the exit status."""
@@ -295,6 +321,8 @@ class Notebook:
         before = set((directory / "logs").glob("*.log"))
         options = ends_with_this_process()
         self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+        if self.ending:  # the signal came while it was being started
+            self.process.terminate()
         ended = threading.Event()
         follower = threading.Thread(target=_follow, args=(directory / "logs", before, ended))
         follower.start()

@@ -58,8 +58,8 @@ from mrilib.model import (
     build_encoder,
     count_parameters,
 )
+from mrilib.resume import FREE_ON_RESUME
 from mrilib.runs import read_json, write_json
-from mrilib.trainer import FREE_ON_RESUME
 
 logger = logging.getLogger("mrilib")
 Builder = Callable[[Stage1Parameters, Stage2Parameters, PreTrainedModel], nn.Module]

@@ -7,6 +7,7 @@ reads it: the trainable part's weights, optimizer, schedule, random number state
 import contextlib
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch import nn
 from mrilib.config import display_path
 
 FORMAT = 1
+# What `Trainer.state` puts into a checkpoint.
+ENTRIES = (
+    "stage", "epoch", "step", "micro_batch", "weights", "optimizer", "schedule", "rng", "losses", "history", "config",
+    "data", "backbone", "encoder", "cost",
+)  # fmt: skip
 # What torch.load raises for a damaged or foreign file, found by changing bytes at random.
 _DAMAGED = (
     pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError,
-    AssertionError,
+    AssertionError, struct.error, MemoryError,
 )  # fmt: skip
 
 
@@ -87,6 +93,10 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
         raise CheckpointError(f"'{name}' is not a checkpoint of this project")
     if content["stage"] != stage:
         raise CheckpointError(f"checkpoint '{name}' is of {content['stage']}; {stage} is wanted here")
+    lacks = [entry for entry in ENTRIES if entry not in content]
+    lacks += [entry for entry in ("weights", "config", "cost") if not isinstance(content.get(entry, {}), dict)]
+    if lacks:
+        raise CheckpointError(f"checkpoint '{name}' lacks {', '.join(lacks)}")
     return content
 
 
@@ -102,14 +112,18 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str)
     problems = [f"missing {name}" for name in own if name not in state]
     problems += [f"unknown {name}" for name in state if name not in own]
     problems += [
-        f"{name} is {tuple(state[name].shape)}, {tuple(own[name].shape)} is wanted"
+        f"{name} is {_shape(state[name])}, {_shape(own[name])} is wanted"
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if name in state and _shape(state[name]) != _shape(own[name])
     ]
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:12])}{more}")
     module.load_state_dict(state)
+
+
+def _shape(value: Any) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 def rng_state() -> dict[str, Any]:

@@ -5,19 +5,24 @@ begin with the checkpoint that the notebook has written and leave the final one 
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import yaml
+from accelerate.utils import gather_object
 
 from mrilib import runs
 from mrilib.config import ROOT, ParameterError, TrainingParameters, display_path
 
 if TYPE_CHECKING:
     from mrilib.training import Stage
+
+T = TypeVar("T")
+RAISED = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)(: |$)")
 
 
 class TrainingStopped(Exception):
@@ -27,6 +32,11 @@ class TrainingStopped(Exception):
 def launched() -> bool:
     """Whether this process is one of several that `accelerate launch` (or torchrun) has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def everyone(value: T) -> list[T]:
+    """What each process has to say, in their order."""
+    return gather_object([value])
 
 
 def launch_command(config: TrainingParameters, *arguments: str) -> list[str]:
@@ -77,8 +87,18 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
         finally:
             runs.end_process(process)
     if process.returncode:
-        if runs.stop_requested(directory):
-            raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        told = next((line for line in lines if line.startswith("error: ")), "error: they ended without a word")
-        raise RuntimeError(f"{config.num_processes} training processes failed, {told}; see '{display_path(log)}'")
+        if any(line.startswith("stopped: ") for line in lines):
+            raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
+        # Of processes that fail the launcher ends the others by a signal, which they take for a request to stop.
+        runs.withdraw_stop(directory)
+        raise RuntimeError(
+            f"{config.num_processes} training processes failed, {_reason(lines)}; see '{display_path(log)}'"
+        )
+
+
+def _reason(lines: list[str]) -> str:
+    """The first error that a log tells: in this package's words, or a traceback's last line."""
+    told = [line for line in lines if line.startswith("error: ")]
+    told += ["error: " + line for line in (re.sub(r"^\[rank\d+\]: ", "", one) for one in lines) if RAISED.match(line)]
+    return told[0] if told else "error: they ended without a word"

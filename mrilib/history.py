@@ -4,10 +4,6 @@ import csv
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor, nn
 
 from mrilib.runs import read_json_lines
 
@@ -22,15 +18,6 @@ class History:
     best_epoch: int = 0
     best_loss: float = math.inf
     skipped: int = 0  # steps left out for a loss or gradient that was not finite
-
-
-class Part(NamedTuple):
-    """What one forward and backward pass says of its slices."""
-
-    loss: float  # summed over its units
-    weight: float  # its units: analysis tokens, slices
-    statistics: dict[str, float]
-    slices: list[str]  # file and number, for errors
 
 
 def steps_path(run: Path, name: str) -> Path:
@@ -72,28 +59,3 @@ def read_history(run: Path, name: str) -> History | None:
     best = min(epochs, key=lambda epoch: epoch["val_loss"])
     history.best_epoch, history.best_loss = int(best["epoch"]), best["val_loss"]
     return history
-
-
-def gradient_norms(part: nn.Module) -> dict[str, float]:
-    """Norm of the gradient of each of a module's children (varnet, vit, …), before clipping."""
-    squares: dict[str, Tensor] = {}
-    for name, parameter in part.named_parameters():
-        if parameter.grad is not None:
-            child = name.split(".")[0]
-            squares[child] = squares.get(child, torch.zeros(())) + parameter.grad.float().square().sum().cpu()
-    return {name: float(value.sqrt()) for name, value in squares.items()}
-
-
-def combine_statistics(parts: list[Part]) -> dict[str, float]:
-    """A step's statistics from its parts': the largest of a ``…_max``, the least of a ``…_min``, else the mean."""
-    combined: dict[str, float] = {}
-    for name in parts[0].statistics:
-        values = [part.statistics[name] for part in parts]
-        if name.endswith("_max"):
-            combined[name] = max(values)
-        elif name.endswith("_min"):
-            combined[name] = min(values)
-        else:
-            weighted = sum(part.weight * value for part, value in zip(parts, values, strict=True))
-            combined[name] = weighted / sum(part.weight for part in parts)
-    return combined

@@ -184,12 +184,18 @@ class JsonLines:
             temporary = path.with_name(path.name + ".part")
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
             os.replace(temporary, path)
+        self.path = path
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole length)
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        self.file.write(json.dumps(values, allow_nan=True) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(values, allow_nan=True) + "\n")
+            self.file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # closing writes what is left, too
+                self.file.close()
+            raise OSError(f"the log '{display_path(self.path)}' could not be written: {error}") from error
 
     def sync(self) -> None:
         """Have all lines on disk, not in the system's memory alone."""
@@ -212,6 +218,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 RUN_VARIABLE = "MRILIB_RUN"  # tells the processes that a run starts which folder it holds for them
 _held: dict[Path, TextIO] = {}
+_claimed: set[Path] = set()  # those of them that this process was the first to hold
 
 
 def hold(directory: Path, wait: float = 3.0) -> None:
@@ -251,12 +258,13 @@ def hold(directory: Path, wait: float = 3.0) -> None:
                 ) from None
             time.sleep(0.1)
     if not family:
-        (directory / STOP_FILE).unlink(missing_ok=True)
+        withdraw_stop(directory)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_SH)
         os.environ[RUN_VARIABLE] = str(directory)
+        _claimed.add(directory)
     _held[directory] = file
 
 
@@ -265,6 +273,10 @@ def release(directory: Path) -> None:
     file = _held.pop(directory, None)
     if file is not None:
         file.close()
+    if directory in _claimed:  # what this process starts from now on is no longer at work for that run
+        _claimed.remove(directory)
+        if os.environ.get(RUN_VARIABLE) == str(directory):
+            del os.environ[RUN_VARIABLE]
 
 
 STOP_FILE = "stop"
@@ -275,9 +287,14 @@ def request_stop(directory: Path, reason: str) -> None:
     (directory / STOP_FILE).write_text(reason + "\n")
 
 
-def stop_requested(directory: Path) -> bool:
-    """Whether `request_stop` was called since the run's first process started."""
-    return (directory / STOP_FILE).exists()
+def withdraw_stop(directory: Path) -> None:
+    """Take `request_stop` back."""
+    (directory / STOP_FILE).unlink(missing_ok=True)
+
+
+def stop_requested(directory: Path | None = None) -> bool:
+    """Whether `request_stop` was called since the run's first process started; of any folder held here by default."""
+    return any((folder / STOP_FILE).exists() for folder in ([directory] if directory else list(_held)))
 
 
 # ------------------------------------------------------------------------------------------ processes and signals

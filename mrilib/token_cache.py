@@ -35,8 +35,9 @@ from mrilib import data, delta_rule, encoder, kernels, kspace, nirvana, trigger
 from mrilib import volume as volume_module
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
 from mrilib.data import Batch, FastMRIDataset, Slice, collate, make_loader
+from mrilib.distributed import TrainingStopped
 from mrilib.model import TwoStageModel, hidden_size, tensor_hash
-from mrilib.runs import progress_bar, versions
+from mrilib.runs import progress_bar, stop_requested, versions
 from mrilib.training import ReconstructionStage
 
 FORMAT = 1  # of a shard; raised when one holds other things than before
@@ -119,6 +120,8 @@ class TokenCache:
         ------
         ParameterError
             If the disk has no room for what is missing.
+        TrainingStopped
+            On the run's stop file (see `runs.request_stop`); what is computed stays.
         """
         begin = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -247,6 +250,8 @@ class TokenCache:
             for batch in loader:
                 self._compute(batch, loading.popleft())
                 bar.update()
+                if stop_requested():
+                    raise TrainingStopped("stopped while filling the token cache; what is in it stays")
         bar.close()
 
     @torch.no_grad()
@@ -421,7 +426,7 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> dict[Path, str]:
     are the same. The change time is the kernel's own, so that no write goes unseen; a file that changed within two
     seconds of being read is read again, as the clock of a file system may be that coarse.
     """
-    known: dict[str, Any] = json.loads(manifest.read_text()) if manifest.exists() else {}
+    known = _read_manifest(manifest)
     states = {path: _state(path) for path in paths}
     unknown = [path for path in paths if known.get(str(path), {}).get("state") != states[path]]
     if unknown:
@@ -436,6 +441,15 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> dict[Path, str]:
         entries = {str(path): {"state": states[path], "sha256": digest} for path, digest in settled.items()}
         _write(manifest, json.dumps({**known, **entries}, indent=0).encode())
     return digests
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """What is known of files; nothing if a power cut, say, has damaged it: they are read again then."""
+    try:
+        known = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {name: entry for name, entry in known.items() if isinstance(entry, dict)} if isinstance(known, dict) else {}
 
 
 def _state(path: Path) -> list[int]:

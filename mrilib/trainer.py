@@ -3,12 +3,8 @@
 A `Trainer`'s state is everything that the next step depends on: weights, optimizer, schedule, random numbers, steps and
 epochs done. The order of the slices is a function of (seed, epoch), a training mask one of (seed, file, slice, epoch):
 going on means leaving out batches, unread.
-
-A step sums the gradients of ``gradient_accumulation_steps × num_processes`` batches and divides them by their units
-(tokens, slices): several processes take the same steps as one that accumulates more.
 """
 
-import hashlib
 import logging
 import math
 import time
@@ -20,27 +16,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import find_executable_batch_size, gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from mrilib import distributed, runs
-from mrilib.checkpoint import CheckpointError, load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
+from mrilib.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
 from mrilib.config import ParameterError, TrainingParameters, display_path
 from mrilib.data import Batch, FastMRIDataset, ShapeBatchSampler
-from mrilib.distributed import TrainingStopped
+from mrilib.distributed import TrainingStopped, everyone
+from mrilib.gradients import Part, StepGradients, combine_statistics
 from mrilib.history import (
     History,
-    Part,
-    combine_statistics,
     epochs_path,
-    gradient_norms,
     read_history,
     steps_path,
     write_epochs,
 )
 from mrilib.model import count_parameters, tensor_hash
+from mrilib.resume import check_same_training, data_hash
 
 if TYPE_CHECKING:
     from mrilib.training import Stage
@@ -48,17 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mrilib")
 T = TypeVar("T")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-# What may differ when a training goes on: nothing that it learns depends on these, but by rounding.
-FREE_ON_RESUME = frozenset(
-    ("output_dir", "interactive", "resume", "num_workers", "device", "save_interval", "log_interval", "max_checkpoints",
-     "checkpoint_minutes", "log_with", "on_nan", "auto_batch_size", "activation_checkpointing", "train_control",
-     # Where things lie; that they are the same things is checked by their content.
-     "data_dir", "val_dir", "test_dir", "backbone_path", "config_path", "stage1_checkpoint", "token_cache_dir")
-)  # fmt: skip
-MEMORY_REMEDIES = (
-    "batch_size (gradient_accumulation_steps up in its place), auto_batch_size: true, activation_checkpointing: true, "
-    "mixed_precision: bf16, img_size, num_coils"
-)
 
 
 class Trainer:
@@ -69,8 +51,6 @@ class Trainer:
     history : History
     step, epoch : int
         Steps taken; epochs finished, validation included.
-    micro_batch : int
-        Slices that go through the model at once; `auto_batch_size` halves it.
     """
 
     def __init__(
@@ -122,13 +102,12 @@ class Trainer:
         self.encoder_hash = tensor_hash(stage.model.encoder) if stage.trainable == "decoder" else ""
         self.history = History()
         self.step = self.epoch = 0
-        self.micro_batch = config.batch_size
+        self.gradients = StepGradients(stage, self.parameters, self.accelerator, config)
         self.losses: list[float] = []  # of this epoch's steps
         self.epoch_seconds = 0.0  # spent on this epoch by earlier processes
         self.begin = time.perf_counter()
         self.last_save = time.perf_counter()
         self.rng = rng_state()  # before the step that is under way
-        self.checked = False  # that exactly the trained part gets gradients
         self.log: runs.JsonLines | None = None
 
     # ------------------------------------------------------------------------------------------ where things are
@@ -151,11 +130,16 @@ class Trainer:
         number = 1 if self.stage.trainable == "encoder" else 2
         return self.directory / f"stage{number}_checkpoints" / f"{self.stage.name}_{name}.pt"
 
-    def everyone(self, value: T) -> list[T]:
-        """What each process has to say, in their order."""
-        return gather_object([value]) if self.accelerator.num_processes > 1 else [value]
-
     # ------------------------------------------------------------------------------------------ state
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same in a process that goes on with this training: see `resume.check_same_training`."""
+        return {
+            "config": self.config.to_dict(),
+            "data": self.data_hash,
+            "backbone": self.backbone_hash,
+            "encoder": self.encoder_hash,
+        }
 
     def state(self) -> dict[str, Any]:
         """A checkpoint's content. Every process must call it: each has random numbers of its own."""
@@ -164,11 +148,11 @@ class Trainer:
             "stage": self.stage.name,
             "epoch": self.epoch,
             "step": self.step,
-            "micro_batch": self.micro_batch,
+            "micro_batch": self.gradients.micro_batch,
             "weights": self.stage.part.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "rng": self.everyone(self.rng),
+            "rng": everyone(self.rng),
             "losses": self.losses,
             "history": {
                 "epochs": history.epochs,
@@ -176,10 +160,7 @@ class Trainer:
                 "best_loss": history.best_loss,
                 "skipped": history.skipped,
             },
-            "config": self.config.to_dict(),
-            "data": self.data_hash,
-            "backbone": self.backbone_hash,
-            "encoder": self.encoder_hash,
+            **self.identity(),
             "cost": {
                 "seconds": self.history.seconds + time.perf_counter() - self.begin,
                 "epoch_seconds": self.epoch_seconds,
@@ -215,6 +196,8 @@ class Trainer:
         if path.exists():
             self._refuse_unasked(path)
             self.load(load_checkpoint(path, self.stage.name), path)
+            if path == final and self.main:  # the process that wrote it may not have come to this any more
+                unfinished.unlink(missing_ok=True)
             logger.info("%s goes on after epoch %d, step %d", self.stage.name, self.epoch, self.step)
         return path == final
 
@@ -235,27 +218,11 @@ class Trainer:
             It was begun with other parameters, with another backbone or encoder, or for another model.
         """
         name = display_path(path)
-        now, then = self.config.to_dict(), state["config"]
-        differ = [key for key in now | then if key not in FREE_ON_RESUME and now.get(key) != then.get(key)]
-        # As many batches a step in another number of processes are the same steps.
-        batches = [c.get("gradient_accumulation_steps", 1) * c.get("num_processes", 1) for c in (now, then)]
-        if batches[0] == batches[1]:
-            differ = [key for key in differ if key not in ("gradient_accumulation_steps", "num_processes")]
-        if differ:
-            told = ", ".join(f"{key}: {then.get(key)} (now {now.get(key)})" for key in differ)
-            raise ParameterError(
-                f"'{name}' was begun with {told}; a training goes on with the parameters it began with"
-            )
-        if state["data"] != self.data_hash:
-            raise ParameterError(f"'{name}' was begun with other files or slices than data_dir and val_dir hold now")
-        if state["backbone"] != self.backbone_hash:
-            raise CheckpointError(f"{name} was trained with another backbone; give its backbone_path")
-        if state["encoder"] != self.encoder_hash:
-            raise CheckpointError(f"{name} was trained on the tokens of another stage-1 checkpoint")
+        check_same_training(state, self.identity(), name)
         load_weights(self.stage.part, state["weights"], name)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.epoch, self.micro_batch = state["step"], state["epoch"], state["micro_batch"]
+        self.step, self.epoch, self.gradients.micro_batch = state["step"], state["epoch"], state["micro_batch"]
         self.losses, self.epoch_seconds = state["losses"], state["cost"]["epoch_seconds"]
         steps = [entry for entry in runs.read_json_lines(self.steps_path) if entry["step"] <= self.step]
         self.history = History(steps=steps, seconds=state["cost"]["seconds"], **state["history"])
@@ -334,7 +301,7 @@ class Trainer:
             return action()
         except TrainingStopped:
             raise
-        except Exception:
+        except (Exception, KeyboardInterrupt):  # a notebook's interrupt is one of the latter
             if self.accelerator.num_processes == 1:  # of several, the others cannot be asked for their state now
                 try:
                     self.save_to_resume()
@@ -345,7 +312,7 @@ class Trainer:
     def _take_step(self, batches: list[Batch]) -> None:
         start = time.perf_counter()
         number = self.step + 1
-        parts, norms, norm = self._guarded(lambda: self._gradients(batches))
+        parts, norms, norm = self._guarded(lambda: self.gradients.compute(batches, self._where()))
         weight = sum(part.weight for part in parts)
         loss = sum(part.loss for part in parts) / weight
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -373,90 +340,27 @@ class Trainer:
         }
         self._tell(entry)
 
-    def _gradients(self, batches: list[Batch]) -> tuple[list[Part], dict[str, float], float]:
-        """Gradients of a step, summed over all processes and clipped; its parts, norm by part of the model, norm."""
-        moved = [batch.to(self.stage.model.device) for batch in batches]
-        weights = [self.stage.weight(batch) for batch in moved]
-        total = sum(self.everyone(sum(weights)))
-        try:
-            own = self._accumulate(self.micro_batch, moved, total)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            own = self._with_smaller_batches(error, moved, total)
-        parts = [part for one in self.everyone(own) for part in one]
-        if self.accelerator.num_processes > 1:
-            for parameter in self.parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
-        if not self.checked:
-            self.stage.model.check_gradients()
-            self.checked = True
-        norms = gradient_norms(self.stage.part)
-        return parts, norms, float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-
-    def _accumulate(self, micro_batch: int, batches: list[Batch], total: float) -> list[Part]:
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = []
-        for batch in batches:
-            for chunk in batch.chunks(micro_batch):
-                with self.accelerator.autocast():
-                    result = self.stage.loss(chunk)
-                parts.append(
-                    Part(
-                        float(result.total.detach()),
-                        self.stage.weight(chunk),
-                        result.statistics,
-                        [f"{one.file} slice {one.slice_num}" for one in chunk.slices],
-                    )
-                )
-                self.accelerator.backward(result.total / total)
-        self.micro_batch = micro_batch
-        return parts
-
-    def _with_smaller_batches(self, error: RuntimeError, batches: list[Batch], total: float) -> list[Part]:
-        where = f"{self.stage.name}, epoch {self.epoch + 1}, step {self.step + 1}: memory ran out"
-        shape = f"{self.micro_batch} slices of (coil, readout, phase) {tuple(batches[0].kspace.shape[1:])} at once"
-        if not self.config.auto_batch_size:
-            raise MemoryError(f"{where} on {shape}. What to turn: {MEMORY_REMEDIES} ({error})") from None
-        size = self.micro_batch
-
-        def halve() -> int:
-            nonlocal size
-            size //= 2
-            set_rng_state(self.rng)
-            logger.warning("%s; the step is taken again with %d slices at once", where, size)
-            return size
-
-        retry = find_executable_batch_size(self._accumulate, starting_batch_size=halve(), reduce_batch_size_fn=halve)
-        try:
-            return retry(batches, total)
-        except RuntimeError:
-            if size:
-                raise
-            raise MemoryError(f"{where} on a single slice. What to turn: {MEMORY_REMEDIES} ({error})") from None
+    def _where(self) -> str:
+        return f"{self.stage.name}, epoch {self.epoch + 1}, step {self.step + 1}"
 
     def _not_finite(self, parts: list[Part], loss: float, norm: float) -> None:
         sick = [part for part in parts if not math.isfinite(part.loss)] or parts
         where = ", ".join(one for part in sick for one in part.slices)
-        told = f"epoch {self.epoch + 1}, step {self.step + 1}: loss {loss}, gradient norm {norm}; slices: {where}"
+        told = f"{self._where()}: loss {loss}, gradient norm {norm}; slices: {where}"
         if self.config.on_nan == "skip":
-            logger.warning("%s, %s; the step is skipped", self.stage.name, told)
+            logger.warning("%s; the step is skipped", told)
             return
         self.optimizer.zero_grad(set_to_none=True)
         self.save_to_resume()
         raise FloatingPointError(
-            f"{self.stage.name}, {told}. The state before is in '{display_path(self.checkpoint_path('resume'))}'. What "
+            f"{told}. The state before is in '{display_path(self.checkpoint_path('resume'))}'. What "
             "to turn: learning_rate, max_grad_norm, warmup_ratio, mixed_precision; on_nan: skip leaves such steps out"
         )
 
     def _save_or_stop(self) -> None:
         """Save when it is time to; end here if the run is to stop. All processes decide alike."""
         due = time.perf_counter() - self.last_save >= 60 * self.config.checkpoint_minutes
-        stop, save = (
-            any(said) for said in zip(*self.everyone((runs.stop_requested(self.directory), due)), strict=True)
-        )
+        stop, save = (any(said) for said in zip(*everyone((runs.stop_requested(self.directory), due)), strict=True))
         if stop or save:
             self.save_to_resume()
         if stop:
@@ -481,13 +385,13 @@ class Trainer:
             stop = runs.stop_requested(self.directory)
             if stop:
                 break
-            for chunk in batch.to(self.stage.model.device).chunks(self.micro_batch):
+            for chunk in batch.to(self.stage.model.device).chunks(self.gradients.micro_batch):
                 with self.accelerator.autocast():
                     scores += self.stage.score(chunk)
-        if any(self.everyone(stop)):
+        if any(everyone(stop)):
             self.save_to_resume()
             raise self._stopped()
-        return [score for one in self.everyone(scores) for score in one]
+        return [score for one in everyone(scores) for score in one]
 
     def _end_epoch(self, scores: list[dict[str, Any]], seconds: float) -> None:
         config, history = self.config, self.history
@@ -519,21 +423,21 @@ class Trainer:
         if number % config.save_interval == 0:
             self.save(f"epoch_{number}")
             self._delete_old()
+        if self.main:  # before the state: a process that goes on from it does not write this epoch's row again
+            write_epochs(self.epochs_path, history.epochs)
         self.save_to_resume()
         if self.main:
-            write_epochs(self.epochs_path, history.epochs)
             self.accelerator.log({k: v for k, v in history.epochs[-1].items() if k.startswith("val_")}, step=self.step)
         if self.main and self.on_epoch is not None:
             self.on_epoch(history)
 
     def _delete_old(self) -> None:
         if self.main and self.config.max_checkpoints:
-            kept = sorted(
-                self.checkpoint_path("x").parent.glob(f"{self.stage.name}_epoch_*.pt"),
-                key=lambda path: int(path.stem.rpartition("_")[2]),
-            )
-            for path in kept[: -self.config.max_checkpoints]:
-                path.unlink()
+            folder, start = self.checkpoint_path("x").parent, f"{self.stage.name}_epoch_"
+            numbers = [path.stem.removeprefix(start) for path in folder.glob(f"{start}*.pt")]
+            kept = sorted(int(number) for number in numbers if number.isdecimal())  # a user's own copies stay
+            for number in kept[: -self.config.max_checkpoints]:
+                (folder / f"{start}{number}.pt").unlink()
 
     def _out_of_patience(self) -> bool:
         patience, waited = self.config.early_stopping_patience, self.epoch - self.history.best_epoch
@@ -612,17 +516,6 @@ class Trainer:
             self.history.best_epoch, self.history.best_loss = known.best_epoch, known.best_loss
             if self.on_epoch is not None:
                 self.on_epoch(self.history)
-
-
-def data_hash(*loaders: DataLoader[Batch]) -> str:
-    """SHA-256 over the names and shapes of the slices that some loaders draw from, in order."""
-    digest = hashlib.sha256()
-    for loader in loaders:
-        dataset = loader.dataset
-        assert isinstance(dataset, FastMRIDataset)
-        for index, (volume, number) in enumerate(dataset.samples):
-            digest.update(f"{dataset.volumes[volume].file} {number} {dataset.shape_key(index)}\n".encode())
-    return digest.hexdigest()
 
 
 def _told(entry: dict[str, Any]) -> str:

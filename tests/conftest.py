@@ -1,11 +1,13 @@
-"""A small phantom data set, made once for all tests."""
+"""A small phantom data set and backbone, made once for all tests, and what every test leaves behind."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import systems
 
+from mrilib import runs
 from mrilib.data import Volume, index_volumes
 from mrilib.phantom import make_dataset
 
@@ -38,3 +40,17 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def volumes(phantom_dir: Path) -> list[Volume]:
     """The data set's volumes, sorted by name."""
     return index_volumes(phantom_dir)
+
+
+@pytest.fixture(scope="session")
+def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny Nirvana with its tokenizer, as a Hugging Face folder. Tests must not write into it."""
+    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(autouse=True)
+def free_folders() -> Iterator[None]:
+    """A run folder that a test holds is given up with its end, as by the end of its process."""
+    yield
+    for directory in list(runs._held):
+        runs.release(directory)

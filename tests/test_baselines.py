@@ -18,11 +18,6 @@ SMALL = {"num_cascades": 2, "chans": 4, "pools": 2, "sens_chans": 4, "sens_pools
 
 
 @pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory):
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(scope="module")
 def batches(phantom_dir, backbone_dir, volumes) -> list[Batch]:
     """Every shape of the phantom: odd widths, other coil counts."""
     config = systems.stage1_config(phantom_dir, backbone_dir, num_coils=8)

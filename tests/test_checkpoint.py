@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from mrilib import checkpoint
-from mrilib.checkpoint import CheckpointError, load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
+from mrilib.checkpoint import (
+    ENTRIES,
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 
 
 def content() -> dict[str, Any]:
@@ -20,6 +28,8 @@ def content() -> dict[str, Any]:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return {
+        **dict.fromkeys(ENTRIES, ""),
+        "cost": {},
         "stage": "stage1",
         "epoch": 2,
         "weights": model.state_dict(),
@@ -107,6 +117,7 @@ def test_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None
     damaged = [data[: len(data) * part // 16] for part in range(16)]
     pickled = pickle.dumps({"format": 1, "stage": "stage1"})
     damaged += [pickled[:length] for length in range(len(pickled))]
+    damaged += [b"\x80\x02J\x01"]  # a number of four bytes that ends after one
     damaged += [b"plain text, no pickle", bytes(range(256)), b"PK\x03\x04 no zip", data[:64] + bytes(64) + data[128:]]
     path = tmp_path / "damaged.pt"
     for one in damaged:
@@ -126,6 +137,20 @@ def test_what_is_no_checkpoint_of_this_project_or_stage_is_refused(tmp_path: Pat
     save_checkpoint(path, content())
     with pytest.raises(CheckpointError, match=r"a.pt' is of stage1; stage2 is wanted here"):
         load_checkpoint(path, "stage2")
+
+
+def test_a_strangers_checkpoint_of_wrong_content_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    saved = content()
+    del saved["backbone"], saved["optimizer"]
+    save_checkpoint(path, saved)
+    with pytest.raises(CheckpointError, match=r"a.pt' lacks optimizer, backbone$"):
+        load_checkpoint(path, "stage1")
+    save_checkpoint(path, {**content(), "weights": [1, 2]})
+    with pytest.raises(CheckpointError, match=r"a.pt' lacks weights$"):
+        load_checkpoint(path, "stage1")
+    with pytest.raises(CheckpointError, match=r"weight is a str, \(2, 3\) is wanted"):
+        load_weights(nn.Linear(3, 2), {"weight": "text", "bias": torch.zeros(2)}, "a.pt")  # type: ignore[dict-item]
 
 
 def test_names_and_shapes_that_differ_are_listed_and_nothing_is_loaded() -> None:
@@ -152,7 +177,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002 (the global generator is what is saved)
     draw()
-    save_checkpoint(tmp_path / "a.pt", {"stage": "stage1", "rng": rng_state()})
+    save_checkpoint(tmp_path / "a.pt", {**content(), "rng": rng_state()})
     expected = [draw(), draw()]
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002

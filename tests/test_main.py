@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import pytest
 import systems
 import yaml
 from fastmri import evaluate as official
+from test_stop import processes_of
 
-from mrilib.__main__ import main, parse_overrides
+from mrilib.__main__ import claim_folder, main, parse_overrides
 from mrilib.config import ROOT, ParameterError
 from mrilib.data import index_volumes
 from mrilib.evaluation import evaluate_volumes
@@ -43,11 +45,6 @@ def write_params(folder: Path, data: Path, backbone: Path) -> Path:
     for name, values in contents.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     return folder
-
-
-@pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +213,46 @@ def test_a_run_folder_is_not_overwritten_unasked(run, params, capsys):
     assert main(["run", str(params), "--name", str(run)]) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert (run / "run.json").read_text() == before
+
+
+def test_a_run_killed_in_its_evaluation_goes_on_to_the_same_metrics(run, tmp_path):
+    """Killed while training: see test_resume."""
+    again = tmp_path / NAME
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "reconstructions")
+    (again / "metrics.json").unlink()
+    record = json.loads((again / "run.json").read_text())
+    del record["notebooks"]["evaluate"], record["notebooks"]["compare"]
+    (again / "run.json").write_text(json.dumps(record))
+    command = [sys.executable, "-m", "mrilib", "run", str(again / "params"), "--name", str(again), "--resume"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(again.glob("reconstructions/*/*/*.h5")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while processes_of(again):
+        time.sleep(0.05)
+    assert not (again / "metrics.json").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    metrics = [json.loads((directory / "metrics.json").read_text()) for directory in (run, again)]
+    for one in metrics:
+        del one["cost"]
+    assert metrics[0] == metrics[1]
+
+
+def test_what_is_no_run_folder_is_never_emptied(params, tmp_path, capsys):
+    precious = tmp_path / "documents" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.touch()
+    for more in ([], ["--overwrite"], ["--resume"]):
+        assert main(["run", str(params), "--name", str(precious.parent), *more]) == 1
+        assert "is no run folder (it has no run.json)" in capsys.readouterr().err
+    assert [path.name for path in precious.parent.iterdir()] == ["thesis.tex"]
+    remains = tmp_path / "killed-at-once"
+    (remains / "params").mkdir(parents=True)
+    claim_folder(remains, overwrite=False)
+    assert [path.name for path in remains.iterdir()] == [".lock"]
 
 
 def test_runs_table(run, capsys):

@@ -1,18 +1,11 @@
 """The system put together: freezing, the sequence, labels, image tokens."""
 
-from pathlib import Path
-
 import pytest
 import systems
 import torch
 
 from mrilib import analysis, model
 from mrilib.data import FastMRIDataset, load_annotations, split_volumes
-
-
-@pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(scope="module")

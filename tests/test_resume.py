@@ -1,37 +1,20 @@
 """Killed, stopped, refused: whatever happens to a training, it ends as if nothing had."""
 
 import multiprocessing
-import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import systems
 import torch
 
-from mrilib import runs
 from mrilib.checkpoint import load_checkpoint
 from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.history import read_epochs
 from mrilib.runs import read_json_lines
 
 KILLS = 5  # a stage: 10 in all
-
-
-@pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(autouse=True)
-def free_folders() -> Iterator[None]:
-    yield
-    for directory in list(runs._held):
-        runs.release(directory)
-    os.environ.pop(runs.RUN_VARIABLE, None)
 
 
 Config = Stage1Parameters | Stage2Parameters

@@ -14,7 +14,7 @@ import systems
 import yaml
 
 from mrilib import runs
-from mrilib.__main__ import main
+from mrilib.__main__ import STOPPED, Notebook, main, run_one
 from mrilib.checkpoint import load_checkpoint
 from mrilib.config import ROOT
 from mrilib.runs import read_json_lines
@@ -91,3 +91,14 @@ def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path, capsys):
     assert [entry["step"] for entry in read_json_lines(log)] == list(range(1, 9 * EPOCHS + 1))
     process = run(params, directory, "--resume")
     assert "02_train_stage1 is done" in process.communicate()[0] and process.returncode == 0
+
+
+def test_a_signal_between_two_notebooks_or_while_one_is_being_started(tmp_path, capsys):
+    runs.Run(tmp_path, ["stage2", "evaluate"]).save()
+    assert run_one(Notebook("stage2", {}, tmp_path), [signal.SIGTERM]) == STOPPED
+    told = f"stopped by SIGTERM; to go on: python -m mrilib run {tmp_path}/params --name {tmp_path} --resume"
+    assert told in capsys.readouterr().err
+    assert record(tmp_path)["notebooks"]["stage2"] == {"status": "failed", "error": "stopped by SIGTERM"}
+    notebook = Notebook("evaluate", {}, tmp_path)
+    notebook.stop(1)
+    assert notebook.execute() == -signal.SIGTERM and not list(tmp_path.glob("*.ipynb"))

@@ -1,5 +1,6 @@
 """The token cache: the same numbers as without, never a stale or damaged entry, whatever happens to the process."""
 
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -14,15 +15,11 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from mrilib import model, token_cache, train, training
+from mrilib import model, runs, token_cache, train, training
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
+from mrilib.distributed import TrainingStopped
 from mrilib.token_cache import TokenCache, read_entry
-
-
-@pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
@@ -406,3 +403,28 @@ def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(tmp_path, capsys):
         )
     assert epoch <= 1.3 * decoder
     assert slow >= 10 * fast
+
+
+def test_a_stop_while_it_is_filled_keeps_what_is_computed(filled, tmp_path):
+    config, system, _, _ = filled
+    config = config.model_copy(update={"token_cache_dir": str(tmp_path / "cache"), "epochs": 1})
+    cache = TokenCache(system, config)
+    runs.hold(tmp_path)
+    runs.request_stop(tmp_path, "SIGTERM")
+    with pytest.raises(TrainingStopped, match="while filling the token cache"):
+        cache.hold(*datasets(config))
+    (first,) = files(tmp_path).items()
+    runs.withdraw_stop(tmp_path)
+    cache.hold(*datasets(config))
+    assert len(files(tmp_path)) > 1 and first in files(tmp_path).items()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"/data/a.h5": {"sta', b"[1]", b"\xff\x00", b'{"x": 1}'])
+def test_a_damaged_list_of_digests_is_made_again(tmp_path, content):
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"slices")
+    os.utime(path, (0, 0))
+    manifest = tmp_path / "files.json"
+    manifest.write_bytes(content)
+    expected = {path: hashlib.sha256(b"slices").hexdigest()}
+    assert token_cache.file_digests([path], manifest) == expected

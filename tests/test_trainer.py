@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,13 @@ import systems
 import torch
 import yaml
 
-from mrilib import model, runs, training
+from mrilib import distributed, model, runs, training
 from mrilib.checkpoint import load_checkpoint
 from mrilib.config import ROOT, ParameterError, Stage1Parameters
 from mrilib.distributed import TrainingStopped
 from mrilib.history import read_epochs
 from mrilib.runs import read_json_lines
-
-
-@pytest.fixture(scope="module")
-def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(autouse=True)
-def free_folders() -> Iterator[None]:
-    yield
-    for directory in list(runs._held):
-        runs.release(directory)
-    os.environ.pop(runs.RUN_VARIABLE, None)
+from mrilib.trainer import Trainer
 
 
 @pytest.fixture
@@ -105,6 +93,66 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_been(config, tmp_path):
     stage = stage_of(config)
     taken = fit(stage, with_(config, resume=True), stop)
     assert taken.epochs == again.epochs and same(dict(stage.part.state_dict()), weights(stop))
+
+
+class Killed(BaseException):
+    """Nothing more happens in this process."""
+
+
+def test_killed_right_after_its_last_state_or_its_final_model(config, tmp_path, monkeypatch):
+    save = Trainer.save_to_resume
+
+    def save_and_die(trainer: Trainer) -> None:
+        save(trainer)
+        if trainer.epoch == config.epochs:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "save_to_resume", save_and_die)
+        fit(stage_of(config), with_(config, checkpoint_minutes=0), tmp_path)
+    unfinished = tmp_path / "stage1_checkpoints" / "stage1_resume.pt"
+    content = unfinished.read_bytes()
+    history = fit(stage_of(config), with_(config, resume=True), tmp_path)
+    assert read_epochs(tmp_path / "logs" / "stage1_history.csv") == history.epochs
+    unfinished.write_bytes(content)  # as if it had been killed before it was deleted
+    fit(stage_of(config), with_(config, resume=True), tmp_path)
+    assert not unfinished.exists()
+
+
+def test_what_a_notebooks_interrupt_breaks_off_is_saved(config, tmp_path):
+    class Interrupted(training.AnalysisStage):
+        def loss(self, batch: Any) -> Any:
+            self.seen = getattr(self, "seen", 0) + 1
+            if self.seen == 3:
+                raise KeyboardInterrupt
+            return super().loss(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(stage_of(config, Interrupted), config, tmp_path)
+    assert load_checkpoint(tmp_path / "stage1_checkpoints" / "stage1_resume.pt", "stage1")["step"] == 2
+
+
+def test_processes_that_fail_are_not_taken_for_stopped(config, tmp_path, monkeypatch):
+    """One fails; the launcher ends the others by SIGTERM, which they turn into the stop file."""
+    stop = tmp_path / runs.STOP_FILE
+    code = f"import sys; open({str(stop)!r}, 'w').close(); print('error: file_brain.h5 cannot be read'); sys.exit(1)"
+    monkeypatch.setattr(distributed, "launch_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(RuntimeError, match=r"2 training processes failed, error: file_brain.h5 cannot be read; see"):
+        list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
+    assert not stop.exists()
+    code = "import sys; print('[rank1]: Traceback (most recent call last):\\n[rank1]: KeyError: 7'); sys.exit(1)"
+    with pytest.raises(RuntimeError, match=r"processes failed, error: KeyError: 7; see"):
+        list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
+    code = f"import sys; open({str(stop)!r}, 'w').close(); print('stopped: stage1 was stopped'); sys.exit(130)"
+    with pytest.raises(TrainingStopped, match="resume: true goes on"):
+        list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
+
+
+def test_a_log_that_cannot_be_written_is_named():
+    log = runs.JsonLines(Path("/dev/full"))
+    with pytest.raises(OSError, match=r"the log '/dev/full' could not be written: .*No space left"):
+        log.write(step=1)
+    log.close()
 
 
 def test_a_sick_loss_stops_with_the_state_before_it_saved(config, tmp_path):
@@ -195,10 +243,31 @@ def test_a_second_process_is_refused(config, tmp_path):
     assert child.returncode == 0, child.stderr
 
 
+def test_a_folder_that_was_given_up_is_claimed_anew(tmp_path):
+    """A notebook that has finished, another process that goes on in its folder, and the notebook run again."""
+    runs.hold(tmp_path)
+    runs.release(tmp_path)
+    code = "import sys; from pathlib import Path; from mrilib import runs; runs.hold(Path(sys.argv[1])); input()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
+    while not (tmp_path / ".lock").read_text().startswith(f"process {other.pid} "):
+        assert other.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(ParameterError, match=f"is in use by process {other.pid}"):
+        runs.hold(tmp_path, wait=0)
+    other.communicate("\n")
+    runs.hold(tmp_path)
+
+
 def test_old_epoch_checkpoints_are_deleted(config, tmp_path):
+    copy = tmp_path / "stage1_checkpoints" / "stage1_epoch_1_mine.pt"
+    copy.parent.mkdir()
+    copy.touch()
     fit(stage_of(config), with_(config, epochs=3, save_interval=1, max_checkpoints=2), tmp_path)
     names = {path.name for path in (tmp_path / "stage1_checkpoints").iterdir()}
-    assert names == {f"stage1_{name}.pt" for name in ("best_model", "final_model", "epoch_2", "epoch_3")}
+    assert names == {
+        f"stage1_{name}.pt" for name in ("best_model", "final_model", "epoch_2", "epoch_3", "epoch_1_mine")
+    }
 
 
 def test_a_loss_and_an_encoder_of_ones_own_plug_in(config, tmp_path):
