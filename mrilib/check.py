@@ -19,7 +19,17 @@ import numpy as np
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from mrilib.config import display_path, resolve
-from mrilib.volume import LARGEST_SLICE, MOST_SLICES, DataError, Volume, dataset, read_volume, structure, told, unreadable
+from mrilib.volume import (
+    LARGEST_SLICE,
+    MOST_SLICES,
+    DataError,
+    Volume,
+    dataset,
+    read_volume,
+    structure,
+    told,
+    unreadable,
+)
 
 VERSION = 2  # raised when files are looked at in another way than before: what is remembered counts no more
 ALONE = 16  # so few files are read in this process: starting others takes seconds
@@ -163,7 +173,7 @@ def h5_files(directory: str | Path) -> list[Path]:
     Raises
     ------
     DataError
-        If it is no folder or has none; folders below that hold some are named.
+        If it is no folder or has none, folders below that hold some being named; or if a name is no UTF-8.
     """
     folder = resolve(directory)
     if not folder.is_dir():
@@ -173,6 +183,12 @@ def h5_files(directory: str | Path) -> list[Path]:
         below = sorted({path.parent for path in folder.glob("*/*.h5")} | {p.parent for p in folder.glob("*/*/*.h5")})
         hint = f"; {', '.join(display_path(one) for one in below[:5])} hold some" if below else ""
         raise DataError(f"no .h5 file in {display_path(folder)}{hint}")
+    for path in paths:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:  # neither a record nor a table could hold it
+            shown = os.fsencode(path.name).decode(errors="replace")
+            raise DataError(f"{display_path(folder)}: the name of {shown} is no UTF-8; rename the file") from None
     return paths
 
 
