@@ -5,7 +5,6 @@ attributes are for the loss and the metrics.
 """
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
