@@ -15,6 +15,7 @@ Sides and regions are those of the *displayed* image, which is the h5's array fl
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -266,7 +267,7 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
             raise ValueError(f"{where}: {file!r} is not in {file_list}, which must list every reviewed file")
         if label not in LABELS:
             raise ValueError(f"{where}: unknown label {label!r}{_nearest(label, LABELS)}")
-        if not re.fullmatch(r"\d+", values["slice"]):
+        if not re.fullmatch(r"[0-9]{1,9}", values["slice"]):
             raise ValueError(f"{where}: slice {values['slice']!r} is not a number from 0 on")
         if values["study_level"] == "Yes":
             given = [name for name in _BOX_COLUMNS if values[name]]
@@ -287,7 +288,7 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
 
 def _read_file_list(path: Path) -> set[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file: {error}") from error
     files = set()
@@ -471,14 +472,14 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
     path = Path(path)
     reports: dict[tuple[str, int], Report] = {}
     first_line: dict[tuple[str, int], int] = {}
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, raw in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if not raw.strip() and number == len(lines):
             continue
         try:
             entry = json.loads(raw.decode("utf-8"))
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
             raise ValueError(f"{where}: not a JSON object: {error}") from error
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: a JSON {type(entry).__name__}, not an object with {', '.join(Report._fields)}")
@@ -493,6 +494,8 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
                     raise ValueError(f"{where}: slice is {entry[key]!r}; it must be a number from 0 on")
             elif not isinstance(entry[key], str) or not entry[key].strip():
                 raise ValueError(f"{where}: {key} is {entry[key]!r}; it must be a text that is not empty")
+            elif any("\ud800" <= character <= "\udfff" for character in entry[key]):  # which no tokenizer takes
+                raise ValueError(f"{where}: {key} holds half a surrogate pair, which is no character")
         entry["file"] = entry["file"].strip().removesuffix(".h5")
         place = (entry["file"], entry["slice"])
         if place in reports:

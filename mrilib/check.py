@@ -19,9 +19,19 @@ import numpy as np
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from mrilib.config import display_path, resolve
-from mrilib.volume import LARGEST_SLICE, DataError, Volume, dataset, read_volume, structure, told, unreadable
+from mrilib.volume import (
+    LARGEST_SLICE,
+    MOST_SLICES,
+    DataError,
+    Volume,
+    dataset,
+    read_volume,
+    structure,
+    told,
+    unreadable,
+)
 
-VERSION = 1  # raised when files are looked at in another way than before: what is remembered counts no more
+VERSION = 2  # raised when files are looked at in another way than before: what is remembered counts no more
 ALONE = 16  # so few files are read in this process: starting others takes seconds
 NOISE_RATIO = 2.0  # mean power of the centre of k-space over the mean of all: 1 for white noise, over 30 for a head
 
@@ -90,16 +100,18 @@ def _contents(h5: h5py.File, volume: Volume | None) -> tuple[list[str], list[str
 def _slices(
     h5: h5py.File, name: str, dimensions: int, kind: str, problems: list[str]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The readable, finite slices of an array; the others go to `problems`."""
+    """The readable, finite slices of an array in single precision; the others go to `problems`."""
     array = dataset(h5, name)
     if array is None or array.ndim != dimensions or array.dtype.kind != kind or not np.prod(array.shape, dtype=float):
         return
-    if np.prod(array.shape[1:], dtype=float) > LARGEST_SLICE:
+    if np.prod(array.shape[1:], dtype=float) > LARGEST_SLICE or array.shape[0] > MOST_SLICES:
         return  # told by its structure
+    single = np.complex64 if kind == "c" else np.float32
     broken, infinite = [], []
     for number in range(array.shape[0]):
         try:
-            data = array[number]
+            with np.errstate(over="ignore"):  # what single precision, which all works in, cannot hold is infinite
+                data = array[number].astype(single, copy=False)
         except (OSError, RuntimeError, ValueError) as error:  # a chunk cut off, a checksum, an unknown filter
             broken.append((number, told(error)))
             continue
@@ -161,7 +173,7 @@ def h5_files(directory: str | Path) -> list[Path]:
     Raises
     ------
     DataError
-        If it is no folder or has none; folders below that hold some are named.
+        If it is no folder or has none, folders below that hold some being named; or if a name is no UTF-8.
     """
     folder = resolve(directory)
     if not folder.is_dir():
@@ -171,6 +183,12 @@ def h5_files(directory: str | Path) -> list[Path]:
         below = sorted({path.parent for path in folder.glob("*/*.h5")} | {p.parent for p in folder.glob("*/*/*.h5")})
         hint = f"; {', '.join(display_path(one) for one in below[:5])} hold some" if below else ""
         raise DataError(f"no .h5 file in {display_path(folder)}{hint}")
+    for path in paths:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:  # neither a record nor a table could hold it
+            shown = os.fsencode(path.name).decode(errors="replace")
+            raise DataError(f"{display_path(folder)}: the name of {shown} is no UTF-8; rename the file") from None
     return paths
 
 

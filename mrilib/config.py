@@ -475,6 +475,12 @@ class BenchmarkParameters(BenchParameters):
     prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1)
     new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1)
     repeats: int = P(5, "the best of so many is told for a prefill", ge=1)
+    loader_speed: bool = P(
+        True, "time the loader beside fastMRI's, on two full-size phantom volumes (0.9 GB, made once)"
+    )
+    full_size_step: bool = P(
+        False, "one step of each stage at params/full: 15 GB of disk, 10 GB of memory, minutes without a GPU"
+    )
 
     @field_validator("device")
     @classmethod

@@ -5,7 +5,6 @@ attributes are for the loss and the metrics.
 """
 
 import copy
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -309,13 +308,13 @@ class FastMRIDataset(Dataset[Slice]):
             )
         # From here on only measured lines are seen, and worked on: readout crop and compression know nothing of phase.
         lines = kspace.remove_readout_oversampling(raw[..., mask], readout)
+        if not torch.view_as_real(lines).isfinite().all():
+            where = f"{volume.path.name}, slice {slice_num}"
+            raise DataError(f"{where}: NaN or infinity in the measured lines; python -m mrilib check tells more")
         lines = kspace.compress_coils(lines, self.config.num_coils)
         masked = torch.zeros(*lines.shape[:-1], width, dtype=lines.dtype)
         # In double precision: no file's unit makes the squares too small or too large.
         norm = torch.linalg.vector_norm(torch.view_as_real(lines), dtype=torch.float64).item()
-        if not math.isfinite(norm):
-            where = f"{volume.path.name}, slice {slice_num}"
-            raise DataError(f"{where}: NaN or infinity in the measured lines; python -m mrilib check tells more")
         scale = norm / masked.numel() ** 0.5
         masked[..., mask] = lines / scale if scale else lines
         return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration)

@@ -6,9 +6,11 @@ Random weights and a small phantom of full size stand in; neither time nor memor
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mrilib.config import ParameterError, Stage1Parameters, Stage2Parameters, display_path, resolve
 from mrilib.dry_run import Report, report_apart
 from mrilib.phantom import make_dataset
+from mrilib.runs import read_json, write_json
 
 DISK_BYTES = 15e9  # backbone 2.8 GB, phantom 1 GB, checkpoints of stage 1 3 x 0.9 GB and of stage 2 3 x 1.9 GB
 
@@ -62,6 +65,41 @@ def measure(params: str | Path = "params/full", directory: str | Path = "outputs
         given["stage1_checkpoint"] = str(checkpoint)
         stage2 = Stage2Parameters.from_yaml(resolve(params) / "stage2.yaml", given)
         return [first, report_apart(stage2)]
+
+
+def measure_once(path: Path, **others: Any) -> list[Report]:
+    """What `measure` found, read from `path` where it has been written for the same parameters, else measured anew.
+
+    Parameters
+    ----------
+    path : Path
+        JSON file.
+    **others
+        As for `measure`.
+    """
+    if path.exists():
+        found = read_json(path)
+        if found["parameters"] == others:
+            return [Report(**{**one, "batch": tuple(one["batch"])}) for one in found["reports"]]
+    reports = measure(**others)
+    write_json(path, {"parameters": others, "reports": [one.to_dict() for one in reports]})
+    return reports
+
+
+def table(reports: Sequence[Report]) -> pd.DataFrame:
+    """A row per stage: what was measured, and on what."""
+    return pd.DataFrame(
+        {
+            "stage": one.stage,
+            "device": one.device,
+            "slices × coils × readout × phase": "×".join(map(str, one.batch)),
+            "one step [s]": f"{one.step_seconds:.2f}",
+            "loading its slices, one process [s]": f"{one.load_seconds:.2f}",
+            "peak memory [GB]": f"{one.peak_memory_bytes / 1e9:.1f}",
+            "one checkpoint [GB]": f"{one.checkpoint_bytes / 1e9:.2f}",
+        }
+        for one in reports
+    )
 
 
 def write_random_backbone(config_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:

@@ -18,6 +18,7 @@ from mrilib import analysis
 NAMESPACE = {"i": "http://www.ismrm.org/ISMRMRD"}
 DATASETS = ("kspace", "ismrmrd_header", "reconstruction_rss", "mask")
 LARGEST_SLICE = 2**28  # complex values; fastMRI's largest are a fiftieth of it. More is a damaged or hostile shape.
+MOST_SLICES = 2**12  # fastMRI's volumes have about 16; an array that was declared and never written can have any number
 LARGEST_HEADER = 2**22  # characters; fastMRI's have about 2**14
 
 
@@ -122,8 +123,8 @@ def structure(h5: h5py.File, path: Path) -> tuple[Volume | None, list[str]]:
         except ValueError as error:
             problems.append(str(error))
     maximum, acceleration = number(h5.attrs.get("max")), number(h5.attrs.get("acceleration"))
-    # a volume of zeros has the maximum 0
-    if target is not None and (maximum is None or not 0 <= maximum < float("inf")):
+    # a volume of zeros has the maximum 0; the losses work in single precision
+    if target is not None and (maximum is None or not 0 <= maximum <= float(np.finfo(np.float32).max)):
         problems.append(_no_number(h5, "max"))
     if mask is not None and (acceleration is None or not 1 <= acceleration < float("inf")):
         problems.append(_no_number(h5, "acceleration"))
@@ -186,13 +187,16 @@ def leaving_links(h5: h5py.File) -> list[str]:
     """Links, and datasets with external storage, that lead out of the file; none of them is followed."""
     found: list[str] = []
 
-    def visit(raw: bytes) -> None:
-        name = raw.decode("utf-8", errors="replace")
-        link = h5.get(raw, getlink=True)
-        if isinstance(link, h5py.ExternalLink):
-            found.append(f"{name} is an external link to {link.path} in {link.filename}: it leaves the file")
-        elif isinstance(link, h5py.SoftLink) and not _stays(h5, name, link.path):
-            found.append(f"{name} is a soft link to {link.path}, which is nothing in this file: it leaves the file")
+    def visit(raw: bytes) -> None:  # a name need not be UTF-8, on which h5.get insists
+        name, kind = shown(raw), h5.id.links.get_info(raw).type
+        if kind == h5py.h5l.TYPE_EXTERNAL:
+            filename, target = map(shown, h5.id.links.get_val(raw))
+            found.append(f"{name} is an external link to {target} in {filename}: it leaves the file")
+        elif kind == h5py.h5l.TYPE_SOFT and not _stays(h5, name, target := shown(h5.id.links.get_val(raw))):
+            found.append(f"{name} is a soft link to {target}, which is nothing in this file: it leaves the file")
+
+    def shown(raw: bytes) -> str:
+        return raw.decode("utf-8", errors="replace")
 
     h5.id.links.visit(visit)  # every link of every group; soft and external ones are named, not followed
     for name in DATASETS:
@@ -238,6 +242,8 @@ def array_problems(name: str, array: h5py.Dataset, data: h5py.Dataset | None) ->
             return [f"{found}: single-coil data; at least two coils are wanted"]
         if min(coils, height, width) < 1 or coils * height * width > LARGEST_SLICE:
             return [f"{found}: not the size of an image"]
+        if slices > MOST_SLICES:
+            return [f"{found}: not the size of a volume"]
         return []
     kinds = "f" if name == "reconstruction_rss" else "buif"
     if array.dtype.kind not in kinds:
@@ -256,6 +262,8 @@ def text(value: Any) -> str:
     """A text attribute, also where a converter wrote bytes or an array of one; empty if it is no text."""
     if isinstance(value, np.ndarray):
         value = value.item() if value.size == 1 else None
+    if isinstance(value, str):  # h5py hands on bytes that are no UTF-8 as surrogates, which nothing can print or save
+        value = value.encode("utf-8", errors="surrogateescape")
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
@@ -273,6 +281,8 @@ def number(value: Any) -> float | None:
 
 
 def _header_text(stored: h5py.Dataset) -> bytes:
+    if stored.shape == () and stored.dtype.itemsize > LARGEST_HEADER:  # declared so long: not even read
+        raise DataError(f"ismrmrd_header has {stored.dtype.itemsize} characters; no ISMRMRD header is that long")
     value = stored[()] if stored.shape == () else None
     if isinstance(value, str):
         value = value.encode()

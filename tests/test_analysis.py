@@ -185,6 +185,8 @@ def test_unknown_acquisition_is_named():
         ("a,0,No,nan,2,3,4,Mass", "line 3: x is nan"),
         ("a,0.5,No,1,2,3,4,Mass", "line 3: slice '0.5'"),
         ("a,-1,No,1,2,3,4,Mass", "line 3: slice '-1'"),
+        ("a,\N{ARABIC-INDIC DIGIT THREE},No,1,2,3,4,Mass", "line 3: slice"),
+        pytest.param(f"a,{'9' * 5000},No,1,2,3,4,Mass", "line 3: slice", id="slice with 5000 digits"),
         ("a,0,no,1,2,3,4,Mass", "line 3: study_level is 'no'; it must be Yes or No"),
         ("a,0,Yes,1,,,,Motion artifact", "line 3: study_level Yes, but x given"),
         ("a,0,No,1,2,3,4,Masss", "line 3: unknown label 'Masss'; did you mean 'Mass'"),
@@ -233,6 +235,8 @@ def test_reports(tmp_path):
         ('{"file": "a", "slice": 1, "prompt": "p"', "not a JSON object"),
         ("", "not a JSON object"),
         ("[1, 2]", "a JSON list"),
+        pytest.param("[" * 100_000, "not a JSON object", id="100,000 brackets"),
+        (r'{"file": "a", "slice": 1, "prompt": "p", "response": "\ud800"}', "response holds half a surrogate pair"),
         ('{"file": "a", "slice": 1, "prompt": "p"}', "key 'response' is missing"),
         ('{"file": "a", "slice": 1, "prompt": "p", "respons": "r"}', "unknown key 'respons'; did you mean 'response'"),
         ('{"file": "a", "slice": "1", "prompt": "p", "response": "r"}', "slice is '1'"),
@@ -248,6 +252,16 @@ def test_malformed_reports_are_refused_with_their_line(tmp_path, line, reason):
     path.write_text(f"{json.dumps(good)}\n{line}\n{json.dumps({**good, 'slice': 9})}\n")
     with pytest.raises(ValueError, match=rf"reports.jsonl, line 2: .*{reason}"):
         analysis.read_reports(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    """Editors on Windows put one at the start of a text file."""
+    csv, names = write(tmp_path, "a,0,No,1,2,3,4,Edema\n")
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes())
+    assert analysis.read_annotations(csv, names).reviewed("a")
+    reports = tmp_path / "reports.jsonl"
+    reports.write_bytes(b"\xef\xbb\xbf" + b'{"file": "a", "slice": 0, "prompt": "p", "response": "r"}')
+    assert list(analysis.read_reports(reports)) == [("a", 0)]
 
 
 # ------------------------------------------------------------------------------------------------- scores

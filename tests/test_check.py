@@ -49,6 +49,9 @@ def padded(volumes: list[Volume]) -> Volume:
         (with_value("kspace", (1, 0, 2, 3), np.nan), "kspace: NaN or infinity in slice 1"),
         (with_value("kspace", (2, 1, 2, 3), complex(0, np.inf)), "kspace: NaN or infinity in slice 2"),
         (with_value("reconstruction_rss", (0, 1, 1), -np.inf), "reconstruction_rss: NaN or infinity in slice 0"),
+        (replaced("kspace", lambda k: k.astype(complex) * 1e100), "kspace: NaN or infinity in slices 0 to 2"),
+        (replaced("reconstruction_rss", lambda r: r.astype(float) * 1e300), "reconstruction_rss: NaN or infinity in"),
+        (attribute("max", 1e300), "attribute max is"),
         (truncated_chunk, "kspace: slice 1 cannot be read"),
         (own_mask(acceleration=4), "mask does not sample the centre|^$"),
         (attribute("patient_id"), "has no attribute patient_id"),
@@ -164,6 +167,12 @@ def test_the_command_lists_problems_by_file_and_sums_up(
     assert main(["check", str(tmp_path)]) == 0
     assert main(["check", str(tmp_path / "nowhere")]) == 1
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_utf8_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Path(os.fsdecode(bytes(tmp_path) + b"/M\xfcller.h5")).touch()
+    assert main(["check", str(tmp_path)]) == 1
+    assert "the name of M\N{REPLACEMENT CHARACTER}ller.h5 is no UTF-8; rename the file" in capsys.readouterr().err
 
 
 def test_a_folder_of_folders_is_told(volumes: list[Volume], tmp_path: Path) -> None:

@@ -319,12 +319,16 @@ def test_the_files_unit_does_not_matter(volumes: list[Volume], tmp_path: Path, u
     assert scaled.scale == pytest.approx(unit * own.scale, rel=1e-4)
 
 
+@pytest.mark.parametrize("num_coils", [16, 4])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_measured_nan_is_named_and_not_passed_on(volumes: list[Volume], tmp_path: Path, value: float) -> None:
+def test_measured_nan_is_named_and_not_passed_on(
+    volumes: list[Volume], tmp_path: Path, value: float, num_coils: int
+) -> None:
     def change(h5: h5py.File) -> None:
         h5["kspace"][1, 0, 3, h5["kspace"].shape[-1] // 2] = value
 
-    dataset = FastMRIDataset([read_volume(copy_of(volumes[0], tmp_path, change))], parameters(tmp_path))
+    config = parameters(tmp_path, num_coils=num_coils)
+    dataset = FastMRIDataset([read_volume(copy_of(volumes[0], tmp_path, change))], config)
     with pytest.raises(DataError, match=rf"{volumes[0].path.name}, slice 1: NaN or infinity in the measured lines"):
         dataset[1]
     assert dataset[0].kspace.isfinite().all()

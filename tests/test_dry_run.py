@@ -1,5 +1,6 @@
 """The dry run: what it says is what a run then takes, and it leaves nothing behind."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -88,6 +89,26 @@ def test_random_weights_fit_their_configuration(tmp_path):
     backbone = load_backbone(settings, tmp_path / "weights.safetensors", torch.bfloat16)
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.bfloat16}
     assert torch.isfinite(backbone(torch.arange(9)[None]).logits).all()
+
+
+def test_a_full_size_measurement_is_remembered_with_its_parameters(tmp_path, monkeypatch):
+    report = dry_run.Report(
+        "stage1", "cpu", (4, 16, 320, 320), 10**10, 167.0, 0.5, 60.0, 9, 1500.0, 100, 9 * 10**8, 3, 0, 0.0, 10**11
+    )
+    measured = []
+
+    def measure(**others):
+        measured.append(others)
+        return [dataclasses.replace(report, device=others["device"])]
+
+    monkeypatch.setattr(full_size, "measure", measure)
+    path = tmp_path / "full_size.json"
+    first = full_size.measure_once(path, device="cpu")
+    assert full_size.measure_once(path, device="cpu") == first == [report] and measured == [{"device": "cpu"}]
+    assert full_size.measure_once(path, device="cuda")[0].device == "cuda" and len(measured) == 2
+    (row,) = full_size.table(first).to_dict("records")
+    assert row["one step [s]"] == "167.00" and row["peak memory [GB]"] == "10.0"
+    assert row["slices × coils × readout × phase"] == "4×16×320×320"
 
 
 @pytest.mark.fullsize

@@ -94,7 +94,9 @@ def test_both_stages_train_on_every_shape(
     assert image[1].max() < 1e-9 * image[0].max()  # nothing measured, nothing shown
 
 
-@pytest.mark.parametrize(("acceleration", "norm", "peak"), [(4, 0.04, 0.02), (8, 0.03, 0.015)])
+# Between what sixteen coils lose (norm 0.0327 and 0.0225, peak 0.0184 and 0.0122) and fifteen (0.0373 and 0.0257,
+# 0.0202 and 0.0132): one direction too few is noticed.
+@pytest.mark.parametrize(("acceleration", "norm", "peak"), [(4, 0.035, 0.0193), (8, 0.024, 0.0127)])
 def test_compression_from_24_to_16_coils_keeps_the_rss(
     folder: Path, acceleration: int, norm: float, peak: float
 ) -> None:

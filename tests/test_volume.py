@@ -81,9 +81,10 @@ def virtual(h5: h5py.File) -> None:
     h5.create_virtual_dataset("kspace", layout)
 
 
-def linked(name: str, link: Any) -> Callable[[h5py.File], None]:
+def linked(name: str | bytes, link: Any) -> Callable[[h5py.File], None]:
     def change(h5: h5py.File) -> None:
-        h5.pop(name, None)
+        if isinstance(name, str):
+            h5.pop(name, None)
         h5[name] = link
 
     return change
@@ -98,6 +99,13 @@ def through_an_external_group(h5: h5py.File) -> None:
 def huge(h5: h5py.File) -> None:
     del h5["kspace"]
     h5.create_dataset("kspace", (3, 8, 2**20, 2**20), np.complex64, chunks=(1, 1, 64, 64))
+
+
+def never_written(h5: h5py.File) -> None:
+    """Declared with a thousand million slices: reading them all would take for ever, and give zeros."""
+    shape = h5["kspace"].shape
+    del h5["kspace"]
+    h5.create_dataset("kspace", (10**9, *shape[1:]), np.complex64, chunks=(1, *shape[1:]))
 
 
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><x>&b;</x>'
@@ -157,6 +165,11 @@ UTF16 = ('<?xml version="1.0" encoding="utf-16"?>' + BOMB).encode("utf-16")
         (linked("extra", h5py.ExternalLink("other.h5", "/kspace")), "extra is an external link"),
         (linked("kspace", h5py.SoftLink("/nowhere")), "kspace is a soft link to /nowhere"),
         (through_an_external_group, "kspace is a soft link to /other/kspace"),
+        (linked(b"\xff", h5py.ExternalLink("other.h5", "/x")), "is an external link to /x in other.h5"),
+        (linked(b"\xff", h5py.SoftLink("/nowhere")), "is a soft link to /nowhere"),
+        (attribute("max", 1e300), "attribute max is"),
+        (replaced("ismrmrd_header", np.bytes_(b"<!--" + b"x" * 2**22)), "no ISMRMRD header"),
+        (never_written, "not the size of a volume"),
         (external_storage, "kspace is external storage: its values lie in other files"),
         (virtual, "kspace is a virtual dataset: its values lie in other files"),
     ],
@@ -224,6 +237,16 @@ def test_other_encodings_and_types_of_a_good_file_are_read(volumes: list[Volume]
 
     path = copy_of(volumes[0], tmp_path, change)
     assert read_volume(path) == volumes[0]._replace(path=path, patient="17")
+
+
+def test_names_and_texts_that_are_no_utf8_do_no_harm(volumes: list[Volume], tmp_path: Path) -> None:
+    def change(h5: h5py.File) -> None:
+        h5.create_group(b"\xff\xfe")
+        del h5.attrs["patient_id"]
+        h5.attrs.create("patient_id", b"M\xfcller", dtype=h5py.string_dtype("utf-8"))
+
+    patient = read_volume(copy_of(volumes[0], tmp_path, change)).patient
+    assert patient == "M\N{REPLACEMENT CHARACTER}ller" and patient.encode("utf-8")  # a surrogate could not be saved
 
 
 def test_header_encodings(volumes: list[Volume]) -> None:
