@@ -71,8 +71,8 @@ def test_params_files_fit_their_notebook(path):
     cls(**values)
 
 
-def test_demo_and_full_have_a_file_for_each_notebook():
-    for folder in ("demo", "full"):
+def test_demo_bench_and_full_have_a_file_for_each_notebook():
+    for folder in ("demo", "bench", "full"):
         names = {path.stem for path in PARAMS if path.parent.name == folder}
         assert {"explore", "stage1", "stage2", "evaluate", "compare"} <= names
 
