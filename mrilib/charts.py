@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from mrilib import evaluation
@@ -101,6 +102,11 @@ def _running_mean(values: ArrayLike) -> NDArray:
     return (total[ends] - total[starts]) / (ends - starts)
 
 
+def _steps(axis: Axes) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+
+
 def _epoch_ends(history: "History") -> list[float]:
     last = {step["epoch"]: step["step"] for step in history.steps}
     return [last[epoch["epoch"]] for epoch in history.epochs]
@@ -136,7 +142,8 @@ def plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool =
     style: Any = {"linestyle": "--", "marker": "o", "markersize": 3.5, "linewidth": 1.0}
     if validation:
         axis.plot(_epoch_ends(history), validation, color=color, label=f"{name} validation".strip(), **style)
-    axis.set(xlabel="step", ylabel=label)
+    axis.set(ylabel=label)
+    _steps(axis)
 
 
 def _loss_panel(axis: Axes, named: "Mapping[str, History]") -> None:
@@ -154,7 +161,8 @@ def _validation_panel(axis: Axes, named: "Mapping[str, History]", metric: str, l
             axis.plot([step["step"] for step in history.steps], _running_mean(values), color=color, linewidth=1.0)
         scores = [epoch[f"val_{metric}"] for epoch in history.epochs]
         axis.plot(_epoch_ends(history), scores, color=color, linestyle="--", marker="o", markersize=3.5, label=name)
-    axis.set(xlabel="step", title=label)
+    axis.set_title(label)
+    _steps(axis)
     if len(named) > 1:
         axis.legend()
 
@@ -165,7 +173,8 @@ def _image_panel(axis: Axes, history: "History") -> None:
         for statistic, style in (("max", "-"), ("mean", "--")):
             values = _running_mean([step[f"{name}_{statistic}"] for step in history.steps])
             axis.plot(steps, values, color=color, linestyle=style, label=f"{name} {statistic}")
-    axis.set(xlabel="step", title="images in a batch [volume maximum]", ylim=(0, None))
+    axis.set(title="images in a batch [volume maximum]", ylim=(0, None))
+    _steps(axis)
     axis.legend(ncols=2, fontsize=7.5)
 
 
@@ -174,7 +183,8 @@ def plot_rate(axis: Axes, named: "Mapping[str, History]") -> None:
     for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
         rates = [step["learning_rate"] for step in history.steps]
         axis.plot([step["step"] for step in history.steps], rates, color=color, label=name)
-    axis.set(xlabel="step", title="learning rate", ylim=(0, None))
+    axis.set(title="learning rate", ylim=(0, None))
+    _steps(axis)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
@@ -192,7 +202,8 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
             style = "-" if number < 6 else ":"
             axis.plot(steps, values, color=COLORS[number % 6], linestyle=style, linewidth=1.0, label=part)
             lowest = min(lowest, values[settled:][values[settled:] > 0].min(initial=lowest))
-    axis.set(yscale="log", xlabel="step", title="gradient norms before clipping")
+    axis.set(yscale="log", title="gradient norms before clipping")
+    _steps(axis)
     axis.set_ylim(bottom=lowest / 10 ** (0.3 + len(parts) / 8))  # room for the legend
     axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
 
