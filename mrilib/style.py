@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec
 
 import matplotlib.colors
@@ -106,6 +106,12 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
             return function(*args, **kwargs)
 
     return inner
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Methods, each once, in the order of `METHODS`; unknown ones last."""
+    given = list(dict.fromkeys(names))
+    return [name for name in METHODS if name in given] + [name for name in given if name not in METHODS]
 
 
 def method_label(name: str) -> str:

@@ -210,5 +210,5 @@ def test_palette_keeps_greys_errors_and_colours():
 
 
 def test_method_labels():
-    assert figures.method_label("zero_filled") == "zero-filled"
-    assert figures.method_label("bart_l1") == "bart l1"
+    assert style.method_label("zero_filled") == "zero-filled"
+    assert style.method_label("bart_l1") == "bart l1"
