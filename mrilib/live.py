@@ -59,7 +59,7 @@ class Watch(Generic[Example]):
         self.last = epochs
         self.examples: dict[int, Example] = {}
         self.history = History()
-        self._next = self._cost = 0.0
+        self._next = 0.0
         if interactive:
             self.text = ipywidgets.HTML('<p role="status">The curves begin with the first steps.</p>')
             self.picture = ipywidgets.Image(format="png", layout={**LAYOUT, "display": "none"})

@@ -95,8 +95,13 @@ class RecordFigure(Figure):
         super().__init__(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(self)
 
-    def _repr_png_(self) -> bytes:
-        return png_bytes(self)
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        return png_bytes(self), {"alt": self.told()}
+
+    def told(self) -> str:
+        """What is shown, for those who cannot see it: the titles, each once."""
+        titles = [self.get_suptitle(), *(axis.get_title() or axis.get_title("left") for axis in self.axes)]
+        return "; ".join(dict.fromkeys(title.replace("\n", ", ") for title in titles if title))
 
 
 def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
