@@ -126,7 +126,7 @@ def test_evaluate_in_the_browser(window, trained, tmp_path):
 def test_training_is_seen_while_it_happens(window, trained, tmp_path, stem, own, example):
     given = COMMON if stem == "02_train_stage1" else (*COMMON, "stage1_checkpoint")
     values = {**{name: trained[name] for name in given}, **own}
-    some = {"epochs": 3, "batch_size": 2, "max_train_slices": 24, "max_val_slices": 3, "train_control": False}
+    some = {"epochs": 3, "batch_size": 3, "max_train_slices": 9, "max_val_slices": 3, "train_control": False}
     window.open(put_notebook(Path(window.server.folder), stem, {**values, **some, "output_dir": str(tmp_path)}))
     seen = set()
 
@@ -134,7 +134,7 @@ def test_training_is_seen_while_it_happens(window, trained, tmp_path, stem, own,
         if window.show_widgets():
             seen.add(str(window.picture()))
 
-    window.run_all(300, look)
+    window.run_all(600, look)
     assert len(seen - {"None"}) >= 2, "the curves do not grow"
     window.show_widgets()
     curve, bar, examples = (window.top(css) for css in (".widget-image", ".widget-hprogress", example))
