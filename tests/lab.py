@@ -167,10 +167,10 @@ class Lab:
             return [sum, image.naturalWidth, image.naturalHeight];
         """)
 
-    def top(self, css: str) -> float:
-        """Upper edge of the first element of this kind [screen pixels], from the window's."""
+    def tops(self, css: str) -> list[float]:
+        """Upper edges of the elements of this kind [screen pixels], from the window's."""
         return self.driver.execute_script(
-            "return document.querySelector(arguments[0]).getBoundingClientRect().top", css
+            "return [...document.querySelectorAll(arguments[0])].map(one => one.getBoundingClientRect().top)", css
         )
 
     def contrast(self, css: str) -> float:
