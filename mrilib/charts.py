@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from mrilib import evaluation
@@ -22,6 +23,7 @@ from mrilib.style import (
     VERMILLION,
     WIDTH,
     RecordFigure,
+    in_order,
     method_label,
     styled,
 )
@@ -43,6 +45,7 @@ SCORES = {  # validation metrics with a panel of their own
 }
 STAGES = {"stage1": "stage 1", "control": "stage 1's control without k-space", "stage2": "stage 2",
           "plain": "stage 2's control without tokens"}  # fmt: skip
+MARKERS = ("o", "s", "D", "^", "v", "P")
 VolumeScores = Mapping[str, Mapping[str, Sequence[evaluation.VolumeScore]]]  # acceleration → method → volumes
 Series = Mapping[str, Sequence[tuple[float, Sequence[float] | None]]]  # name → (value, [low, high] or None) a group
 
@@ -86,6 +89,7 @@ def training_curves(histories: "History | Mapping[str, History]", title: str = "
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels, strict=False):
         panel(axis)
+    _legend_below(figure, [axes[0]], 4)  # the colours of all panels but the last
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
@@ -101,6 +105,11 @@ def _running_mean(values: ArrayLike) -> NDArray:
     return (total[ends] - total[starts]) / (ends - starts)
 
 
+def _steps(axis: Axes) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+
+
 def _epoch_ends(history: "History") -> list[float]:
     last = {step["epoch"]: step["step"] for step in history.steps}
     return [last[epoch["epoch"]] for epoch in history.epochs]
@@ -112,7 +121,9 @@ def _loss_name(history: "History") -> tuple[str, str]:
     return ("cross_entropy", "cross-entropy [nats per token]") if text else ("loss", "1 − SSIM")
 
 
-def plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool = True) -> None:
+def plot_loss(
+    axis: Axes, history: "History", name: str, color: str, marker: str = MARKERS[0], raw: bool = True
+) -> None:
     """Training loss over the steps, smoothed, with the validation loss after each epoch.
 
     Parameters
@@ -122,7 +133,8 @@ def plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool =
         Epochs may still be missing.
     name : str
         Of the run, for the legend.
-    color : str
+    color, marker : str
+        Of the run; the marker tells it in print without colours.
     raw : bool
         Also the unsmoothed loss, pale.
     """
@@ -133,30 +145,29 @@ def plot_loss(axis: Axes, history: "History", name: str, color: str, raw: bool =
         axis.plot(steps, values, color=color, alpha=0.22, linewidth=0.6)
     axis.plot(steps, _running_mean(values), color=color, label=f"{name} training".strip())
     validation = [epoch["val_loss"] for epoch in history.epochs]
-    style: Any = {"linestyle": "--", "marker": "o", "markersize": 3.5, "linewidth": 1.0}
+    style: Any = {"linestyle": "--", "marker": marker, "markersize": 3.5, "linewidth": 1.0}
     if validation:
         axis.plot(_epoch_ends(history), validation, color=color, label=f"{name} validation".strip(), **style)
-    axis.set(xlabel="step", ylabel=label)
+    axis.set(ylabel=label)
+    _steps(axis)
 
 
 def _loss_panel(axis: Axes, named: "Mapping[str, History]") -> None:
-    for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
-        plot_loss(axis, history, name, color)
+    for (name, history), color, marker in zip(named.items(), COLORS * 9, MARKERS * 9, strict=False):
+        plot_loss(axis, history, name, color, marker)
     best = next(iter(named.values())).best_epoch
     axis.set_title(f"loss; best checkpoint: epoch {best}")
-    axis.legend()
 
 
 def _validation_panel(axis: Axes, named: "Mapping[str, History]", metric: str, label: str) -> None:
-    for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
+    for (name, history), color, marker in zip(named.items(), COLORS * 9, MARKERS * 9, strict=False):
         if metric in history.steps[0]:
             values = [step[metric] for step in history.steps]
             axis.plot([step["step"] for step in history.steps], _running_mean(values), color=color, linewidth=1.0)
         scores = [epoch[f"val_{metric}"] for epoch in history.epochs]
-        axis.plot(_epoch_ends(history), scores, color=color, linestyle="--", marker="o", markersize=3.5, label=name)
-    axis.set(xlabel="step", title=label)
-    if len(named) > 1:
-        axis.legend()
+        axis.plot(_epoch_ends(history), scores, color=color, linestyle="--", marker=marker, markersize=3.5, label=name)
+    axis.set_title(label)
+    _steps(axis)
 
 
 def _image_panel(axis: Axes, history: "History") -> None:
@@ -165,7 +176,8 @@ def _image_panel(axis: Axes, history: "History") -> None:
         for statistic, style in (("max", "-"), ("mean", "--")):
             values = _running_mean([step[f"{name}_{statistic}"] for step in history.steps])
             axis.plot(steps, values, color=color, linestyle=style, label=f"{name} {statistic}")
-    axis.set(xlabel="step", title="images in a batch [volume maximum]", ylim=(0, None))
+    axis.set(title="images in a batch [volume maximum]", ylim=(0, None))
+    _steps(axis)
     axis.legend(ncols=2, fontsize=7.5)
 
 
@@ -174,7 +186,8 @@ def plot_rate(axis: Axes, named: "Mapping[str, History]") -> None:
     for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
         rates = [step["learning_rate"] for step in history.steps]
         axis.plot([step["step"] for step in history.steps], rates, color=color, label=name)
-    axis.set(xlabel="step", title="learning rate", ylim=(0, None))
+    axis.set(title="learning rate", ylim=(0, None))
+    _steps(axis)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
@@ -192,9 +205,14 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
             style = "-" if number < 6 else ":"
             axis.plot(steps, values, color=COLORS[number % 6], linestyle=style, linewidth=1.0, label=part)
             lowest = min(lowest, values[settled:][values[settled:] > 0].min(initial=lowest))
-    axis.set(yscale="log", xlabel="step", title="gradient norms before clipping")
-    axis.set_ylim(bottom=lowest / 10 ** (0.3 + len(parts) / 8))  # room for the legend
-    axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
+    axis.set(yscale="log", title="gradient norms before clipping")
+    _steps(axis)
+    legend = axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
+    legend.set(frame_on=True, zorder=3)
+    legend.get_frame().set(edgecolor="none", alpha=0.9)
+    share = min(0.55, 0.08 * np.ceil(len(legend.get_texts()) / 2) + 0.05)  # of the axis, for the legend
+    top = axis.get_ylim()[1]
+    axis.set_ylim(lowest / (top / lowest) ** (share / (1 - share)), top)
 
 
 @styled
@@ -214,14 +232,18 @@ def compare_curves(runs: "Mapping[str, Mapping[str, History]]") -> Figure:
     stages = [stage for stage in STAGES if any(stage in one for one in runs.values())]
     if not stages:
         raise ValueError("none of these runs has trained a stage: there are no curves to compare")
-    figure = RecordFigure(WIDTH, 3.3)
-    axes = figure.subplots(1, len(stages), squeeze=False)[0]
-    for axis, stage in zip(axes, stages, strict=True):
-        for (name, one), color in zip(runs.items(), COLORS * 9, strict=False):
+    columns = min(2, len(stages))
+    rows = -(-len(stages) // columns)
+    figure = RecordFigure(WIDTH, 2.6 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(stages) :]:
+        axis.set_axis_off()
+    for axis, stage in zip(axes, stages, strict=False):
+        for (name, one), color, marker in zip(runs.items(), COLORS * 9, MARKERS * 9, strict=False):
             if stage in one:
-                plot_loss(axis, one[stage], name, color, raw=False)
+                plot_loss(axis, one[stage], name, color, marker, raw=False)
         axis.set_title(STAGES[stage])
-    _legend_below(figure, axes, 2)
+    _legend_below(figure, list(axes[: len(stages)]), 2)
     return figure
 
 
@@ -271,7 +293,7 @@ def metrics_bars(
     """
     accelerations = sorted(section, key=float)
     if methods is None:
-        present = dict.fromkeys(method for one in section.values() for method in one)
+        present = in_order(method for one in section.values() for method in one)
         methods = [name for name in present if name not in ("other_patient_tokens", "no_tokens")]
     figure = RecordFigure(WIDTH, 3.3)
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
@@ -302,7 +324,7 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> Figure:
     figure = RecordFigure(WIDTH, 3.2)
     axes = figure.subplots(1, len(accelerations), squeeze=False, sharey=True)[0]
     for axis, acceleration in zip(axes, accelerations, strict=True):
-        methods = scores[acceleration]
+        methods = {name: scores[acceleration][name] for name in in_order(scores[acceleration])}
         colors = _method_colors(list(methods))
         contrasts = sorted({score.acquisition for volumes in methods.values() for score in volumes})
         for number, (method, volumes) in enumerate(methods.items()):
@@ -372,7 +394,7 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
             axis.axhspan(share - 2 * error, share + 2 * error, color=BLACK, alpha=0.12, linewidth=0)
             axis.axhline(share, color=BLACK, linestyle=":", linewidth=1.2, label="commonest contrast ± 2 s.e.")
             axis.legend(loc="upper right", fontsize=7.5)
-            axis.set_ylim(0, 1.22)
+            axis.set(ylim=(0, 1.22), yticks=np.linspace(0, 1, 6))  # above 1: room for the legend
     return figure
 
 
@@ -414,7 +436,9 @@ def token_swap(scores: VolumeScores, metric: str = "ssim") -> Figure:
             x = place + (number - len(variants) / 2) * 0.24
             differences.plot([x, x], [low, high], color=colors[name], linewidth=2)
             differences.plot(x, np.mean(change), "o", color=colors[name], markersize=6)
-            _number(differences, f"{np.mean(change):+.4f}", x, high)
+            text = f"{np.mean(change):+.4f}".replace("-", "−")
+            beside: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 7.5}
+            differences.annotate(text, (x, float(np.mean(change))), **beside)  # above it zero's line may pass
     _bars(means, groups, series, colors)
     means.set_title(METRIC_LABELS[metric])
     differences.axhline(0, color=BLUE, linewidth=1.2)

@@ -104,7 +104,7 @@ def metrics_table(runs: Mapping[str, Path]) -> pd.DataFrame:
 
 
 def read_histories(runs: Mapping[str, Path]) -> dict[str, dict[str, History]]:
-    """Run → stage → history, for `figures.compare_curves`."""
+    """Run → stage → history, for `charts.compare_curves`."""
     found = {run: {name: read_history(path, name) for name in STAGES} for run, path in runs.items()}
     return {run: {name: one for name, one in entry.items() if one is not None} for run, entry in found.items()}
 

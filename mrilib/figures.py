@@ -2,7 +2,7 @@
 
 Anatomy is grey and displayed as `display_image` turns it (anterior up); errors are in one perceptual map with their
 scale beside them; images that are to be compared share one window; methods keep their colours (Okabe and Ito's, which
-the colour-blind can tell apart). Curves and scores are drawn in `charts`, and found here under the same names.
+the colour-blind can tell apart). Curves and scores are drawn in `charts`.
 """
 
 from collections import Counter
@@ -23,14 +23,6 @@ from torch import Tensor
 
 from mrilib import kspace
 from mrilib.analysis import Annotations, Box
-from mrilib.charts import (
-    analysis_comparison,
-    compare_curves,
-    metrics_bars,
-    metrics_by_contrast,
-    token_swap,
-    training_curves,
-)
 from mrilib.data import Slice, Volume
 from mrilib.decoder import zero_filled
 from mrilib.style import (
@@ -39,7 +31,6 @@ from mrilib.style import (
     COLORS,
     ERROR_MAP,
     GREEN,
-    METHODS,
     ORANGE,
     PURPLE,
     SKY,
@@ -49,36 +40,6 @@ from mrilib.style import (
     method_label,
     styled,
 )
-
-__all__ = [
-    "METHODS",
-    "Comparison",
-    "RecordFigure",
-    "SliceParts",
-    "analysis_comparison",
-    "coil_compression_curve",
-    "compare_curves",
-    "dataset_summary",
-    "display_box",
-    "display_image",
-    "kept_energy",
-    "log_kspace",
-    "mask_gallery",
-    "method_label",
-    "metrics_bars",
-    "metrics_by_contrast",
-    "montage",
-    "reconstruction_comparison",
-    "reconstruction_progress",
-    "sampled",
-    "slice_overview",
-    "slice_parts",
-    "slice_scores",
-    "token_swap",
-    "training_curves",
-    "window_of",
-    "zero_filled_image",
-]
 
 ERROR_SCALE = 5  # errors are shown so many times brighter than anatomy
 

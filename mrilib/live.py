@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import ipywidgets
 import matplotlib
 import pandas as pd
+from IPython.display import display
 from matplotlib.figure import Figure
 
 from mrilib import charts
@@ -21,6 +22,7 @@ from mrilib.training import History
 
 Example = TypeVar("Example")
 EXAMPLES = 4  # taken in the course of a training, evenly over its epochs
+LAYOUT: Any = {"max_width": "100%", "align_self": "flex-start"}  # of a picture: a box would stretch it
 SHARE = 0.05  # of the time that drawing may take
 
 
@@ -57,24 +59,19 @@ class Watch(Generic[Example]):
         self.last = epochs
         self.examples: dict[int, Example] = {}
         self.history = History()
-        self._next = self._cost = 0.0
+        self._next = 0.0
         if interactive:
-            layout: Any = {"max_width": "100%", "align_self": "flex-start"}  # a box would stretch it
             self.text = ipywidgets.HTML('<p role="status">The curves begin with the first steps.</p>')
-            self.picture = ipywidgets.Image(format="png", layout={**layout, "display": "none"})
-            self.shown = ipywidgets.HTML()
-            self.shown_picture = ipywidgets.Image(format="png", layout={**layout, "display": "none"})
-            self.widget = ipywidgets.VBox([self.text, self.picture, self.shown, self.shown_picture])
-            from IPython.display import display
-
-            display(self.widget)
+            self.picture = ipywidgets.Image(format="png", layout={**LAYOUT, "display": "none"})
+            self.shown: Any = None
+            display(ipywidgets.VBox([self.text, self.picture]))
 
     def step(self, entry: Mapping[str, float]) -> None:
-        """Take a step's log entry (``on_step``); draw if it is time."""
+        """Take a step's log entry (``on_step``); draw if it is time, and if there is a line to draw."""
         if not self.interactive:
             return
         self.history.steps.append(dict(entry))
-        if time.monotonic() >= self._next:
+        if len(self.history.steps) > 1 and time.monotonic() >= self._next:
             self._draw()
 
     def epoch(self, history: History) -> None:
@@ -86,17 +83,23 @@ class Watch(Generic[Example]):
             self.history = History(history.steps[:], history.epochs[:], best_epoch=history.best_epoch)
             self._draw()
             if self.show is not None and self.examples:
-                shown = self.show(self.examples)
-                if isinstance(shown, str):
-                    self.shown.value = shown
-                else:
-                    _put(self.shown_picture, shown)
+                self._show(self.show(self.examples))
 
     def finish(self, history: History) -> None:
         """After the training: take the example of its last epoch if it is not there (it stopped early, say)."""
         if self.example is not None and int(history.epochs[-1]["epoch"]) not in self.examples:
             self.last = int(history.epochs[-1]["epoch"])
             self.epoch(history)
+
+    def _show(self, shown: Figure | str) -> None:
+        # Displayed with the first example, so below the progress bar: above it, they would push it out of sight.
+        if self.shown is None:
+            self.shown = ipywidgets.HTML() if isinstance(shown, str) else ipywidgets.Image(format="png", layout=LAYOUT)
+            display(self.shown)
+        if isinstance(shown, str):
+            self.shown.value = shown
+        else:
+            _put(self.shown, shown)
 
     def _draw(self) -> None:
         begin = time.monotonic()

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec
 
 import matplotlib.colors
@@ -95,8 +95,13 @@ class RecordFigure(Figure):
         super().__init__(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(self)
 
-    def _repr_png_(self) -> bytes:
-        return png_bytes(self)
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        return png_bytes(self), {"alt": self.told()}
+
+    def told(self) -> str:
+        """What is shown, for those who cannot see it: the titles, each once."""
+        titles = [self.get_suptitle(), *(axis.get_title() or axis.get_title("left") for axis in self.axes)]
+        return "; ".join(dict.fromkeys(title.replace("\n", ", ") for title in titles if title))
 
 
 def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -106,6 +111,12 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
             return function(*args, **kwargs)
 
     return inner
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Methods, each once, in the order of `METHODS`; unknown ones last."""
+    given = list(dict.fromkeys(names))
+    return [name for name in METHODS if name in given] + [name for name in given if name not in METHODS]
 
 
 def method_label(name: str) -> str:

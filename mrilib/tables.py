@@ -15,7 +15,7 @@ from mrilib.evaluation import VolumeScore, paired_difference
 from mrilib.inference import parse_or_none
 from mrilib.model import TwoStageModel, count_parameters
 from mrilib.runs import all_runs, read_json
-from mrilib.style import METHODS, method_label
+from mrilib.style import in_order, method_label
 
 BOLD, PLAIN = "\x02", "\x03"  # stand in for <b> and </b> while a text is not yet escaped
 
@@ -24,8 +24,7 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
     """Methods by acceleration: the "reconstruction" section of metrics.json; PSNR in [dB]."""
     rows = []
     for acceleration, methods in metrics["reconstruction"].items():
-        order = [name for name in METHODS if name in methods] + [m for m in methods if m not in METHODS]
-        for method in order:
+        for method in in_order(methods):
             scores = methods[method]
             low, high = scores["ssim_ci95"]
             rows.append(
@@ -267,13 +266,14 @@ def model_card(
     """What the model is, what it was trained on, and what it is not for; Markdown."""
     counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
+    cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
     crop: str = config.crop
     if crop == "image":
         crop += " (changes the acquisition: not comparable with published scores)"
     return f"""
 | | |
 |---|---|
-| **Model** | k-space encoder {encoder:,} parameters (VarNet with {stage1.varnet_num_cascades} cascades, ViT \
+| **Model** | k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT \
 with {stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
 | **Trained** | stage 1: {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: {stage2.epochs} epochs, \
 SSIM loss |
@@ -292,7 +292,7 @@ head: numbers on them say nothing of patients |
 def token_variants(
     scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]],
 ) -> dict[str, dict[str, Sequence[VolumeScore]]]:
-    """Scores of the token-swap question, acceleration → tokens → volumes, for `figures.token_swap`."""
+    """Scores of the token-swap question, acceleration → tokens → volumes, for `charts.token_swap`."""
     names = {
         "model": "own tokens",
         "other_patient_tokens": "another patient's",

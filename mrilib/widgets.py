@@ -289,17 +289,3 @@ class ReconstructionBrowser(_Browser):
         caption = f"|{method_label(self.method.value)} − target| ×{ERROR_SCALE}"
         tiles.append(tile(self._zoomed(error), window / ERROR_SCALE, caption, cmap=ERROR_MAP))
         return f"{volume.file}, slice {slice_num}, {self.acceleration.value}x", sheet(tiles, 2)
-
-
-def slice_browser(
-    volumes: Sequence[Volume], config: DataParameters, annotations: Annotations | None = None
-) -> SliceBrowser:
-    """A `SliceBrowser`, for notebook 01."""
-    return SliceBrowser(volumes, config, annotations)
-
-
-def reconstruction_browser(
-    directory: Path, volumes: Sequence[Volume], accelerations: Sequence[int]
-) -> ReconstructionBrowser:
-    """A `ReconstructionBrowser`, for notebook 04."""
-    return ReconstructionBrowser(directory, volumes, accelerations)

@@ -62,8 +62,11 @@ class Server:
     def close(self) -> None:
         """Ask the server to stop, which ends its kernels."""
         self.process.terminate()
-        self.process.wait(30)
-        self.log.close()
+        try:
+            self.process.wait(60)
+        finally:
+            self.process.kill()  # does nothing to one that has ended
+            self.log.close()
 
 
 class Lab:
@@ -93,8 +96,8 @@ class Lab:
             "return window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status"
         )
 
-    def run_all(self, seconds: float) -> None:
-        """Run all cells, as the menu does, and wait for the last one.
+    def run_all(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Run all cells, as the menu does, and wait for the last one, looking at something meanwhile.
 
         Raises
         ------
@@ -113,13 +116,14 @@ class Lab:
         def done() -> bool:
             waiting, errors = self.driver.execute_script(state)
             assert not errors, errors
+            meanwhile()
             return waiting == 0 and self._kernel() == "idle"
 
         until(done, seconds, "the cells are not done")
 
     def slider(self, label: str) -> WebElement:
         """The handle of the slider with this label, scrolled into view."""
-        self.show_widgets()
+        assert self.show_widgets(), "no widget in this notebook"
         path = f"//*[contains(@class, 'widget-slider')][.//label[normalize-space()='{label}']]"
         found: list[WebElement] = []
 
@@ -131,8 +135,8 @@ class Lab:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", found[0])
         return found[0]
 
-    def show_widgets(self) -> None:
-        """Scroll to the first cell with a widget: JupyterLab keeps cells out of sight out of the page."""
+    def show_widgets(self) -> bool:
+        """Scroll to the first cell with a widget, if there is one: cells out of sight are not in the page."""
         script = """
             const panel = window.jupyterapp.shell.currentWidget.content;
             const shown = cell => cell.type === 'code' && cell.outputs.toJSON().some(
@@ -141,7 +145,7 @@ class Lab:
             if (index >= 0) { panel.activeCellIndex = index; panel.scrollToItem(index, 'start'); }
             return index;
         """
-        assert self.driver.execute_script(script) >= 0, "no widget in this notebook"
+        return self.driver.execute_script(script) >= 0
 
     def press(self, handle: WebElement, key: str = Keys.ARROW_RIGHT) -> None:
         """One step of a slider by keyboard."""
@@ -162,6 +166,12 @@ class Lab:
                 sum = (sum * 31 + value) % 4294967291;
             return [sum, image.naturalWidth, image.naturalHeight];
         """)
+
+    def tops(self, css: str) -> list[float]:
+        """Upper edges of the elements of this kind [screen pixels], from the window's."""
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map(one => one.getBoundingClientRect().top)", css
+        )
 
     def contrast(self, css: str) -> float:
         """Contrast of an element's text with the nearest background behind it, 1 to 21 (WCAG 2.1's ratio)."""

@@ -18,6 +18,10 @@ from mrilib.data import FastMRIDataset, make_loader, split_volumes
 
 pytestmark = pytest.mark.skipif(bool(lab.ABSENT), reason=f"the notebooks were not tried in a browser: {lab.ABSENT}")
 READ = (".widget-slider .widget-label", ".widget-slider .widget-readout", ".widget-html-content [role=status]")
+COMMON = (
+    *("data_dir", "val_fraction", "test_fraction", "split_seed", "num_coils", "img_size"),
+    *("config_path", "backbone_path", "device"),
+)
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 
 
@@ -51,9 +55,8 @@ def trained(phantom_dir, tmp_path_factory) -> dict[str, Any]:
     system, _ = inference.load_stage1(Path(checkpoints["stage1_checkpoint"]), language_model, tokenizer)
     system.decoder = model.build_decoder(stage2, language_model)
     training.fit(training.ReconstructionStage(system), stage2, train, val, directory)
-    names = ("data_dir", "val_fraction", "test_fraction", "split_seed", "num_coils", "img_size", "config_path")
     values = systems.values(phantom_dir, backbone)
-    common = {name: values[name] for name in (*names, "backbone_path", "device")}
+    common = {name: values[name] for name in COMMON}
     return {
         **common,
         **checkpoints,
@@ -111,6 +114,33 @@ def test_explore_in_the_browser(window, phantom_dir, tmp_path):
 
 def test_evaluate_in_the_browser(window, trained, tmp_path):
     try_notebook(window, tmp_path, "04_evaluate", trained, ("slice", "volume", "acceleration", "zoom"))
+
+
+@pytest.mark.parametrize(
+    ("stem", "own", "example"),
+    [
+        ("02_train_stage1", systems.ENCODER, ".widget-html-content table"),
+        ("03_train_stage2", systems.DECODER, ".jp-OutputArea-child:not(:first-child) .widget-image"),
+    ],
+)
+def test_training_is_seen_while_it_happens(window, trained, tmp_path, stem, own, example):
+    given = COMMON if stem == "02_train_stage1" else (*COMMON, "stage1_checkpoint")
+    values = {**{name: trained[name] for name in given}, **own}
+    some = {"epochs": 3, "batch_size": 3, "max_train_slices": 9, "max_val_slices": 3, "train_control": False}
+    window.open(put_notebook(Path(window.server.folder), stem, {**values, **some, "output_dir": str(tmp_path)}))
+    seen = set()
+
+    def look() -> None:
+        if window.show_widgets():
+            seen.add(str(window.picture()))
+
+    window.run_all(600, look)
+    assert len(seen - {"None"}) >= 2, "the curves do not grow"
+    window.show_widgets()
+    curve, bar, examples = (window.tops(css) for css in (".widget-image", ".widget-hprogress", example))
+    assert curve[0] < bar[-1] < examples[-1], "the bar belongs between curves and examples"
+    window.screenshot(SCREENSHOTS / f"{stem}.png")
+    assert window.errors() == []
 
 
 def test_an_error_in_a_cell_is_seen(window, phantom_dir, tmp_path):

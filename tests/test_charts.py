@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mrilib import charts, evaluation, figures
+from mrilib import charts, evaluation
 from mrilib.evaluation import VolumeScore
 from mrilib.training import History
 
@@ -45,6 +45,8 @@ def test_training_curves_of_text():
     raw = loss.lines[0]  # without label smoothing, as the validation loss is
     assert list(raw.get_ydata()) == pytest.approx([1 / step for step in range(1, 13)])
     assert loss.get_ylabel() == "cross-entropy [nats per token]"
+    assert loss.get_legend() is None  # below the panels, where it covers no curve
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
     gradients = figure.axes[3].get_legend_handles_labels()[1]
     assert gradients == ["all", "vit"]  # a logarithmic axis cannot show the part without a gradient
 
@@ -77,6 +79,8 @@ def test_compare_curves_by_stage():
     assert labels == ["a training", "a validation", "b training", "b validation"]
     colors = {line.get_label(): line.get_color() for axis in figure.axes for line in axis.lines}
     assert colors["a training"] != colors["b training"]
+    markers = {line.get_label(): line.get_marker() for line in figure.axes[1].lines}
+    assert markers["a validation"] != markers["b validation"]  # in grey print too
     with pytest.raises(ValueError, match="none of these runs"):
         charts.compare_curves({"a": {}})
 
@@ -97,6 +101,16 @@ def test_metrics_bars_numbers_and_intervals():
     assert [text.get_text() for text in psnr.texts] == ["28.0", "24.1", "18.0"]
     assert [list(line.get_ydata()) for line in ssim.lines] == [[0.75, 0.85], [0.65, 0.75]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["two-stage model", "zero-filled"]
+
+
+def test_methods_come_in_one_order_everywhere():
+    scores = {"ssim": 0.5, "psnr": 20.0}
+    names = ["zero_filled", "mine", "nearest_training_slice", "model"]  # as folders are listed, say
+    wanted = ["two-stage model", "nearest training slice (oracle)", "zero-filled", "mine"]
+    section = {"4": dict.fromkeys(names, scores)}
+    assert [text.get_text() for text in charts.metrics_bars(section).legends[0].get_texts()] == wanted
+    volumes = {"4": {name: volume_scores(0.5) for name in names}}
+    assert [text.get_text() for text in charts.metrics_by_contrast(volumes).legends[0].get_texts()] == wanted
 
 
 def test_metrics_by_contrast_shows_every_volume():
@@ -142,7 +156,3 @@ def test_token_swap_is_paired():
     assert interval == pytest.approx([-0.01, -0.01])
     assert len(means.patches) == 3
     assert means.patches[0].get_height() == pytest.approx(evaluation.summarize(own)["ssim"])
-
-
-def test_figures_offers_the_charts():
-    assert figures.training_curves is charts.training_curves

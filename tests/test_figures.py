@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastmri.data.subsample import create_mask_for_mask_type
+from IPython.core.formatters import DisplayFormatter
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
@@ -191,7 +192,9 @@ def test_dataset_summary_counts(phantom_dir, volumes):
 def test_figures_show_as_small_png_and_leave_nothing_behind(one):
     before = pyplot.get_fignums()
     figure = figures.slice_overview(one)
-    png = figure._repr_png_()
+    shown, told = DisplayFormatter().format(figure)  # as a notebook shows it
+    png = shown["image/png"]
+    assert told["image/png"]["alt"].startswith(f"{one.file}, slice {one.slice_num}, {one.acceleration}x; measured")
     assert pyplot.get_fignums() == before
     image = Image.open(io.BytesIO(png))
     assert image.mode == "P" and image.width <= 1000
@@ -210,5 +213,5 @@ def test_palette_keeps_greys_errors_and_colours():
 
 
 def test_method_labels():
-    assert figures.method_label("zero_filled") == "zero-filled"
-    assert figures.method_label("bart_l1") == "bart l1"
+    assert style.method_label("zero_filled") == "zero-filled"
+    assert style.method_label("bart_l1") == "bart l1"

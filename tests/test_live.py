@@ -47,26 +47,31 @@ def test_curves_grow_while_training(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
     table = pd.DataFrame([{"file": "f", "slice": 0, "true": "a", "generated": "b"}])
+    displayed = []
+    monkeypatch.setattr(live, "display", displayed.append)
     watch = live.Watch(2, True, lambda: table, live.text_progress)
     pictures = []
     for number, entry in enumerate(entries(8)):
         now[0] = 0.5 * number  # half a second a step: drawn every second
         watch.step(entry)
         pictures.append(watch.picture.value)
-    assert len(set(pictures)) == 4
+    assert len(set(pictures)) == 5 and pictures[0] == b"" != pictures[1]  # a single step is no line
     assert watch.picture.layout.display == "" and Image.open(io.BytesIO(pictures[-1])).format == "PNG"
-    assert "step 7: loss 0.1429, learning rate 1.00e-03" in watch.text.value
+    assert "step 8: loss 0.1250, learning rate 1.00e-03" in watch.text.value
+    assert len(displayed) == 1  # the progress bar comes next, above the examples
     watch.epoch(history(1))
+    assert displayed[1:] == [watch.shown]
     assert watch.picture.value not in pictures and "1 of 2 epochs done" in watch.text.value
     assert "after epoch 1" in watch.shown.value and "<b>b</b>" in watch.shown.value
 
 
 def test_nothing_is_drawn_headless(monkeypatch):
     monkeypatch.setattr(live, "live_curves", None)
+    monkeypatch.setattr(live, "display", None)
     watch = live.Watch(1, interactive=False)
     watch.step(entries(1)[0])
     watch.epoch(history(1))
-    assert not hasattr(watch, "widget")
+    assert not hasattr(watch, "picture")
 
 
 def test_curves_of_a_first_step_without_an_epoch():

@@ -15,6 +15,7 @@ from nbconvert import HTMLExporter
 from papermill.inspection import inspect_notebook
 
 from mrilib import reference
+from mrilib.__main__ import COMMANDS, main
 from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
@@ -71,8 +72,8 @@ def test_params_files_fit_their_notebook(path):
     cls(**values)
 
 
-def test_demo_and_full_have_a_file_for_each_notebook():
-    for folder in ("demo", "full"):
+def test_demo_bench_and_full_have_a_file_for_each_notebook():
+    for folder in ("demo", "bench", "full"):
         names = {path.stem for path in PARAMS if path.parent.name == folder}
         assert {"explore", "stage1", "stage2", "evaluate", "compare"} <= names
 
@@ -163,6 +164,19 @@ def test_documented_papermill_commands_are_right():
     for stem, rest in commands:
         assert set(re.findall(r" -p (\w+) ", f" {rest} ")) <= set(stems[stem].model_fields), (stem, rest)
         assert all((ROOT / params).is_file() for params in re.findall(r" -f (\S+)", rest))
+
+
+def test_documented_mrilib_commands_are_right(capsys):
+    """Names and options of the commands in README and docs, and the params files that they name."""
+    text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    commands = re.findall(r" -m mrilib ([\w-]+)([^\n#`]*)", text)
+    assert {name for name, _ in commands} == set(COMMANDS)
+    for name, rest in commands:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        told = capsys.readouterr().out
+        assert all(option in told for option in re.findall(r"(?<=[\s[])--?[\w-]+", rest)), (name, rest)
+        assert all((ROOT / path).exists() for path in re.findall(r"params/[a-z][\w/.]*", rest)), (name, rest)
 
 
 def test_parameter_reference_is_current():

@@ -18,7 +18,7 @@ from mrilib.widgets import CAPTION, SIDE
 @pytest.fixture
 def browser(phantom_dir, volumes):
     config = DataParameters.create({"data_dir": str(phantom_dir), "img_size": 64, "num_coils": 4})
-    return widgets.slice_browser(volumes, config, load_annotations(config))
+    return widgets.SliceBrowser(volumes, config, load_annotations(config))
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -135,7 +135,7 @@ def reconstructions(volumes, tmp_path):
     [("volume", 2), ("slice", 2), ("acceleration", 8), ("method", "zero_filled"), ("zoom", 3.0)],
 )
 def test_reconstruction_browser_follows_its_controls(volumes, reconstructions, control, value):
-    browser = widgets.reconstruction_browser(reconstructions, volumes, [4, 8])
+    browser = widgets.ReconstructionBrowser(reconstructions, volumes, [4, 8])
     assert browser.method.value == "model"
     before = browser.picture.value
     getattr(browser, control).value = value
@@ -143,7 +143,7 @@ def test_reconstruction_browser_follows_its_controls(volumes, reconstructions, c
 
 
 def test_reconstruction_browser_shares_one_window(volumes, reconstructions):
-    browser = widgets.reconstruction_browser(reconstructions, volumes, [4])
+    browser = widgets.ReconstructionBrowser(reconstructions, volumes, [4])
     picture = pixels(browser.picture.value)[..., 0].astype(float)
     step_down, step_right = SIDE + CAPTION + widgets.GAP, SIDE + widgets.GAP
     target = picture[CAPTION : CAPTION + SIDE, :SIDE]
@@ -155,7 +155,7 @@ def test_reconstruction_browser_shares_one_window(volumes, reconstructions):
 
 
 def test_zoom_cuts_out_the_place(volumes, reconstructions):
-    browser = widgets.reconstruction_browser(reconstructions, volumes, [4])
+    browser = widgets.ReconstructionBrowser(reconstructions, volumes, [4])
     image = np.arange(48.0 * 40).reshape(48, 40)
     browser.zoom.value, browser.row.value, browser.column.value = 4, 1.0, 0.0
     assert np.array_equal(browser._zoomed(image), image[36:, :10])
@@ -165,4 +165,4 @@ def test_zoom_cuts_out_the_place(volumes, reconstructions):
 
 def test_reconstruction_browser_needs_reconstructions(volumes, tmp_path):
     with pytest.raises(ParameterError, match="run 04_evaluate first"):
-        widgets.reconstruction_browser(tmp_path / "nothing", volumes, [4])
+        widgets.ReconstructionBrowser(tmp_path / "nothing", volumes, [4])
