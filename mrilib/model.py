@@ -7,6 +7,7 @@ k-space positions. The backbone is causal, so they depend on the scan alone, not
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
 from mrilib.encoder import KSpaceEncoder, LearnedPrefix
 from mrilib.nirvana import NirvanaForCausalLM, load_backbone
+from mrilib.nirvana_cache import NirvanaCacheLayer
 from mrilib.tokenizer import load_tokenizer
 
 
@@ -251,15 +253,21 @@ def hidden_size(backbone: PreTrainedModel) -> int:
 def build_backbone(
     config: BackboneParameters, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load backbone and tokenizer, checked against each other, with activation checkpointing if that is asked for."""
+    """Load backbone and tokenizer, checked against each other, with activation checkpointing if that is asked for.
+
+    Without a tokenizer_path the tokenizer is that of the backbone's folder; Nirvana without one has Mistral's.
+    """
     path = resolve(config.backbone_path)
     kernels.choose(config.delta_rule)
     dtype = getattr(torch, config.backbone_dtype)
     backbone = load_backbone(resolve(config.config_path), path, dtype, device)
     if getattr(config, "activation_checkpointing", False):
         checkpoint_layers(backbone)
-    own = path / "tokenizer.json"
-    tokenizer_path = resolve(config.tokenizer_path) if config.tokenizer_path else own.parent if own.exists() else ""
+    tokenizer_path: str | Path = ""
+    if config.tokenizer_path:
+        tokenizer_path = resolve(config.tokenizer_path)
+    elif (path / "tokenizer.json").exists() or not isinstance(backbone, NirvanaForCausalLM):
+        tokenizer_path = path
     tokenizer = load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)
     return backbone, tokenizer
 
@@ -286,7 +294,9 @@ def checkpoint_layers(backbone: PreTrainedModel) -> int:
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled() or any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
+    # recomputing would write into a cache twice
+    cached = any(isinstance(x, Cache | NirvanaCacheLayer) for x in (*args, *kwargs.values()))
+    if cached or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
