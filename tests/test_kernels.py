@@ -19,7 +19,8 @@ RIGHT = kernels.Fused(delta_rule.gated_delta_rule, delta_rule.gated_delta_rule)
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing chosen, nothing checked, and back to that afterwards."""
+    """Nothing chosen, nothing checked, nothing known of what is installed, and back to that afterwards."""
+    kernels.installed.cache_clear()
     monkeypatch.setattr(kernels, "_choice", "auto")
     monkeypatch.setattr(kernels, "_checked", {})
 
