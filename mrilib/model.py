@@ -160,6 +160,7 @@ class TwoStageModel(nn.Module):
         prefix = prefix.to(embeds.dtype)
         attention = torch.cat([texts.attention.new_ones(prefix.shape[:2]), texts.attention], dim=1)
         length = texts.ids.shape[1]
+        self._check_length(attention.shape[1])
         output = self.backbone(
             inputs_embeds=torch.cat([prefix, embeds], dim=1),
             attention_mask=attention,
@@ -173,6 +174,15 @@ class TwoStageModel(nn.Module):
             plain = F.cross_entropy(logits, texts.labels, reduction="none").sum(1)
             correct = ((logits.argmax(1) == texts.labels) & counted).sum(1)
         return TokenLoss(smoothed, plain, correct, counted.sum(1))
+
+    def _check_length(self, tokens: int) -> None:
+        """Raise ValueError where a sequence is longer than the backbone's positions; Nirvana has none."""
+        limit = getattr(self.backbone.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit and not isinstance(self.backbone, NirvanaForCausalLM):
+            raise ValueError(
+                f"{type(self.backbone).__name__} knows {limit} positions, k-space tokens and text take {tokens}: "
+                "choose a smaller img_size, shorter texts or max_new_tokens, or another backbone"
+            )
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -192,6 +202,7 @@ class TwoStageModel(nn.Module):
             for one, tokens in zip(prefix, ids, strict=True)
         ]
         length = max(len(row) for row in rows)
+        self._check_length(length + max_new_tokens)
         inputs = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])
         attention = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         generator: Any = self.backbone  # a GenerationMixin too, as every causal language model of the library is
@@ -218,6 +229,7 @@ class TwoStageModel(nn.Module):
     def hidden_states(self, prefix: Tensor) -> Tensor:
         """The same in the type that the backbone works in, which is what the token cache keeps."""
         prefix = prefix.to(word_embeddings(self.backbone).dtype)
+        self._check_length(prefix.shape[1])
         base: Any = self.backbone.base_model
         return base(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 

@@ -105,7 +105,7 @@ class NirvanaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
-        if self.hidden_size // 16 < 1:
+        if self.hidden_size < 16:
             raise ValueError(f"hidden_size must be at least 16, got {self.hidden_size}")
         for name, value in told.items():
             if value is not None and value != getattr(self, name):

@@ -204,6 +204,25 @@ def test_another_models_tokenizer_is_never_put_in_its_place(kind, phantom_dir, t
             model.build_backbone(parameters, "cpu")
 
 
+def test_sequences_beyond_the_backbones_positions_are_refused(phantom_dir, tmp_path, tokenizer):
+    """Learned positions end: on a CPU an index error, on a GPU a failed assertion that ends the process."""
+    short = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=24)
+    pretrain.save(AutoModelForCausalLM.from_config(short), tokenizer, tmp_path)
+    config = systems.stage1_config(phantom_dir, tmp_path)
+    system = systems.build(config)
+    dataset = FastMRIDataset(split_volumes(config)["test"], config, load_annotations(config))
+    batch = systems.batch_of(dataset, 1)
+    prefix = torch.zeros(1, (systems.SIZE // 16) ** 2 + 2, 32)
+    assert system.hidden_states(prefix).shape == (1, 16, 32)  # 18 tokens
+    for run in (
+        lambda: system.analysis_loss_from_prefix(prefix, batch.slices),
+        lambda: system.generate(prefix, ["Describe"], 20),
+        lambda: system.hidden_states(torch.zeros(1, 27, 32)),
+    ):
+        with pytest.raises(ValueError, match="knows 24 positions"):
+            run()
+
+
 def test_a_model_that_names_no_layers_is_refused():
     language_model = make("nirvana")
     language_model._no_split_modules = None
