@@ -9,7 +9,9 @@ system, so that the work is in batched matrix products and python walks over chu
 Argument names and layout follow flash-linear-attention's `chunk_gated_delta_rule`.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ from torch.nn import functional as F
 # exp(x) is zero in float32 below −103.98, and so is its derivative. Gates are clamped here: the same numbers come out,
 # and sums of gates over a chunk stay finite even where the gate is −inf.
 _SMALLEST_GATE = -104.0
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
+
+def _without_autocast(rule: Rule) -> Rule:
+    """Keep autocast out of a function of q and more: it would take products and the state to bfloat16."""
+
+    @functools.wraps(rule)
+    def wrapped(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(q.device.type, enabled=False):
+            return rule(q, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -55,6 +70,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_sta
         )
 
 
+@_without_autocast
 def naive_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -156,6 +172,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
     return (seen + own * correction).transpose(1, 2), torch.addcmul(state, k.mT, correction)
 
 
+@_without_autocast
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -178,7 +195,7 @@ def gated_delta_rule(
     Parameters
     ----------
     q, k : Tensor, shape (B, T, H, Dk)
-        Queries and keys, any floating type; the work is done in float32.
+        Queries and keys, any floating type; the work is done in float32, under autocast too.
     v : Tensor, shape (B, T, H, Dv)
         Values.
     g : Tensor, shape (B, T, H)

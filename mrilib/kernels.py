@@ -5,6 +5,7 @@ chips, so before they are used for the first time, outputs and all gradients are
 recurrence as written; a kernel that fails is an error, never a reason to go on with something else in silence.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ PACKAGE = "flash-linear-attention"
 # Root mean square of the error over that of the value. The kernels' products take TF32 or bfloat16 operands, 2⁻¹¹ and
 # 2⁻⁹ of a number; what is wrong is wrong by far more.
 BOUND = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+WAY_OUT = f"choose delta_rule: plain (slower, and right), or install another version of {PACKAGE}"
 LENGTH = 130  # tokens of the check: two chunks of 64 and a rest
 
 
@@ -54,14 +56,17 @@ def choose(choice: str) -> None:
     _choice = choice  # type: ignore[assignment]
 
 
+@functools.cache  # asked by every layer at every token, and the answer costs half a millisecond
 def installed() -> Fused | None:
-    """The fused kernels, or None where the extra is not installed."""
+    """The fused kernels, or None where the extra is not installed; KernelError where it is broken."""
     try:
         version(PACKAGE)
     except PackageNotFoundError:
         return None
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-
+    try:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    except ImportError as error:
+        raise KernelError(f"{PACKAGE} is installed but cannot be imported: {error!r}; {WAY_OUT}") from error
     return Fused(chunk_gated_delta_rule, fused_recurrent_gated_delta_rule)
 
 
@@ -160,19 +165,22 @@ def check(fused: Fused, device: torch.device, dtype: torch.dtype, head_dim: int)
     KernelError
         An error beyond BOUND or not finite, or a kernel that does not run; it names what is wrong and the way out.
     """
-    way_out = "choose delta_rule: plain (slower, and right), or install another version of " + PACKAGE
     try:
         # whatever the caller is in the middle of: the check wants gradients, and the types that it was given
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             errors = _errors(fused, device, dtype, head_dim)
-    except Exception as error:  # a compiler's or a driver's: told together with what to do
-        raise KernelError(f"{PACKAGE}'s kernels do not run on {device}: {error!r}; {way_out}") from error
+    except torch.OutOfMemoryError:
+        raise  # no fault of the kernels
+    except Exception as error:
+        # Triton's compiler, its autotuner and the driver have no error in common; none is lost, each is told with what
+        # to do
+        raise KernelError(f"{PACKAGE}'s kernels do not run on {device}: {error!r}; {WAY_OUT}") from error
     bound = BOUND[dtype]
     wrong = [f"{name} {value:.2g}" for name, value in errors.items() if not value <= bound]
     if wrong:
         raise KernelError(
             f"{PACKAGE}'s kernels are wrong on {device} with {dtype}, head width {head_dim}: relative error of "
-            f"{', '.join(wrong)}, allowed are {bound}; {way_out}"
+            f"{', '.join(wrong)}, allowed are {bound}; {WAY_OUT}"
         )
     return errors
 

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 MODEL_TYPE = "transformer_rnn"
+INDEX = ".safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; narrower types mean nothing without their scales
 
 
 def _read_json(path: Path, wanted: str) -> Any:
@@ -23,15 +25,36 @@ def _read_json(path: Path, wanted: str) -> Any:
         raise ValueError(f"{path} is not a JSON file with '{wanted}' in it ({error!r})") from error
 
 
-def _shards(path: Path) -> list[Path]:
-    """The safetensors files that `path` stands for: itself, or those that an index file lists."""
-    if not path.name.endswith(".safetensors.index.json"):
-        return [path]
-    names = sorted(set(_read_json(path, "weight_map").values()))
-    missing = [name for name in names if not (path.parent / name).is_file()]
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds which tensor, by an index file: safetensors files beside it, and no others."""
+    found = _read_json(index, "weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ValueError(f"{index}: weight_map must give a file name for each tensor")
+    files = sorted(set(found.values()))
+    foreign = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
+    if foreign:
+        raise ValueError(f"{index} lists other files than .safetensors beside it, never read: {', '.join(foreign)}")
+    missing = [file for file in files if not (index.parent / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"backbone_path {path} lists files that are not beside it: {', '.join(missing)}")
-    return [path.parent / name for name in names]
+        raise FileNotFoundError(f"{index} lists files that are not beside it: {', '.join(missing)}")
+    return found
+
+
+def _shards(path: Path) -> list[Path]:
+    """The safetensors files that `path` stands for: itself, or those that an index lists."""
+    if not path.name.endswith(INDEX):
+        return [path]
+    return [path.parent / file for file in sorted(set(_weight_map(path).values()))]
+
+
+def _contents(shard: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of each tensor in a safetensors file; nothing of their values is read."""
+    try:
+        with safe_open(shard, framework="pt") as tensors:
+            slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118  (it is no dict)
+            return [(name, tuple(x.get_shape()), x.get_dtype()) for name, x in slices]
+    except SafetensorError as error:
+        raise ValueError(f"{shard} is not a whole safetensors file ({error}): fetch it again") from error
 
 
 def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -49,21 +72,25 @@ def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -
     wanted = dict(model.named_parameters())
     where: dict[str, Path] = {}
     problems: list[str] = []
+    found: set[tuple[str, str]] = set()  # tensor and file
+    listed = _weight_map(path) if path.name.endswith(INDEX) else {}
     for shard in _shards(path):
-        try:
-            with safe_open(shard, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (it is no dict)
-                    where[name] = shard
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    tied = name == "lm_head.weight" and config.tie_word_embeddings
-                    parameter = wanted.get("model.embeddings.weight" if tied else name)
-                    if parameter is None:
-                        problems.append(f"extra: {name} {shape}")
-                    elif tuple(parameter.shape) != shape:
-                        problems.append(f"wrong shape: {name} is {shape}, the config asks for {tuple(parameter.shape)}")
-        except SafetensorError as error:
-            raise ValueError(f"{shard} is not a whole safetensors file ({error}): fetch it again") from error
+        for name, shape, kind in _contents(shard):
+            if name in where:
+                problems.append(f"twice: {name}, in {where[name].name} and {shard.name}")
+            where[name] = shard
+            found.add((name, shard.name))
+            tied = name == "lm_head.weight" and config.tie_word_embeddings
+            parameter = wanted.get("model.embeddings.weight" if tied else name)
+            if parameter is None:
+                problems.append(f"extra: {name} {shape}")
+            elif tuple(parameter.shape) != shape:
+                problems.append(f"wrong shape: {name} is {shape}, the config asks for {tuple(parameter.shape)}")
+            elif kind not in FLOATS:
+                problems.append(f"wrong type: {name} is {kind}, not one of {', '.join(FLOATS)}")
     problems += [f"missing: {name} {tuple(wanted[name].shape)}" for name in wanted if name not in where]
+    problems += [f"missing: {name}, which the index lists in {file}" for name, file in listed.items()
+                 if (name, file) not in found]  # fmt: skip
     if problems:
         raise ValueError(
             f"{path} does not fit {config_path}, {len(problems)} of its tensors:\n  " + "\n  ".join(sorted(problems))
@@ -97,21 +124,29 @@ def _load_directory(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMo
     """Any causal language model of the library from a directory that `save_pretrained` wrote."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"backbone_path {path} is a directory without config.json")
-    if not list(path.glob("*.safetensors")):
-        raise FileNotFoundError(f"backbone_path {path} holds no .safetensors file; pickled weights are never read")
-    try:
-        # with output_loading_info it is a pair, which the library's types do not tell
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that they are reported below together with the others
-            output_loading_info=True,
+    _read_json(path / "config.json", "model_type")
+    if "transformers_weights" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{path / 'config.json'}: transformers_weights may name pickled weights, which are never read; "
+            "take it out, and call the file model.safetensors"
         )
-    except SafetensorError as error:
-        raise ValueError(f"backbone_path {path} holds a broken safetensors file ({error}); fetch it again") from error
+    weights = next((file for file in (path / "model.safetensors", path / f"model{INDEX}") if file.is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(
+            f"backbone_path {path} holds no model.safetensors, nor its index; pickled weights are never read"
+        )
+    for shard in _shards(weights):  # the library would unpickle what an index may name
+        _contents(shard)
+    # with output_loading_info it is a pair, which the library's types do not tell
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # so that they are reported below together with the others
+        output_loading_info=True,
+    )
     model, info = loaded
     problems = [f"missing: {name}" for name in info["missing_keys"]]
     problems += [f"extra: {name}" for name in info["unexpected_keys"]]
@@ -153,7 +188,8 @@ def load_backbone(
     FileNotFoundError
         A path that is not there.
     ValueError
-        Another kind of file than safetensors; a file cut short; missing, extra or misshapen tensors, listed by name.
+        Another kind of file than safetensors, also in an index; a file cut short; tensors that are missing, extra,
+        misshapen, quantised or there twice, listed by name.
     """
     if not str(backbone_path):
         raise ValueError("backbone_path is empty: give a safetensors file or a Hugging Face model directory")
@@ -162,7 +198,7 @@ def load_backbone(
         return _load_directory(path, dtype, str(device))
     if not path.is_file():
         raise FileNotFoundError(f"backbone_path {path} is not there")
-    if not path.name.endswith((".safetensors", ".safetensors.index.json")):
+    if not path.name.endswith((".safetensors", INDEX)):
         raise ValueError(f"backbone_path {path} must be .safetensors or a directory: pickled weights are never read")
     if not str(config_path) or not Path(config_path).is_file():
         raise FileNotFoundError(f"config_path {str(config_path)!r} must be the JSON file of the weights in {path}")

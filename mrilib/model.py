@@ -7,6 +7,7 @@ k-space positions. The backbone is causal, so they depend on the scan alone, not
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
 from mrilib.encoder import KSpaceEncoder, LearnedPrefix
 from mrilib.nirvana import NirvanaForCausalLM, load_backbone
+from mrilib.nirvana_cache import NirvanaCacheLayer
 from mrilib.tokenizer import load_tokenizer
 
 
@@ -158,6 +160,7 @@ class TwoStageModel(nn.Module):
         prefix = prefix.to(embeds.dtype)
         attention = torch.cat([texts.attention.new_ones(prefix.shape[:2]), texts.attention], dim=1)
         length = texts.ids.shape[1]
+        self._check_length(attention.shape[1])
         output = self.backbone(
             inputs_embeds=torch.cat([prefix, embeds], dim=1),
             attention_mask=attention,
@@ -171,6 +174,15 @@ class TwoStageModel(nn.Module):
             plain = F.cross_entropy(logits, texts.labels, reduction="none").sum(1)
             correct = ((logits.argmax(1) == texts.labels) & counted).sum(1)
         return TokenLoss(smoothed, plain, correct, counted.sum(1))
+
+    def _check_length(self, tokens: int) -> None:
+        """Raise ValueError where a sequence is longer than the backbone's positions; Nirvana has none."""
+        limit = getattr(self.backbone.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit and not isinstance(self.backbone, NirvanaForCausalLM):
+            raise ValueError(
+                f"{type(self.backbone).__name__} knows {limit} positions, k-space tokens and text take {tokens}: "
+                "choose a smaller img_size, shorter texts or max_new_tokens, or another backbone"
+            )
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -190,6 +202,7 @@ class TwoStageModel(nn.Module):
             for one, tokens in zip(prefix, ids, strict=True)
         ]
         length = max(len(row) for row in rows)
+        self._check_length(length + max_new_tokens)
         inputs = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])
         attention = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         generator: Any = self.backbone  # a GenerationMixin too, as every causal language model of the library is
@@ -216,6 +229,7 @@ class TwoStageModel(nn.Module):
     def hidden_states(self, prefix: Tensor) -> Tensor:
         """The same in the type that the backbone works in, which is what the token cache keeps."""
         prefix = prefix.to(word_embeddings(self.backbone).dtype)
+        self._check_length(prefix.shape[1])
         base: Any = self.backbone.base_model
         return base(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 
@@ -251,15 +265,21 @@ def hidden_size(backbone: PreTrainedModel) -> int:
 def build_backbone(
     config: BackboneParameters, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load backbone and tokenizer, checked against each other, with activation checkpointing if that is asked for."""
+    """Load backbone and tokenizer, checked against each other, with activation checkpointing if that is asked for.
+
+    Without a tokenizer_path the tokenizer is that of the backbone's folder; Nirvana without one has Mistral's.
+    """
     path = resolve(config.backbone_path)
     kernels.choose(config.delta_rule)
     dtype = getattr(torch, config.backbone_dtype)
     backbone = load_backbone(resolve(config.config_path), path, dtype, device)
     if getattr(config, "activation_checkpointing", False):
         checkpoint_layers(backbone)
-    own = path / "tokenizer.json"
-    tokenizer_path = resolve(config.tokenizer_path) if config.tokenizer_path else own.parent if own.exists() else ""
+    tokenizer_path: str | Path = ""
+    if config.tokenizer_path:
+        tokenizer_path = resolve(config.tokenizer_path)
+    elif (path / "tokenizer.json").exists() or not isinstance(backbone, NirvanaForCausalLM):
+        tokenizer_path = path
     tokenizer = load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)
     return backbone, tokenizer
 
@@ -286,7 +306,9 @@ def checkpoint_layers(backbone: PreTrainedModel) -> int:
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled() or any(isinstance(x, Cache) for x in (*args, *kwargs.values())):
+    # recomputing would write into a cache twice
+    cached = any(isinstance(x, Cache | NirvanaCacheLayer) for x in (*args, *kwargs.values()))
+    if cached or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 

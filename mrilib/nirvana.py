@@ -63,8 +63,8 @@ class NirvanaConfig(PreTrainedConfig):
     Raises
     ------
     ValueError
-        A size below 1, num_heads that does not divide hidden_size, an activation other than silu, or biases, which
-        the architecture does not have.
+        A size that is no whole number of at least 1, num_heads that does not divide hidden_size, an activation other
+        than silu, or biases, which the architecture does not have.
     """
 
     model_type = MODEL_TYPE
@@ -100,11 +100,12 @@ class NirvanaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim",
                      "window_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
-        if self.hidden_size // 16 < 1:
+        if self.hidden_size < 16:
             raise ValueError(f"hidden_size must be at least 16, got {self.hidden_size}")
         for name, value in told.items():
             if value is not None and value != getattr(self, name):
@@ -439,13 +440,18 @@ class NirvanaModel(NirvanaPreTrainedModel):
         Raises
         ------
         ValueError
-            Both or neither of input_ids and inputs_embeds, or an attention_mask of another shape.
+            Both or neither of input_ids and inputs_embeds, or one of them or an attention_mask of another shape.
         TypeError
             past_key_values of another kind than NirvanaCache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or 0 in x.shape or x.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                "input_ids must have shape (B, T), inputs_embeds (B, T, d), none of them 0 and "
+                f"d = {self.config.hidden_size}; got {tuple((x if input_ids is None else input_ids).shape)}"
+            )
         if past_key_values is not None and not isinstance(past_key_values, NirvanaCache):
             raise TypeError(f"past_key_values must be a NirvanaCache, got {type(past_key_values).__name__}")
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()

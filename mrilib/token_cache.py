@@ -31,19 +31,22 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mrilib import data, delta_rule, encoder, kernels, kspace, nirvana, trigger
+from mrilib import data, delta_rule, encoder, kernels, kspace, nirvana, nirvana_cache, trigger
+from mrilib import model as model_module
 from mrilib import volume as volume_module
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
 from mrilib.data import Batch, FastMRIDataset, Slice, collate, make_loader
 from mrilib.distributed import TrainingStopped
-from mrilib.model import TwoStageModel, hidden_size, tensor_hash
+from mrilib.model import TwoStageModel, delta_rule_path, hidden_size, tensor_hash
 from mrilib.runs import progress_bar, stop_requested, versions
 from mrilib.training import ReconstructionStage
 
 FORMAT = 1  # of a shard; raised when one holds other things than before
 SLICES = 4  # in a shard at most
 SPARE_BYTES = 1 << 30  # left free on the disk for checkpoints and logs
-COMPUTING_CODE = (kspace, volume_module, data, encoder, nirvana, delta_rule, kernels, trigger)
+COMPUTING_CODE = (
+    kspace, volume_module, data, encoder, model_module, nirvana, nirvana_cache, delta_rule, kernels, trigger
+)  # fmt: skip
 logger = logging.getLogger("mrilib")
 
 
@@ -387,6 +390,7 @@ def describe(model: TwoStageModel, config: Stage2Parameters) -> dict[str, Any]:
     """All that image tokens and decoder inputs depend on, but for the data and the mask's number."""
     packages = versions()
     vit: Any = model.encoder.vit
+    path = delta_rule_path(model.backbone, config)
     return {
         "format": FORMAT,
         "encoder": tensor_hash(model.encoder),
@@ -396,6 +400,8 @@ def describe(model: TwoStageModel, config: Stage2Parameters) -> dict[str, Any]:
         "code": hashlib.sha256("".join(_code(Path(str(m.__file__))) for m in COMPUTING_CODE).encode()).hexdigest(),
         "versions": {name: packages[name] for name in ("torch", "transformers", "fastmri", "numpy")},
         "device": model.device.type,
+        # the path that is taken, not the choice: auto and plain are the same on a CPU
+        "delta_rule": [path["path"], path.get("package")],
         **{name: getattr(config, name) for name in ("mixed_precision", "num_coils", "img_size", "crop", "mask_type")},
     }
 

@@ -137,7 +137,10 @@ def _from_path(path: Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a directory, or from a tokenizer.json, whose neighbours say what its special tokens are."""
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"tokenizer_path {path} holds no tokenizer.json")
+            raise FileNotFoundError(
+                f"{path} holds no tokenizer.json: give the backbone's tokenizer as tokenizer_path; from other files, "
+                "AutoTokenizer.from_pretrained(…).save_pretrained(…) makes one"
+            )
         if (path / "tokenizer_config.json").is_file():
             return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         path = path / "tokenizer.json"

@@ -49,13 +49,18 @@ class TriggerWeights(nn.Module):
         Returns
         -------
         h : Tensor, shape (B, T, C)
-            In float32.
         theta : four Tensors, shape (B, T, L)
-            After the step.
+            After the step. Both in float32 whatever the model's type, and under autocast too: a step of 0.01 beside 1
+            is lost in bfloat16.
         """
+        with torch.autocast(c_q.device.type, enabled=False):
+            return self._learn_and_predict(c_q, c_k, c_v, theta)
+
+    def _learn_and_predict(
+        self, c_q: Tensor, c_k: Tensor, c_v: Tensor, theta: TriggerState | None
+    ) -> tuple[Tensor, TriggerState]:
         batch, length, width = c_q.shape
         tokens = batch * length
-        # float32 whatever the model's type: a step of 0.01 beside 1 is lost in bfloat16
         c_q, c_k, c_v = (x.reshape(tokens, width).float() for x in (c_q, c_k, c_v))
         w, b, c = self.weight_ln.float(), self.bias_linear.float(), self.bias_ln.float()
         mixed = self.weight_linear.float().reshape(width, -1)

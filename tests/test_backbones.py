@@ -73,7 +73,7 @@ def test_folder(kind, shards, tmp_path):
     if not shards:
         return
     files[1].write_bytes(files[1].read_bytes()[:-10])
-    with pytest.raises(ValueError, match="broken safetensors"):
+    with pytest.raises(ValueError, match=rf"{files[1].name} is not a whole safetensors"):
         load_backbone("", tmp_path)
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=files[1].name):
@@ -158,8 +158,11 @@ def test_frozen_layers_recompute_in_eval_mode(kind):
     ids = torch.arange(9)[None]
     with torch.no_grad():
         language_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3)
-    cached = language_model(ids, use_cache=True)  # with a graph and a cache: written once
-    assert cached.past_key_values.get_seq_length() == 9
+    leaf = x.clone().requires_grad_()  # with a graph and a cache: written once
+    cached = language_model(inputs_embeds=leaf, use_cache=True)
+    cached.logits.square().mean().backward()
+    torch.testing.assert_close(leaf.grad, plain)
+    assert cached.past_key_values.get_seq_length() == 90
 
 
 def test_frozen_weights_cost_no_gradients(kind):
@@ -186,6 +189,38 @@ def test_frozen_weights_cost_no_gradients(kind):
 
 
 LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)  # products with weights; those between activations are batched
+
+
+def test_another_models_tokenizer_is_never_put_in_its_place(kind, phantom_dir, tmp_path):
+    """Mistral's belongs to Nirvana alone; a folder without its tokenizer is an error for the others."""
+    config = config_of(kind)
+    config.vocab_size = 32000
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    parameters = systems.stage1_config(phantom_dir, tmp_path)
+    if kind == "nirvana":
+        assert len(model.build_backbone(parameters, "cpu")[1]) == 32000
+    else:
+        with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json.*tokenizer_path"):
+            model.build_backbone(parameters, "cpu")
+
+
+def test_sequences_beyond_the_backbones_positions_are_refused(phantom_dir, tmp_path, tokenizer):
+    """Learned positions end: on a CPU an index error, on a GPU a failed assertion that ends the process."""
+    short = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=24)
+    pretrain.save(AutoModelForCausalLM.from_config(short), tokenizer, tmp_path)
+    config = systems.stage1_config(phantom_dir, tmp_path)
+    system = systems.build(config)
+    dataset = FastMRIDataset(split_volumes(config)["test"], config, load_annotations(config))
+    batch = systems.batch_of(dataset, 1)
+    prefix = torch.zeros(1, (systems.SIZE // 16) ** 2 + 2, 32)
+    assert system.hidden_states(prefix).shape == (1, 16, 32)  # 18 tokens
+    for run in (
+        lambda: system.analysis_loss_from_prefix(prefix, batch.slices),
+        lambda: system.generate(prefix, ["Describe"], 20),
+        lambda: system.hidden_states(torch.zeros(1, 27, 32)),
+    ):
+        with pytest.raises(ValueError, match="knows 24 positions"):
+            run()
 
 
 def test_a_model_that_names_no_layers_is_refused():

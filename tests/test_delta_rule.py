@@ -101,6 +101,19 @@ def test_zero_gate_and_beta_pass_over_a_token():
     torch.testing.assert_close(final, short, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rule", [gated_delta_rule, naive_gated_delta_rule])
+@pytest.mark.parametrize("length", [1, 70])
+def test_autocast_changes_nothing(length, rule):
+    """The work is done in float32 also where the model around it runs in bfloat16."""
+
+    def under_autocast(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return rule(*args, **kwargs)
+
+    x = inputs(length)
+    assert_close(outputs_and_gradients(under_autocast, x), outputs_and_gradients(rule, x), 0)
+
+
 def test_frozen_inputs_get_no_gradient():
     q, k, v, g, beta = (t.detach() for t in inputs(65, state=False))
     v.requires_grad_()

@@ -5,6 +5,7 @@ one thing. What the real kernels do on a chip is what the check itself finds out
 """
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ RIGHT = kernels.Fused(delta_rule.gated_delta_rule, delta_rule.gated_delta_rule)
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing chosen, nothing checked, and back to that afterwards."""
+    """Nothing chosen, nothing checked, nothing known of what is installed, and back to that afterwards."""
+    kernels.installed.cache_clear()
     monkeypatch.setattr(kernels, "_choice", "auto")
     monkeypatch.setattr(kernels, "_checked", {})
 
@@ -107,6 +109,23 @@ def test_a_kernel_that_does_not_run_is_told_with_the_way_out():
 
     with pytest.raises(kernels.KernelError, match=r"no such instruction.*delta_rule: plain"):
         kernels.check(RIGHT._replace(chunk=broken), CPU, torch.float32, 16)
+
+
+def test_memory_that_is_full_is_not_the_kernels_fault():
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("20 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match="20 GiB"):
+        kernels.check(RIGHT._replace(chunk=full), CPU, torch.float32, 16)
+
+
+def test_a_package_that_cannot_be_imported_is_told_with_the_way_out(monkeypatch):
+    """Installed by its name, but without Triton, say."""
+    monkeypatch.setattr(kernels, "_fuses", lambda device: True)
+    monkeypatch.setattr(kernels, "version", lambda name: "9.9")
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
+    with pytest.raises(kernels.KernelError, match=r"cannot be imported.*delta_rule: plain"):
+        kernels.path(CPU, torch.float32, 16)
 
 
 def test_check_leaves_the_callers_state_alone():

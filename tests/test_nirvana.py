@@ -153,6 +153,19 @@ def test_trigger_is_a_gradient_step_and_never_forms_the_matrices():
     torch.testing.assert_close(h, apply(c_q, expected, False), atol=1e-4, rtol=1e-4)
 
 
+def test_trigger_works_in_float32_under_autocast():
+    torch.manual_seed(1)
+    router = TriggerWeights(5, 3)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    concepts = torch.randn(3, 2, 7, 5)
+    h, theta = router(*concepts, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        h_auto, theta_auto = router(*concepts, None)
+    for a, b in zip((h_auto, *theta_auto), (h, *theta), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 # --- gradients
 
 
@@ -299,6 +312,11 @@ def test_wrong_arguments(model):
         model(ids, inputs_embeds=torch.zeros(2, 5, 64))
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 5\)"):
         model(ids, attention_mask=torch.ones(2, 4))
+    for empty in (ids[:, :0], ids[:0], ids[0]):
+        with pytest.raises(ValueError, match=r"input_ids must have shape \(B, T\)"):
+            model(empty)
+    with pytest.raises(ValueError, match=r"d = 64.*got \(2, 5, 63\)"):
+        model(inputs_embeds=torch.zeros(2, 5, 63))
     with pytest.raises(TypeError, match="NirvanaCache"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(NotImplementedError, match="cropped"):
@@ -310,6 +328,9 @@ def test_wrong_arguments(model):
     [
         ("num_heads", 5),
         ("vocab_size", 0),
+        ("window_size", None),
+        ("concept_dim", "64"),
+        ("logit_dim", 4.0),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("hidden_size", 8),
@@ -402,6 +423,69 @@ def test_misfits_are_listed_by_name(tmp_path):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors_are_refused_by_name(tmp_path, dtype):
+    tensors = weights()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"wrong type: model\.norm\.weight is (I8|F8_E4M3)"):
+        load_backbone(GOLDEN / "config.json", tmp_path / "bad.safetensors")
+
+
+@pytest.fixture
+def index(tmp_path):
+    """Two shards beside each other; writes an index over them, with other entries where they are given."""
+    names = sorted(weights())
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: weights()[name] for name in part}, tmp_path / file)
+    right = {name: file for file, part in halves.items() for name in part}
+
+    def write(weight_map=None, **others):
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": {**right, **others} if weight_map is None else weight_map}))
+        return path
+
+    return write
+
+
+def test_index_that_does_not_fit_its_files(index, tmp_path):
+    load_backbone(GOLDEN / "config.json", index())
+    norm = "model.norm.weight"
+    wrong = "a.safetensors" if norm in load_file(tmp_path / "b.safetensors") else "b.safetensors"
+    for others, told in (
+        ({norm: wrong}, rf"missing: {norm}, which the index lists in {wrong}"),
+        ({"ghost": "a.safetensors"}, "missing: ghost, which the index lists in a.safetensors"),
+        ({norm: "c.safetensors"}, r"not beside it: c\.safetensors"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=told):
+            load_backbone(GOLDEN / "config.json", index(**others))
+    save_file(weights(), tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"twice: .* in a\.safetensors and b"):
+        load_backbone(GOLDEN / "config.json", index())
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"x": ["y"]}, {"x": 3}, "a.safetensors"])
+def test_index_that_is_none(index, weight_map):
+    with pytest.raises(ValueError, match=r"index\.json.*file name for each tensor"):
+        load_backbone(GOLDEN / "config.json", index(weight_map))
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "../a.safetensors", "{}/a.safetensors", "sub/a.safetensors"])
+def test_index_to_other_files_is_refused(index, tmp_path, file):
+    """Also in a directory, where the library would unpickle what the index of a safetensors model names."""
+    file = file.format(tmp_path)
+    path = index(**{"model.norm.weight": file})
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "sub")
+    shutil.copy(GOLDEN / "config.json", tmp_path)
+    torch.save(weights(), tmp_path / "pytorch_model.bin")
+    for arguments in ((GOLDEN / "config.json", path), ("", tmp_path)):
+        with pytest.raises(ValueError, match="never read") as caught:
+            load_backbone(*arguments)
+        assert file in str(caught.value)
+
+
 def test_head_in_the_file(tmp_path):
     tensors = weights()
     tensors["lm_head.weight"] = tensors["model.embeddings.weight"].clone()
@@ -434,6 +518,17 @@ def test_refuses_pickles_and_missing_paths(tmp_path, model):
         load_backbone("", GOLDEN / "model.safetensors")
     with pytest.raises(ValueError, match="empty"):
         load_backbone("", "")
+    model.save_pretrained(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "config.json").read_text())
+    shutil.copy(tmp_path / "pytorch_model.bin", tmp_path / "whole")
+    (tmp_path / "whole" / "config.json").write_text(
+        json.dumps({**settings, "transformers_weights": "pytorch_model.bin"})
+    )
+    with pytest.raises(ValueError, match="transformers_weights"):
+        load_backbone("", tmp_path / "whole")
+    (tmp_path / "whole" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON file"):
+        load_backbone("", tmp_path / "whole")
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json"):

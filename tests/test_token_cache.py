@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from mrilib import model, runs, token_cache, train, training
+from mrilib import kernels, model, runs, token_cache, train, training
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
 from mrilib.distributed import TrainingStopped
@@ -83,6 +83,27 @@ def test_entries_are_the_slices_bit_for_bit_under_every_mask(filled):
                     tokens = system.image_tokens(systems.collate([a]))[0]
                 torch.testing.assert_close(b.tokens.float(), tokens, rtol=1e-4, atol=1e-4)
         assert plain.epoch == 2
+
+
+def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):
+    config, system, cache, _ = filled
+    key = cache.key
+    monkeypatch.setattr(kernels, "_choice", "plain")  # what auto comes to on a CPU: the same path, the same tokens
+    assert TokenCache(system, config).key == key
+    fused = {"path": "fused", "package": "flash-linear-attention 0.5.0", "errors": {"o": 1e-3}}
+    monkeypatch.setattr(kernels, "path", lambda *_: fused)
+    keys = {key, TokenCache(system, config).key}
+    fused["errors"] = {"o": 2e-3}  # measured, and no part of what was computed
+    keys.add(TokenCache(system, config).key)
+    fused["package"] = "flash-linear-attention 0.6.0"
+    keys.add(TokenCache(system, config).key)
+    assert len(keys) == 3
+
+
+def test_all_code_that_computes_tokens_is_in_the_key():
+    """Every module that the passes of encoder and backbone go through."""
+    names = {module.__name__ for module in token_cache.COMPUTING_CODE}
+    assert {"mrilib.nirvana_cache", "mrilib.delta_rule", "mrilib.kernels", "mrilib.trigger", "mrilib.model"} <= names
 
 
 def test_masks_take_turns_and_validation_keeps_its_own(filled):
