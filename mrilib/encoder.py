@@ -276,10 +276,10 @@ def pass_maps_through(varnet: VarNet) -> None:
 
 @torch.no_grad()
 def silence_cascades(varnet: VarNet) -> None:
-    """Initialize a VarNet's cascades to change nothing but the image's mean, so that the ViT first sees the scan itself.
+    """Initialize a VarNet's cascades to change nothing but the image's mean: the ViT first sees the scan itself.
 
     At fastMRI's random start each cascade adds a random image as large as its input. A reconstruction loss soon mends
-    that; a loss on text learns to read through it, slowly and not from every seed. No shape changes.
+    that; a loss on text has to read through it, slowly and not from every seed. No shape changes.
     """
     for cascade in varnet.cascades:
         last = cascade.model.unet.up_conv[-1][-1]
