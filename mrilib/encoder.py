@@ -72,7 +72,6 @@ class KSpaceEncoder(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         pass_maps_through(self.varnet)
-        silence_cascades(self.varnet)
         vit_config = ViTConfig(
             hidden_size=vit_embed_dim,
             num_hidden_layers=vit_num_layers,
@@ -272,19 +271,6 @@ def pass_maps_through(varnet: VarNet) -> None:
     for part, terms in enumerate(pairs):
         for channel, sign in terms:
             last.weight[part, channel, 0, 0] = sign / (1 + slope)
-
-
-@torch.no_grad()
-def silence_cascades(varnet: VarNet) -> None:
-    """Initialize a VarNet's cascades to change nothing but the image's mean: the ViT first sees the scan itself.
-
-    At fastMRI's random start each cascade adds a random image as large as its input. A reconstruction loss soon mends
-    that; a loss on text has to read through it, slowly and not from every seed. No shape changes.
-    """
-    for cascade in varnet.cascades:
-        last = cascade.model.unet.up_conv[-1][-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
 
 
 class LearnedPrefix(nn.Module):
