@@ -18,6 +18,7 @@ from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from mrilib import kspace as physics
 
+FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
 PATCH = 16  # [pixels]; also the U-Net's total down-sampling, so that image tokens lie on its bottleneck
 
 
@@ -98,17 +99,21 @@ class KSpaceEncoder(nn.Module):
         return (self.img_size // PATCH) ** 2
 
     def match_embeddings(self, rms: float) -> None:
-        """Scale the projection so that tokens start out about as large as the backbone's word embeddings.
+        """Scale the start of the projection, and the start and end vectors, by the backbone's word embeddings.
+
+        Image tokens begin as random vectors of `FIRST_TOKENS` times their size. At full size they would say random
+        things to the frozen model, louder than the little that an encoder knows at first; near zero they say nothing,
+        and the first that is heard is what the loss has put there.
 
         Parameters
         ----------
         rms : float
             Root mean square of the backbone's embedding matrix. The ViT ends in a LayerNorm, so its outputs have a root
-            mean square of 1. A frozen model has seen nothing of another size.
+            mean square of 1.
         """
         with torch.no_grad():
             width = self.projection.in_features
-            self.projection.weight.normal_(std=rms / width**0.5)
+            self.projection.weight.normal_(std=FIRST_TOKENS * rms / width**0.5)
             self.projection.bias.zero_()
             self.start.normal_(std=rms)
             self.end.normal_(std=rms)
@@ -283,7 +288,7 @@ class LearnedPrefix(nn.Module):
     output_dim : int
         Hidden size of the backbone.
     rms : float
-        Root mean square of the backbone's embedding matrix, for the start values.
+        Root mean square of the start values.
     """
 
     def __init__(self, num_tokens: int, output_dim: int, rms: float) -> None:

@@ -21,7 +21,7 @@ from mrilib import analysis, kernels
 from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, resolve
 from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
-from mrilib.encoder import KSpaceEncoder, LearnedPrefix
+from mrilib.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
 from mrilib.nirvana import NirvanaForCausalLM, load_backbone
 from mrilib.nirvana_cache import NirvanaCacheLayer
 from mrilib.tokenizer import load_tokenizer
@@ -350,8 +350,8 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
 
 
 def build_control(config: Stage1Parameters, backbone: PreTrainedModel) -> LearnedPrefix:
-    """Stage 1's control that sees no k-space, as long as the encoder's output."""
-    return LearnedPrefix((config.img_size // 16) ** 2, hidden_size(backbone), embedding_rms(backbone))
+    """Stage 1's control that sees no k-space, as long as the encoder's output and as small at the start."""
+    return LearnedPrefix((config.img_size // 16) ** 2, hidden_size(backbone), FIRST_TOKENS * embedding_rms(backbone))
 
 
 def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_tokens: bool = True) -> ImageDecoder:

@@ -9,7 +9,7 @@ from fastmri.models import VarNet
 from torch import Tensor
 
 from mrilib import kspace
-from mrilib.encoder import KSpaceEncoder, LearnedPrefix
+from mrilib.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
 
 SMALL = {
     "output_dim": 24, "img_size": 32, "vit_embed_dim": 16, "vit_num_layers": 2, "vit_num_heads": 2,
@@ -182,12 +182,12 @@ def test_autocast_keeps_the_fourier_transforms_in_float32() -> None:
     assert (image - expected).norm() < 0.1 * expected.norm()
 
 
-def test_matched_embeddings_are_as_large_as_the_backbones() -> None:
+def test_first_tokens_are_small_beside_the_backbones_embeddings() -> None:
     model = encoder()
     model.match_embeddings(0.3)
     with torch.no_grad():
         tokens = model(*measured())
-    assert tokens[:, 1:-1].square().mean().sqrt().item() == pytest.approx(0.3, rel=0.3)
+    assert tokens[:, 1:-1].square().mean().sqrt().item() == pytest.approx(FIRST_TOKENS * 0.3, rel=0.3)
     assert torch.cat([model.start, model.end]).square().mean().sqrt().item() == pytest.approx(0.3, rel=0.4)
 
 

@@ -44,7 +44,7 @@ def test_the_comparison_and_its_plot(small: list[Volume]) -> None:
     assert table["this loader is faster by"].tolist() == pytest.approx((rates.iloc[0] / rates).tolist())
     figure = loader_speed.speed_bars(table)
     assert len(figure.axes) == 1
-    assert figure._repr_png_().startswith(b"\x89PNG")  # a notebook shows it, also where pyplot was never imported
+    assert figure._repr_png_()[0].startswith(b"\x89PNG")  # a notebook shows it, also where pyplot was never imported
     workers = loader_speed.compare_workers(small, config_of(small), workers=(0, 1), batch_size=2)
     assert list(workers.index) == [0, 1] and (workers > 0).all().all()
     paths = [volume.path.stat().st_mtime_ns for volume in small]
