@@ -320,7 +320,7 @@ def test_killed_processes_leave_a_usable_cache_and_two_at_once_do_not_harm_it(fi
     config = filled[0]
     wanted = files(Path(config.token_cache_dir))
     elsewhere = config.model_copy(update={"token_cache_dir": str(tmp_path)})
-    # forked off a server without threads: a fork of this process may find a lock of one of its threads taken for ever
+    # not forks of this process: they would share the progress bar's lock, which a killed one may hold for ever
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload([__name__])
     for count in (2, 4, 6):  # killed when so many shards are there
