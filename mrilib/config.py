@@ -342,6 +342,7 @@ class Stage1Parameters(TrainingParameters):
     varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1)
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
+    varnet_train_maps: bool = P(True, "train VarNet's sensitivity-map network too; false: it stays as it starts")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")

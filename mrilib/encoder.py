@@ -47,8 +47,16 @@ class KSpaceEncoder(nn.Module):
         The ViT (transformers' own), with an MLP four times as wide.
     num_cascades, chans, pools, sens_chans, sens_pools : int
         fastMRI's VarNet; the defaults have its published 29,936,966 parameters.
+    train_maps : bool
+        Train VarNet's sensitivity-map network with the rest. Few steps on text alone do not teach it coils: it changes
+        the maps, and with them the scan, from under the rest.
     activation_checkpointing : bool
         Recompute each cascade and ViT layer in the backward pass.
+
+    Attributes
+    ----------
+    untrained : tuple of str
+        Names of modules that stay as they start; `TwoStageModel.freeze` asks.
     """
 
     def __init__(
@@ -63,9 +71,11 @@ class KSpaceEncoder(nn.Module):
         pools: int = 4,
         sens_chans: int = 8,
         sens_pools: int = 4,
+        train_maps: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.untrained = () if train_maps else ("varnet.sens_net",)
         if img_size % PATCH:
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the ViT's patch")
         self.img_size = img_size
@@ -149,7 +159,7 @@ class KSpaceEncoder(nn.Module):
         Tensor, float32, shape (B, (img_size/16)² + 2, output_dim)
             start, tokens in row-major order of the patches, end.
         """
-        image = physics.remove_background_phase(self.refined_image(kspace, mask))
+        image = around_empty_coils(self._upright_image, kspace, mask, torch.complex64)
         image = physics.center_crop_or_pad(image, (self.img_size, self.img_size))
         # A mean has no meaning for a complex image, but its size has: VarNet's maps, and with them the image's scale,
         # depend on the number of coils.
@@ -169,9 +179,18 @@ class KSpaceEncoder(nn.Module):
         -------
         Tensor, complex64, shape (B, readout, phase)
         """
-        return around_empty_coils(self._varnet_image, kspace, mask, torch.complex64)
+        return around_empty_coils(lambda *measured: self._refine(*measured)[0], kspace, mask, torch.complex64)
 
-    def _varnet_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
+    def _upright_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
+        """The refined image without the background phase of the measured one.
+
+        Not without its own: VarNet's U-Nets may then say what they find in the image's sign and imaginary part too.
+        """
+        refined, maps = self._refine(kspace, mask)
+        return physics.remove_background_phase(refined, like=physics.combine(physics.ifft2c(kspace), maps))
+
+    def _refine(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """VarNet's refined image (B, readout, phase) and its sensitivity maps (B, coil, readout, phase)."""
         # VarNet.forward ends in an RSS image; its steps are taken here one by one, for the complex coil images.
         measured = torch.view_as_real(kspace)
         fastmri_mask = mask[:, None, None, :, None]
@@ -180,7 +199,8 @@ class KSpaceEncoder(nn.Module):
         for cascade in self.varnet.cascades:
             refined = self._step(cascade, refined, measured, fastmri_mask, maps)
         coil_images = physics.ifft2c(torch.view_as_complex(refined.float().contiguous()))
-        return physics.combine(coil_images, torch.view_as_complex(maps.float().contiguous()))
+        complex_maps = torch.view_as_complex(maps.float().contiguous())
+        return physics.combine(coil_images, complex_maps), complex_maps
 
     def _maps(self, measured: Tensor, fastmri_mask: Tensor) -> Tensor:
         """VarNet's sensitivity maps. Its U-Net sees every coil at full size, by far the most activations of all steps.

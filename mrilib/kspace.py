@@ -312,8 +312,8 @@ def training_seed(seed: int, file: str, slice_num: int, mask_index: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
-def remove_background_phase(image: Tensor, width: int = 16) -> Tensor:
-    """Take an image's own low-pass phase off it, so that anatomy is (nearly) real and positive.
+def remove_background_phase(image: Tensor, like: Tensor | None = None, width: int = 16) -> Tensor:
+    """Take a low-pass phase off an image, its own or that of another, so that anatomy is (nearly) real and positive.
 
     The phase of an MR image is mostly coils, field and timing; its value at a pixel says nothing of the tissue. This is
     homodyne detection's reference phase (Noll et al., IEEE TMI 10:154, 1991).
@@ -321,6 +321,9 @@ def remove_background_phase(image: Tensor, width: int = 16) -> Tensor:
     Parameters
     ----------
     image : Tensor, complex64, shape (..., H, W)
+    like : Tensor, complex64, shape (..., H, W), optional
+        Image whose low-pass phase is taken; `image` itself if left out. No gradient goes through the phase: where there
+        is no signal, a small change turns it by any angle.
     width : int
         Width of the Hann-tapered centre block of k-space that holds the reference phase [lines].
 
@@ -330,7 +333,7 @@ def remove_background_phase(image: Tensor, width: int = 16) -> Tensor:
     """
     windows = [_hann_block(n, n // 2 - min(width, n) // 2, n // 2 + min(width, n) // 2 + 1) for n in image.shape[-2:]]
     window = (windows[0][:, None] * windows[1][None, :]).to(image.device)
-    reference = ifft2c(fft2c(image) * window)
+    reference = ifft2c(fft2c((image if like is None else like).detach()) * window)
     magnitude = torch.view_as_real(reference).square().sum(-1)
     tiny = torch.finfo(torch.float32).tiny
     return image * reference.conj() * magnitude.clamp_min(tiny).rsqrt()

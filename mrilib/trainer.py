@@ -32,7 +32,7 @@ from mrilib.history import (
     steps_path,
     write_epochs,
 )
-from mrilib.model import count_parameters, tensor_hash
+from mrilib.model import count_parameters, count_trained, tensor_hash
 from mrilib.resume import check_same_training, data_hash
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Trainer:
                 "seconds": self.history.seconds + time.perf_counter() - self.begin,
                 "epoch_seconds": self.epoch_seconds,
                 "peak_memory_bytes": runs.peak_memory_bytes(),
-                "trainable_parameters": count_parameters(self.stage.part),
+                "trainable_parameters": count_trained(self.stage.part),
             },
         }
 
@@ -259,8 +259,8 @@ class Trainer:
     def _train(self) -> None:
         logger.info(
             "%s: %d epochs of %d steps, %d trainable parameters, %d frozen",
-            *(self.stage.name, self.config.epochs, self.steps_per_epoch, count_parameters(self.stage.part)),
-            count_parameters(self.stage.model) - count_parameters(self.stage.part),
+            *(self.stage.name, self.config.epochs, self.steps_per_epoch),
+            *(trained := count_trained(self.stage.part), count_parameters(self.stage.model) - trained),
         )
         while self.epoch < self.config.epochs and not self._out_of_patience():
             begin = time.perf_counter() - self.epoch_seconds

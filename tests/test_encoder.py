@@ -99,9 +99,9 @@ def test_tokens_do_not_depend_on_the_phase_or_the_scale_of_the_image(monkeypatch
     model = encoder().eval()
     data, mask = measured()
     with torch.no_grad():
-        image, tokens = model.refined_image(data, mask), model(data, mask)
-        turned = 3 * image * torch.polar(torch.tensor(1.0), torch.tensor(0.7))
-        monkeypatch.setattr(model, "refined_image", lambda kspace, mask: turned)
+        (image, maps), tokens = model._refine(data, mask), model(data, mask)
+        turn = torch.polar(torch.tensor(1.0), torch.tensor(0.7))
+        monkeypatch.setattr(model, "_refine", lambda kspace, mask: (3 * image * turn, maps * turn.conj()))
         torch.testing.assert_close(model(data, mask), tokens, rtol=1e-3, atol=1e-3)
 
 

@@ -355,6 +355,15 @@ def test_background_phase_goes_and_magnitude_stays(shape: tuple[int, int]) -> No
     torch.testing.assert_close(turned, result, atol=1e-5, rtol=1e-4)
 
 
+def test_background_phase_of_another_image_leaves_the_difference() -> None:
+    image, other = noise(2, 24, 31), noise(2, 24, 31)
+    assert torch.equal(kspace.remove_background_phase(image, like=image), kspace.remove_background_phase(image))
+    result = kspace.remove_background_phase(image, like=other)
+    torch.testing.assert_close(kspace.remove_background_phase(-image, like=other), -result)
+    turned = [x * np.exp(1.3j) for x in (image, other)]
+    torch.testing.assert_close(kspace.remove_background_phase(*turned), result, atol=1e-5, rtol=1e-4)
+
+
 def test_background_phase_of_zeros_is_zero_with_a_finite_gradient() -> None:
     image = torch.zeros(1, 9, 8, dtype=torch.complex64, requires_grad=True)
     result = kspace.remove_background_phase(image)
