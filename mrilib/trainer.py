@@ -257,10 +257,11 @@ class Trainer:
         return self.history
 
     def _train(self) -> None:
+        trained = count_trained(self.stage.part)
         logger.info(
             "%s: %d epochs of %d steps, %d trainable parameters, %d frozen",
             *(self.stage.name, self.config.epochs, self.steps_per_epoch),
-            *(trained := count_trained(self.stage.part), count_parameters(self.stage.model) - trained),
+            *(trained, count_parameters(self.stage.model) - trained),
         )
         while self.epoch < self.config.epochs and not self._out_of_patience():
             begin = time.perf_counter() - self.epoch_seconds
