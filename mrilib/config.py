@@ -477,6 +477,9 @@ class BenchmarkParameters(BenchParameters):
     loader_speed: bool = P(
         True, "time the loader beside fastMRI's, on two full-size phantom volumes (0.9 GB, made once)"
     )
+    token_cache_speed: bool = P(
+        False, "time an epoch of stage 2 with and without the token cache, on the data of stage2_params"
+    )
     full_size_step: bool = P(
         False, "one step of each stage at params/full: 15 GB of disk, 10 GB of memory, minutes without a GPU"
     )

@@ -5,6 +5,7 @@ attributes are for the loss and the metrics.
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -358,7 +359,7 @@ class FastMRIDataset(Dataset[Slice]):
 
 
 class ShapeBatchSampler(Sampler[list[int]]):
-    """Batches of slices of equal shape, in an order that depends on (seed, epoch) alone.
+    """Batches of slices of equal shape and about equal number, in an order that depends on (seed, epoch) alone.
 
     Parameters
     ----------
@@ -401,10 +402,11 @@ class ShapeBatchSampler(Sampler[list[int]]):
             groups[self.dataset.shape_key(int(index))].append(int(index))
         if self.lengths:
             groups = {key: self._by_length(group) for key, group in groups.items()}
+        # As few batches as it takes, about equally large: the last one's few slices would else weigh as much as many.
         batches = [
-            group[start : start + self.batch_size]
+            batch.tolist()
             for group in groups.values()
-            for start in range(0, len(group), self.batch_size)
+            for batch in np.array_split(group, math.ceil(len(group) / self.batch_size))
         ]
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
 

@@ -542,6 +542,18 @@ def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volum
     assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
 
 
+@pytest.mark.parametrize("batch_size", [2, 4, 5, 100])
+def test_batches_are_few_and_about_equally_large(volumes: list[Volume], phantom_dir: Path, batch_size: int) -> None:
+    dataset = FastMRIDataset(volumes, parameters(phantom_dir), training=True)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for batch in ShapeBatchSampler(dataset, batch_size, seed=3, shuffle=True).plan():
+        (key,) = {dataset.shape_key(index) for index in batch}
+        groups.setdefault(key, []).append(len(batch))
+    for sizes in groups.values():
+        assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+        assert len(sizes) == -(-sum(sizes) // batch_size)
+
+
 def test_batches_of_like_length(volumes: list[Volume], phantom_dir: Path) -> None:
     config = parameters(phantom_dir)
     dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
