@@ -133,6 +133,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
         phantom.make_if_absent(ExploreParameters.create(values.get("explore") or read_yaml(explore)))
     for name in names:
         check_before_start(name, values[name], directory)
+    check_controls(values, directory)
 
     if not resumed:
         claim_folder(directory, options.overwrite)
@@ -264,6 +265,20 @@ def check_before_start(name: str, values: dict[str, Any], directory: Path) -> No
         cls.create(values, written_later=later)
     except ParameterError as error:
         raise ParameterError(f"{name}: {error}") from None
+
+
+def check_controls(values: dict[str, dict[str, Any]], directory: Path) -> None:
+    """Refuse a run whose evaluation wants a control that neither lies in its folder nor will be trained."""
+    for stage, key in (("stage1", "control_checkpoint"), ("stage2", "plain_checkpoint")):
+        wanted = values.get("evaluate", {}).get(key)
+        if stage not in values or not wanted or resolve(wanted).exists():
+            continue
+        trained = values[stage].get("train_control", NOTEBOOKS[stage][1].model_fields["train_control"].default)
+        if resolve(wanted).is_relative_to(directory) and not trained:
+            raise ParameterError(
+                f"evaluate: {key}: {stage} does not train its control (train_control: false); "
+                f'set {stage}.train_control to true, or leave the control out (evaluate.{key}: "")'
+            )
 
 
 def parse_overrides(parameters: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:

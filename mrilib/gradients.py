@@ -124,10 +124,8 @@ class StepGradients:
     def _with_smaller_batches(
         self, error: RuntimeError, batches: list[Batch], weight: float, rng: dict, where: str
     ) -> list[Part]:
-        shape = f"{self.micro_batch} slices of (coil, readout, phase) {tuple(batches[0].kspace.shape[1:])} at once"
         if not self.config.auto_batch_size:
-            told = f"{where}: memory ran out on {shape}. What to turn: {MEMORY_REMEDIES} ({error})"
-            raise MemoryError(told) from None
+            raise out_of_memory(where, self.micro_batch, batches[0], error) from None
         size = self.micro_batch
 
         def halve() -> int:
@@ -147,6 +145,12 @@ class StepGradients:
                 raise
             told = f"{where}: memory ran out on a single slice. What to turn: {MEMORY_REMEDIES} ({error})"
             raise MemoryError(told) from None
+
+
+def out_of_memory(where: str, slices: int, batch: Batch, error: Exception) -> MemoryError:
+    """What to say when memory ran out on some slices at once: how large they are, and which parameters to turn."""
+    shape = f"{slices} slices of (coil, readout, phase) {tuple(batch.kspace.shape[1:])} at once"
+    return MemoryError(f"{where}: memory ran out on {shape}. What to turn: {MEMORY_REMEDIES} ({error})")
 
 
 def gradient_norms(part: nn.Module) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -24,7 +25,7 @@ from mrilib.checkpoint import load_checkpoint, load_weights, rng_state, save_che
 from mrilib.config import ParameterError, TrainingParameters, display_path
 from mrilib.data import Batch, FastMRIDataset, ShapeBatchSampler
 from mrilib.distributed import TrainingStopped, everyone
-from mrilib.gradients import Part, StepGradients, combine_statistics
+from mrilib.gradients import Part, StepGradients, combine_statistics, out_of_memory
 from mrilib.history import (
     History,
     epochs_path,
@@ -387,8 +388,14 @@ class Trainer:
             if stop:
                 break
             for chunk in batch.to(self.stage.model.device).chunks(self.gradients.micro_batch):
-                with self.accelerator.autocast():
-                    scores += self.stage.score(chunk)
+                try:
+                    with self.accelerator.autocast():
+                        scores += self.stage.score(chunk)
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    where = f"{self.stage.name}, validation of epoch {self.epoch + 1}"
+                    raise out_of_memory(where, len(chunk.slices), chunk, error) from None
         if any(everyone(stop)):
             self.save_to_resume()
             raise self._stopped()

@@ -290,6 +290,8 @@ def test_a_notebook_that_fails_leaves_the_error_in_its_record(run, params, tmp_p
         (["-p", "stage1.learnin_rate=1"], "learning_rate"),
         (["-p", "stage1.epochs=many"], "epochs"),
         (["-p", "stage1.data_dir=nowhere"], "nowhere"),
+        (["-p", "stage1.train_control=false"], 'leave the control out (evaluate.control_checkpoint: "")'),
+        (["-p", "stage2.train_control=false"], "set stage2.train_control to true"),
         (["-p", "epochs=3"], "NOTEBOOK.NAME=VALUE"),
         (["--stage2-only"], "-c CHECKPOINT"),
     ],

@@ -198,6 +198,16 @@ def test_memory_that_runs_out_names_what_to_turn_or_halves_the_batch(config, tmp
         Hungry.fits = 1
 
 
+def test_memory_that_runs_out_in_validation_names_what_to_turn_too(config, tmp_path):
+    class HungryLater(training.AnalysisStage):
+        def score(self, batch: Any) -> list[dict[str, Any]]:
+            torch.empty(2**60)
+            return super().score(batch)
+
+    with pytest.raises(MemoryError, match=r"validation of epoch 1: memory ran out on \d slices.*batch_size"):
+        fit(stage_of(config, HungryLater), config, tmp_path / "told")
+
+
 def test_a_data_file_that_vanishes_is_named_and_nothing_is_lost(config, tmp_path):
     loaders = systems.loaders(config)
     volumes = loaders[0].dataset.volumes
