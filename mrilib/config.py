@@ -342,7 +342,7 @@ class Stage1Parameters(TrainingParameters):
     varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1)
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
-    varnet_train_maps: bool = P(True, "train VarNet's sensitivity-map network too; false: it stays as it starts")
+    varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
@@ -351,6 +351,12 @@ class Stage1Parameters(TrainingParameters):
     def _heads(self) -> Self:
         if self.vit_embed_dim % self.vit_num_heads:
             raise ValueError(f"vit_num_heads: {self.vit_num_heads} does not divide vit_embed_dim {self.vit_embed_dim}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        if self.varnet_weights and not self.varnet_map_network:
+            raise ValueError("varnet_weights: they hold a network for the maps; set varnet_map_network: true")
         return self
 
 

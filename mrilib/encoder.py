@@ -47,16 +47,12 @@ class KSpaceEncoder(nn.Module):
         The ViT (transformers' own), with an MLP four times as wide.
     num_cascades, chans, pools, sens_chans, sens_pools : int
         fastMRI's VarNet; the defaults have its published 29,936,966 parameters.
-    train_maps : bool
-        Train VarNet's sensitivity-map network with the rest. Few steps on text alone do not teach it coils: it changes
-        the maps, and with them the scan, from under the rest.
+    map_network : bool
+        VarNet's sensitivity maps come out of its network. Without it they are what goes into the network, the centre
+        lines' coil images over their root sum of squares: few steps on text alone do not teach a network coils, it
+        changes the maps, and with them the scan, from under the rest.
     activation_checkpointing : bool
         Recompute each cascade and ViT layer in the backward pass.
-
-    Attributes
-    ----------
-    untrained : tuple of str
-        Names of modules that stay as they start; `TwoStageModel.freeze` asks.
     """
 
     def __init__(
@@ -71,18 +67,20 @@ class KSpaceEncoder(nn.Module):
         pools: int = 4,
         sens_chans: int = 8,
         sens_pools: int = 4,
-        train_maps: bool = True,
+        map_network: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.untrained = () if train_maps else ("varnet.sens_net",)
         if img_size % PATCH:
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the ViT's patch")
         self.img_size = img_size
         self.output_dim = output_dim
         self.activation_checkpointing = activation_checkpointing
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
-        pass_maps_through(self.varnet)
+        if map_network:
+            pass_maps_through(self.varnet)
+        else:
+            self.varnet.sens_net.norm_unet = nn.Identity()
         vit_config = ViTConfig(
             hidden_size=vit_embed_dim,
             num_hidden_layers=vit_num_layers,

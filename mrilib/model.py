@@ -75,7 +75,7 @@ class TwoStageModel(nn.Module):
         return next(self.backbone.parameters()).device
 
     def freeze(self, trainable: str | None) -> list[nn.Parameter]:
-        """Freeze everything but one part, and return that part's parameters, but for what its `untrained` names.
+        """Freeze everything but one part, and return that part's parameters.
 
         Parameters
         ----------
@@ -93,9 +93,7 @@ class TwoStageModel(nn.Module):
         if part is None:
             raise ValueError(f"this model has no {trainable} to train")
         part.requires_grad_(True)
-        for name in getattr(part, "untrained", ()):
-            part.get_submodule(name).requires_grad_(False)
-        return [parameter for parameter in part.parameters() if parameter.requires_grad]
+        return list(part.parameters())
 
     def train(self, mode: bool = True) -> "TwoStageModel":
         """Training mode for the trainable part alone."""
@@ -112,12 +110,10 @@ class TwoStageModel(nn.Module):
         RuntimeError
             Naming the parameters that have a gradient and should not, or have none and should.
         """
-        part = getattr(self, self.trainable) if self.trainable else None
-        kept = tuple(f"{self.trainable}.{name}." for name in getattr(part, "untrained", ()))
         wrong = [
             name
             for name, parameter in self.named_parameters()
-            if (parameter.grad is not None) != (name.split(".")[0] == self.trainable and not name.startswith(kept))
+            if (parameter.grad is not None) != (name.split(".")[0] == self.trainable)
         ]
         if wrong:
             raise RuntimeError(f"only the {self.trainable} is to be trained, but gradients are wrong at: {wrong[:8]}")
@@ -344,7 +340,7 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
         pools=config.varnet_pools,
         sens_chans=config.varnet_sens_chans,
         sens_pools=config.varnet_sens_pools,
-        train_maps=config.varnet_train_maps,
+        map_network=config.varnet_map_network,
         activation_checkpointing=config.activation_checkpointing,
     )
     encoder.match_embeddings(embedding_rms(backbone))
@@ -386,11 +382,6 @@ def tensor_hash(module: nn.Module) -> str:
 def count_parameters(module: nn.Module | None) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-
-
-def count_trained(part: nn.Module) -> int:
-    """Number of the parameters of an encoder or decoder that its stage trains."""
-    return count_parameters(part) - sum(count_parameters(part.get_submodule(n)) for n in getattr(part, "untrained", ()))
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ def _train_stages(config: StageParameters, directory: Path, run: runs.Run | None
                 "best_val_loss": history.best_loss,
                 "seconds": history.seconds,
                 "peak_memory_bytes": runs.peak_memory_bytes(),
-                "trainable_parameters": model.count_trained(stage.part),
+                "trainable_parameters": model.count_parameters(stage.part),
             }
             run.note(notebook, **facts)
     if run is not None:

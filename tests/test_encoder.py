@@ -250,18 +250,29 @@ def test_the_control_is_as_long_and_sees_nothing() -> None:
     assert control.prefix.grad is not None and (control.prefix.grad == 2).all()
 
 
-def test_sensitivity_maps_start_as_the_images_of_the_centre_lines():
+@pytest.mark.parametrize("map_network", [True, False])
+def test_sensitivity_maps_start_as_the_images_of_the_centre_lines(map_network: bool) -> None:
     torch.manual_seed(0)
-    encoder = KSpaceEncoder(16, 32, 16, 1, 2, num_cascades=1, chans=2, pools=2, sens_chans=4, sens_pools=2)
+    width = 30  # of an odd width fastMRI takes a line less, to the left
+    model = KSpaceEncoder(**{**SMALL, "sens_chans": 4, "map_network": map_network})
     generator = torch.Generator().manual_seed(1)
-    masked = torch.randn(1, 3, 32, 30, dtype=torch.complex64, generator=generator)
-    mask = torch.zeros(1, 30, dtype=torch.bool)
-    mask[:, 11:19] = True
-    masked = masked * mask[:, None, None]
+    data = torch.randn(1, 3, 32, width, dtype=torch.complex64, generator=generator)
+    mask = torch.zeros(1, width, dtype=torch.bool)
+    mask[:, width // 2 - 4 : width // 2 + 4] = True
+    data = data * mask[:, None, None]
     with torch.no_grad():
-        maps = encoder.varnet.sens_net(torch.view_as_real(masked), mask[:, None, None, :, None])
-    images = kspace.ifft2c(masked)
+        maps = model.varnet.sens_net(torch.view_as_real(data), mask[:, None, None, :, None])
+    maps = torch.view_as_complex(maps.contiguous())
+    images = kspace.ifft2c(data)
     expected = images / kspace.rss(images).unsqueeze(-3)
+    if not map_network:
+        torch.testing.assert_close(maps, expected)
     # NormUnet takes each part's mean off and puts it back; the instance norms inside find it gone already.
-    similarity = (torch.view_as_complex(maps.contiguous()) * expected.conj()).real.sum(1)
-    assert similarity.mean() > 0.99
+    assert (maps * expected.conj()).real.sum(1).mean() > 0.99
+
+
+def test_without_a_map_network_there_is_nothing_to_train_in_the_maps() -> None:
+    model = encoder(map_network=False)
+    assert not list(model.varnet.sens_net.parameters())
+    model(*measured()).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
