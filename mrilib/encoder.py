@@ -245,7 +245,7 @@ def initialize_vit(vit: ViTModel) -> None:
     nonlinearity) where transformers' fixed 0.02 suits widths of 768 and long training. Patch filters are random
     mixtures of the 4×4 lowest cosines, smooth where noise and aliasing are not. Their biases are as large as a bright
     patch, because the LayerNorm behind them would otherwise take a patch's brightness off and leave its pattern. The
-    embeddings of the positions are half as large as that LayerNorm's output: how bright a patch is says little of the
+    embeddings of the positions are as large as that LayerNorm's output: how bright a patch is says little of the
     contrast before it is known where it lies, and 0.02 would take longer to grow than a short training lasts.
     """
     for layer in vit.layers:
@@ -260,7 +260,7 @@ def initialize_vit(vit: ViTModel) -> None:
     projection.weight.copy_(torch.einsum("dcuv,ux,vy->dcxy", mixture, waves, waves))
     assert projection.bias is not None
     nn.init.normal_(projection.bias, std=3.0)
-    nn.init.normal_(vit.embeddings.position_embeddings, std=0.5)
+    nn.init.normal_(vit.embeddings.position_embeddings, std=1.0)
 
 
 @torch.no_grad()

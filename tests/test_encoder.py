@@ -253,7 +253,7 @@ def test_the_control_is_as_long_and_sees_nothing() -> None:
 @pytest.mark.parametrize("map_network", [True, False])
 def test_sensitivity_maps_start_as_the_images_of_the_centre_lines(map_network: bool) -> None:
     torch.manual_seed(0)
-    width = 30  # of an odd width fastMRI takes a line less, to the left
+    width = 30
     model = KSpaceEncoder(**{**SMALL, "sens_chans": 4, "map_network": map_network})
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(1, 3, 32, width, dtype=torch.complex64, generator=generator)
