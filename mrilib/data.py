@@ -321,17 +321,17 @@ class FastMRIDataset(Dataset[Slice]):
         masked[..., mask] = lines / scale if scale else lines
         return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration)
 
-    def _read(self, kspace: h5py.Dataset, slice_num: int) -> np.ndarray:
+    def _read(self, stored: h5py.Dataset, slice_num: int) -> np.ndarray:
         """One slice of multi-coil k-space; complex64 is read into memory that the next slice is read into again.
 
         Fresh memory for 26 MB costs as much as reading them. Nothing that leaves the dataset shares this memory: the
         measured lines are copied out of it.
         """
-        if kspace.dtype != np.complex64:
-            return kspace[slice_num].astype(np.complex64)
-        if self._buffer.shape != kspace.shape[1:]:
-            self._buffer = np.empty(kspace.shape[1:], np.complex64)
-        kspace.read_direct(self._buffer, np.s_[slice_num])
+        if stored.dtype != np.complex64:
+            return stored[slice_num].astype(np.complex64)
+        if self._buffer.shape != stored.shape[1:]:
+            self._buffer = np.empty(stored.shape[1:], np.complex64)
+        stored.read_direct(self._buffer, np.s_[slice_num])
         return self._buffer
 
     def _slice(

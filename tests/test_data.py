@@ -542,6 +542,16 @@ def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volum
     assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
 
 
+def test_a_slice_stays_as_it_is_when_the_next_is_read(volumes: list[Volume], phantom_dir: Path) -> None:
+    """Slices are read into the same memory one after the other."""
+    dataset = FastMRIDataset(volumes, parameters(phantom_dir))
+    kept = dataset[0]
+    before = kept.kspace.clone()
+    for index in range(1, len(dataset)):
+        assert not torch.equal(dataset[index].kspace, before)
+    assert torch.equal(kept.kspace, before) and torch.equal(dataset[0].kspace, before)
+
+
 @pytest.mark.parametrize("batch_size", [2, 4, 5, 100])
 def test_batches_are_few_and_about_equally_large(volumes: list[Volume], phantom_dir: Path, batch_size: int) -> None:
     dataset = FastMRIDataset(volumes, parameters(phantom_dir), training=True)
