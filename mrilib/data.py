@@ -176,6 +176,11 @@ def require_targets(volumes: Sequence[Volume]) -> None:
         )
 
 
+def _norm(lines: Tensor) -> float:
+    """Euclidean length in double precision: no file's unit makes the squares too small or too large."""
+    return torch.linalg.vector_norm(torch.view_as_real(lines), dtype=torch.float64).item()
+
+
 class FastMRIDataset(Dataset[Slice]):
     """Masked, normalised slices of fastMRI volumes.
 
@@ -200,6 +205,8 @@ class FastMRIDataset(Dataset[Slice]):
     DataError
         If ``crop: image`` meets a file with its own mask, a file cannot be read, or a mask leaves the centre line out.
     """
+
+    _COILS = 4  # read at a time
 
     def __init__(
         self,
@@ -280,59 +287,70 @@ class FastMRIDataset(Dataset[Slice]):
         if self.texts_only:
             nothing = torch.zeros(0)
             return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0)
+        padding, recon, readout, width = volume.padding, volume.recon, volume.readout, volume.matrix[1]
+        if cropped := self.config.crop == "image":
+            recon = (self.config.img_size, self.config.img_size)
+            padding, readout, width = (0, recon[1]), recon[0], recon[1]
         try:
             with h5py.File(volume.path, "r") as h5:
-                raw = torch.from_numpy(self._read(h5["kspace"], slice_num))
+                if volume.has_mask:
+                    mask, acceleration = torch.from_numpy(h5["mask"][()].astype(bool)), volume.acceleration
+                    mask[: padding[0]] = False
+                    mask[padding[1] :] = False
+                else:
+                    seed = self._mask_seed(volume, slice_num)
+                    mask, acceleration = kspace.sample_mask(self.mask_func, width, seed, padding)
                 target = None
                 if volume.has_target:
                     target = torch.from_numpy(h5["reconstruction_rss"][slice_num].astype(np.float32, copy=False))
-                own_mask = torch.from_numpy(h5["mask"][()].astype(bool)) if volume.has_mask else None
+                measured = mask.nonzero().squeeze(1)
+                if cropped:
+                    raw = torch.from_numpy(h5["kspace"][slice_num].astype(np.complex64, copy=False))
+                    lines = kspace.fft2c(kspace.center_crop_or_pad(kspace.ifft2c(raw), recon))[..., measured]
+                else:
+                    lines = self._read_lines(h5["kspace"], slice_num, measured)
         except OSError as error:
             raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({error})") from None
-
-        padding, recon, readout = volume.padding, volume.recon, volume.readout
-        if self.config.crop == "image":
-            size = (self.config.img_size, self.config.img_size)
-            raw = kspace.fft2c(kspace.center_crop_or_pad(kspace.ifft2c(raw), size))
-            target = None if target is None else kspace.center_crop_or_pad(target, size)
-            padding, recon, readout = (0, size[1]), size, size[0]
-        width = raw.shape[-1]
-        if own_mask is not None:
-            mask, acceleration = own_mask, volume.acceleration
-            mask[: padding[0]] = False
-            mask[padding[1] :] = False
-        else:
-            mask, acceleration = kspace.sample_mask(self.mask_func, width, self._mask_seed(volume, slice_num), padding)
+        if cropped and target is not None:
+            target = kspace.center_crop_or_pad(target, recon)
         if not mask[width // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
             raise DataError(
                 f"{volume.path.name}, slice {slice_num}: the mask does not sample the centre of k-space; "
                 "raise center_fractions, or leave this file out if it brings the mask itself"
             )
         # From here on only measured lines are seen, and worked on: readout crop and compression know nothing of phase.
-        lines = kspace.remove_readout_oversampling(raw[..., mask], readout)
-        if not torch.view_as_real(lines).isfinite().all():
+        lines = kspace.remove_readout_oversampling(lines, readout)
+        norm = _norm(lines)
+        if not math.isfinite(norm):
             where = f"{volume.path.name}, slice {slice_num}"
             raise DataError(f"{where}: NaN or infinity in the measured lines; python -m mrilib check tells more")
-        lines = kspace.compress_coils(lines, self.config.num_coils)
+        if len(lines) > self.config.num_coils:
+            lines = kspace.compress_coils(lines, self.config.num_coils)
+            norm = _norm(lines)
         masked = torch.zeros(*lines.shape[:-1], width, dtype=lines.dtype)
-        # In double precision: no file's unit makes the squares too small or too large.
-        norm = torch.linalg.vector_norm(torch.view_as_real(lines), dtype=torch.float64).item()
         scale = norm / masked.numel() ** 0.5
-        masked[..., mask] = lines / scale if scale else lines
+        masked[..., measured] = lines / scale if scale else lines
         return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration)
 
-    def _read(self, stored: h5py.Dataset, slice_num: int) -> np.ndarray:
-        """One slice of multi-coil k-space; complex64 is read into memory that the next slice is read into again.
+    def _read_lines(self, stored: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
+        """The measured lines (coil, readout, line) of a slice, the readout being the fastest axis in memory.
 
-        Fresh memory for 26 MB costs as much as reading them. Nothing that leaves the dataset shares this memory: the
-        measured lines are copied out of it.
+        A few coils at a time are read, into the same memory over and over: that stays in the processor's cache, while
+        fresh memory for a slice's 26 MB costs as much as reading them.
         """
-        if stored.dtype != np.complex64:
-            return stored[slice_num].astype(np.complex64)
-        if self._buffer.shape != stored.shape[1:]:
-            self._buffer = np.empty(stored.shape[1:], np.complex64)
-        stored.read_direct(self._buffer, np.s_[slice_num])
-        return self._buffer
+        coils, readout, phase = stored.shape[1:]
+        lines = torch.empty(coils, len(measured), readout, dtype=torch.complex64)
+        if self._buffer.shape[1:] != (readout, phase):
+            self._buffer = np.empty((self._COILS, readout, phase), np.complex64)
+        for first in range(0, coils, self._COILS):
+            part = self._buffer[: coils - first]
+            coil = slice(first, first + len(part))
+            if stored.dtype == part.dtype:
+                stored.read_direct(part, np.s_[slice_num, coil])
+            else:
+                part[:] = stored[slice_num, coil]
+            lines[coil] = torch.from_numpy(part).mT[:, measured]
+        return lines.mT
 
     def _slice(
         self,

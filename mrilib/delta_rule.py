@@ -169,7 +169,11 @@ def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
     # the old state is read once, for key and query together
     recalled, seen = (torch.cat((k, q), 2) @ state).split(1, 2)
     correction = beta * (v - recalled)
-    return (seen + own * correction).transpose(1, 2), torch.addcmul(state, k.mT, correction)
+    if torch.is_grad_enabled():
+        state = torch.addcmul(state, k.mT, correction)
+    else:  # in the memory that the decayed state lies in: fresh memory costs more than the sum
+        state.addcmul_(k.mT, correction)
+    return (seen + own * correction).transpose(1, 2), state
 
 
 @_without_autocast

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from mrilib.nirvana import NirvanaCache, NirvanaConfig, NirvanaForCausalLM, NirvanaModel, load_backbone
+from mrilib.nirvana import Linear, NirvanaCache, NirvanaConfig, NirvanaForCausalLM, NirvanaModel, load_backbone
 from mrilib.trigger import EPS, RATE, TriggerWeights
 
 ROOT = Path(__file__).parents[1]
@@ -292,13 +292,45 @@ def test_beam_search_reorders_the_cache(model, io):
 @torch.no_grad()
 def test_decoding_is_faster_than_recomputing(model, io):
     ids = torch.cat((io["input_ids"][:1], io["input_ids"][1:]), 1)
-    start = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=20)
-    cached = time.perf_counter() - start
-    start = time.perf_counter()
-    for n in range(20):
-        model(torch.cat((ids, ids[:, :n]), 1))
-    assert cached < time.perf_counter() - start
+    cached, recomputed = [], []
+    for _ in range(3):  # in turns, and the best counts: others may be at work on the same cores
+        start = time.perf_counter()
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=20)
+        cached.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for n in range(20):
+            model(torch.cat((ids, ids[:, :n]), 1))
+        recomputed.append(time.perf_counter() - start)
+    assert min(cached) < min(recomputed)
+
+
+@torch.no_grad()
+def test_one_row_of_a_wide_map_is_the_product():
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs in ((640, 48), (640, 7), (96, 1)):
+        linear = Linear(inputs, outputs)
+        torch.nn.init.normal_(linear.weight, generator=generator)
+        for shape in ((1, 1, inputs), (1, inputs), (inputs,)):
+            x = torch.randn(shape, generator=generator)
+            right = (x.double() @ linear.weight.double().t()).float()
+            torch.testing.assert_close(linear(x), right, rtol=1e-5, atol=1e-4)
+            assert linear(x).shape == right.shape
+
+
+@torch.no_grad()
+def test_wide_models_decode_step_by_step():
+    config = NirvanaConfig(vocab_size=300, hidden_size=640, num_hidden_layers=4, num_heads=5, initializer_range=0.02)
+    torch.manual_seed(0)
+    wide = NirvanaForCausalLM(config).eval()
+    assert not any(m.fills_tiles for m in wide.modules() if isinstance(m, Linear))
+    ids = torch.randint(300, (1, 90))
+    full = wide(ids).logits
+    out = wide(ids[:, :40], use_cache=True)
+    parts = [out.logits]
+    for t in range(40, 90):
+        out = wide(ids[:, t : t + 1], past_key_values=out.past_key_values)
+        parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=5e-5 * full.abs().max().item())
 
 
 # --- the library's ways
