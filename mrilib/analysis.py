@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -216,6 +217,14 @@ class Annotations:
             flipped.append(Box(box.x, y, box.width, box.height, box.label))
         return tuple(flipped)
 
+    @cached_property
+    def last_slice(self) -> dict[str, int]:
+        """The last slice with a box, of every file that has any."""
+        last: dict[str, int] = {}
+        for file, slice_num in self._boxes:
+            last[file] = max(slice_num, last.get(file, 0))
+        return last
+
     def study_labels(self, file: str) -> tuple[str, ...]:
         """Labels of the whole volume, sorted; () if there are none or the file was not reviewed."""
         return self._study.get(file, ())
@@ -373,11 +382,17 @@ def slice_facts(
     Raises
     ------
     ValueError
-        an unknown acquisition, a slice outside the volume, a box outside the image
+        an unknown acquisition, a slice outside the volume, a box outside the image or of a slice that the volume does
+        not have
     """
     contrast, level = contrast_name(acquisition), slice_level(slice_num, num_slices)
     if annotations is None or not annotations.reviewed(file):
         return Facts(contrast, level, None)
+    if annotations.last_slice.get(file, 0) >= num_slices:
+        raise ValueError(
+            f"{file}: the annotations have a finding on slice {annotations.last_slice[file]}, the file has "
+            f"{num_slices} slices, counted from 0; one of them is not the right one"
+        )
     boxes = annotations.boxes(file, slice_num, image_shape[0])
     return Facts(contrast, level, tuple(box_finding(box, image_shape) for box in boxes), annotations.study_labels(file))
 

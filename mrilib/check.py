@@ -80,7 +80,9 @@ def _contents(h5: h5py.File, volume: Volume | None) -> tuple[list[str], list[str
         )
     warnings = [f"{_listed(numbers)}: {kind}" for kind, numbers in kinds.items() if numbers]
     peaks = [float(data.max()) for _, data in _slices(h5, "reconstruction_rss", 3, "f", problems)]
-    if volume is not None and peaks and not np.isclose(max(peaks), volume.maximum, rtol=1e-3):
+    if volume is not None and peaks and volume.maximum == 0 < max(peaks):
+        problems.append(f"attribute max is 0, reconstruction_rss has {max(peaks):g}; SSIM is scaled by it")
+    elif volume is not None and peaks and not np.isclose(max(peaks), volume.maximum, rtol=1e-3):
         warnings.append(f"attribute max is {volume.maximum:g}, reconstruction_rss has {max(peaks):g}")
     mask = dataset(h5, "mask")
     if volume is not None and mask is not None:

@@ -3,6 +3,7 @@
 `fit` itself runs: the same step, validation batch and checkpoint as in earnest, in a folder that is removed again.
 """
 
+import functools
 import math
 import multiprocessing
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from mrilib import training
 from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
@@ -151,11 +153,17 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
     )
 
 
-def report_apart(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None) -> Report:
-    """`report` in a fresh process, so that the peak is the stage's own."""
+def report_apart(
+    config: Stage1Parameters | Stage2Parameters, keep: Path | None = None, progress: bool = True
+) -> Report:
+    """`report` in a fresh process, so that the peak is the stage's own; without `progress` it shows no bars."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=None if progress else _hide_bars) as executor:
         return executor.submit(report, config, keep).result()
+
+
+def _hide_bars() -> None:
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment,method-assign]
 
 
 def only_largest(dataset: FastMRIDataset, batch_size: int, batches: int) -> None:

@@ -57,14 +57,15 @@ def measure(params: str | Path = "params/full", directory: str | Path = "outputs
             "config_path": str(settings),
             "backbone_path": str(folder / "backbone.safetensors"),
             "output_dir": name,
+            "num_workers": 0,  # loading is timed by itself
             **others,
         }
         stage1 = Stage1Parameters.from_yaml(resolve(params) / "stage1.yaml", given)
-        first = report_apart(stage1, folder / "stage1")
+        first = report_apart(stage1, folder / "stage1", progress=False)
         (checkpoint,) = folder.glob("stage1/*/stage1_final_model.pt")
         given["stage1_checkpoint"] = str(checkpoint)
         stage2 = Stage2Parameters.from_yaml(resolve(params) / "stage2.yaml", given)
-        return [first, report_apart(stage2)]
+        return [first, report_apart(stage2, progress=False)]
 
 
 def measure_once(path: Path, **others: Any) -> list[Report]:

@@ -137,6 +137,14 @@ def test_reviewed_and_clean_is_not_unknown(annotations):
         assert "none" not in analysis.answer(facts)
 
 
+def test_a_finding_on_a_slice_that_the_file_does_not_have(tmp_path):
+    csv, files = write(tmp_path, "a,3,No,3,1,2,4,Edema\n")
+    annotations = analysis.read_annotations(csv, files)
+    assert len(analysis.slice_facts(annotations, "a", 3, 4, "AXT1", (20, 20)).findings) == 1
+    with pytest.raises(ValueError, match="a: the annotations have a finding on slice 3, the file has 3 slices"):
+        analysis.slice_facts(annotations, "a", 0, 3, "AXT1", (20, 20))
+
+
 def test_side_and_region_are_those_of_the_flipped_image():
     def place(x, y):
         found = analysis.box_finding(Box(x - 1, y - 1, 2, 2, "Mass"), (120, 100))
