@@ -22,6 +22,7 @@ from mrilib.config import display_path, resolve
 from mrilib.volume import (
     LARGEST_SLICE,
     MOST_SLICES,
+    SMALLEST_SCALE,
     DataError,
     Volume,
     dataset,
@@ -31,7 +32,8 @@ from mrilib.volume import (
     unreadable,
 )
 
-VERSION = 2  # raised when files are looked at in another way than before: what is remembered counts no more
+MOST_PEAK = 10  # times that the attribute max may be larger or smaller than what it is the maximum of
+VERSION = 3  # raised when files are looked at in another way than before: what is remembered counts no more
 ALONE = 16  # so few files are read in this process: starting others takes seconds
 NOISE_RATIO = 2.0  # mean power of the centre of k-space over the mean of all: 1 for white noise, over 30 for a head
 
@@ -68,11 +70,16 @@ def _contents(h5: h5py.File, volume: Volume | None) -> tuple[list[str], list[str
     kinds: dict[str, list[int]] = {"all zero": [], "noise only": []}
     padding = volume.padding if volume else None
     beyond: list[int] = []
+    tiny: list[int] = []
     for number, data in _slices(h5, "kspace", 4, "c", problems):
+        if 0 < np.abs(data.view(np.float32)).max() < SMALLEST_SCALE:
+            tiny.append(number)
         if kind := slice_kind(data):
             kinds[kind].append(number)
         if padding and (data[..., : padding[0]].any() or data[..., padding[1] :].any()):
             beyond.append(number)
+    if tiny:
+        problems.append(f"kspace: too small for single precision in {_listed(tiny)}; scale the file")
     if beyond and padding:
         problems.append(
             f"ismrmrd_header contradicts kspace: lines outside of {padding[0]} to {padding[1] - 1} hold data in "
@@ -80,10 +87,10 @@ def _contents(h5: h5py.File, volume: Volume | None) -> tuple[list[str], list[str
         )
     warnings = [f"{_listed(numbers)}: {kind}" for kind, numbers in kinds.items() if numbers]
     peaks = [float(data.max()) for _, data in _slices(h5, "reconstruction_rss", 3, "f", problems)]
-    if volume is not None and peaks and volume.maximum == 0 < max(peaks):
-        problems.append(f"attribute max is 0, reconstruction_rss has {max(peaks):g}; SSIM is scaled by it")
-    elif volume is not None and peaks and not np.isclose(max(peaks), volume.maximum, rtol=1e-3):
-        warnings.append(f"attribute max is {volume.maximum:g}, reconstruction_rss has {max(peaks):g}")
+    if volume is not None and peaks and not np.isclose(max(peaks), volume.maximum, rtol=1e-3, atol=0):
+        said = f"attribute max is {volume.maximum:g}, reconstruction_rss has {max(peaks):g}"
+        far = not max(peaks) / MOST_PEAK < volume.maximum < max(peaks) * MOST_PEAK
+        (problems if far else warnings).append(f"{said}; SSIM is scaled by it" if far else said)
     mask = dataset(h5, "mask")
     if volume is not None and mask is not None:
         values = mask[()]

@@ -21,7 +21,7 @@ from mrilib import analysis, kspace
 from mrilib.analysis import Annotations, Facts, Report
 from mrilib.check import h5_files, usable_volumes
 from mrilib.config import DataParameters, ParameterError, display_path, resolve
-from mrilib.volume import DataError, Volume, read_volume
+from mrilib.volume import SMALLEST_SCALE, DataError, Volume, read_volume
 
 
 class Slice(NamedTuple):
@@ -236,6 +236,13 @@ class FastMRIDataset(Dataset[Slice]):
                 kspace.check_mask(config.mask_type, *pair, width)
         self.mask_func = kspace.make_mask_func(config.mask_type, *zip(*pairs, strict=True))
         self.reports = analysis.read_reports(resolve(config.reports_path)) if config.reports_path else {}
+        slices = {volume.file: volume.slices for volume in self.volumes}
+        for file, slice_num in self.reports:
+            if slice_num >= slices.get(file, slice_num + 1):
+                raise DataError(
+                    f"reports_path: a report of {file}, slice {slice_num}, but the file has {slices[file]} slices, "
+                    "counted from 0"
+                )
         if config.crop == "image" and (own := [v.file for v in self.volumes if v.has_mask]):
             raise DataError(f"crop: image changes the acquisition, but {own[0]} brings its own mask; use crop: readout")
         samples = [(v, s) for v, volume in enumerate(self.volumes) for s in range(volume.slices)]
@@ -329,6 +336,8 @@ class FastMRIDataset(Dataset[Slice]):
             norm = _norm(lines)
         masked = torch.zeros(*lines.shape[:-1], width, dtype=lines.dtype)
         scale = norm / masked.numel() ** 0.5
+        if 0 < scale < SMALLEST_SCALE:
+            raise DataError(f"{volume.path.name}, slice {slice_num}: too small for single precision; scale the file")
         masked[..., measured] = lines / scale if scale else lines
         return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration)
 
@@ -336,13 +345,15 @@ class FastMRIDataset(Dataset[Slice]):
         """The measured lines (coil, readout, line) of a slice, the readout being the fastest axis in memory.
 
         A few coils at a time are read, into the same memory over and over: that stays in the processor's cache, while
-        fresh memory for a slice's 26 MB costs as much as reading them.
+        fresh memory for a slice's 26 MB costs as much as reading them. Not for several threads on one dataset.
         """
         coils, readout, phase = stored.shape[1:]
         lines = torch.empty(coils, len(measured), readout, dtype=torch.complex64)
-        if self._buffer.shape[1:] != (readout, phase):
-            self._buffer = np.empty((self._COILS, readout, phase), np.complex64)
-        for first in range(0, coils, self._COILS):
+        # a chunk is uncompressed as a whole: one that holds more coils would be so again and again
+        step = coils if stored.chunks and stored.chunks[1] > self._COILS else self._COILS
+        if self._buffer.shape != (step, readout, phase):
+            self._buffer = np.empty((step, readout, phase), np.complex64)
+        for first in range(0, coils, step):
             part = self._buffer[: coils - first]
             coil = slice(first, first + len(part))
             if stored.dtype == part.dtype:

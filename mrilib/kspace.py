@@ -96,8 +96,15 @@ def remove_readout_oversampling(kspace: Tensor, readout: int) -> Tensor:
     -------
     Tensor, complex64, shape (..., readout, W)
         In memory the readout is the fastest axis; so it is best for `kspace` too.
+
+    Raises
+    ------
+    ValueError
+        If readout is larger than H.
     """
     length = kspace.shape[-2]
+    if readout > length:
+        raise ValueError(f"readout must be at most the {length} points of k-space, got {readout}")
     if readout == length:
         return kspace
     # Transforms that start counting at 0, not at the centre: what that shifts in k-space is a phase in the image, which

@@ -131,14 +131,15 @@ class Linear(nn.Linear):
 
     The matrix libraries sum in another order where the rows do not fill a tile of four. In a narrow model the delta
     rule's normed output blows that up to 2e-4 in some tokens; so there, where it costs little, rows of zeros fill up
-    the tile, and decoding step by step repeats a full pass to 5e-5. Wide models, whose maps are large, come to 2e-5
-    with it and without. There a single token waits for the weights to come from memory, and the library reads them
-    with one core for a product with one row, with all cores for a batch of products.
+    the tile, and decoding step by step repeats a full pass to 5e-5. In wide models it costs more and changes little.
+    There a single token waits for the weights to come from memory, and the library reads them with one core for a
+    product with one row, with all cores for a batch of products.
     """
 
     NARROW = 512  # hidden size
     fills_tiles = False  # set by the model
-    _PARTS = 16  # of the outputs at most, for as many cores; more would wait for the same memory
+    _PARTS = 16  # for as many cores; more would wait for the same memory
+    _LARGE = 1 << 16  # weights, from which parts are worth their while
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -149,12 +150,20 @@ class Linear(nn.Linear):
         if self.fills_tiles and rows % 4 and rows < 64:
             full = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 4))
             return F.linear(full, self.weight)[:rows].view(*x.shape[:-1], -1)
-        if rows == 1 and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            parts = math.gcd(self.out_features, self._PARTS)
-            # a row turned into a column, not a column: with that the library takes a way that is four times slower
-            column = x.reshape(1, 1, -1).expand(parts, -1, -1).mT
-            return torch.bmm(self.weight.view(parts, -1, self.in_features), column).view(*x.shape[:-1], -1)
+        single = rows == 1 and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        if single and self.weight.numel() >= self._LARGE and self.out_features >= self._PARTS:
+            return self._of_one(x)
         return F.linear(x, self.weight)
+
+    def _of_one(self, x: Tensor) -> Tensor:
+        """The map of a single token, in `_PARTS` products and a rest."""
+        split = self.out_features - self.out_features % self._PARTS
+        # a row turned into a column, not a column: with that the library takes a way that is four times slower
+        column = x.reshape(1, 1, -1).expand(self._PARTS, -1, -1).mT
+        y = torch.bmm(self.weight[:split].view(self._PARTS, -1, self.in_features), column).flatten()
+        if split < self.out_features:
+            y = torch.cat((y, F.linear(x.flatten(), self.weight[split:])))
+        return y.view(*x.shape[:-1], -1)
 
 
 def _correlate(x: Tensor, taps: Tensor) -> Tensor:
@@ -511,6 +520,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NirvanaModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head.fills_tiles = config.hidden_size <= Linear.NARROW
         # the published config's use_cache false is for training: generate would recompute everything at each step
         self.generation_config.use_cache = True
         self.post_init()

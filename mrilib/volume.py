@@ -20,6 +20,7 @@ DATASETS = ("kspace", "ismrmrd_header", "reconstruction_rss", "mask")
 LARGEST_SLICE = 2**28  # complex values; fastMRI's largest are a fiftieth of it. More is a damaged or hostile shape.
 MOST_SLICES = 2**12  # fastMRI's volumes have about 16; an array that was declared and never written can have any number
 LARGEST_HEADER = 2**22  # characters; fastMRI's have about 2**14
+SMALLEST_SCALE = 1e-30  # [file units]: not far below begins what single precision cannot hold
 
 
 class DataError(ValueError):

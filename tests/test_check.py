@@ -53,6 +53,8 @@ def padded(volumes: list[Volume]) -> Volume:
         (replaced("reconstruction_rss", lambda r: r.astype(float) * 1e300), "reconstruction_rss: NaN or infinity in"),
         (attribute("max", 1e300), "attribute max is"),
         (attribute("max", 0.0), "attribute max is 0, reconstruction_rss has"),
+        (attribute("max", 1e-50), "SSIM is scaled by it"),
+        (replaced("kspace", lambda k: k * 1e-38), "kspace: too small for single precision in slices 0 to 2"),
         (truncated_chunk, "kspace: slice 1 cannot be read"),
         (own_mask(acceleration=4), "mask does not sample the centre|^$"),
         (attribute("patient_id"), "has no attribute patient_id"),

@@ -1,5 +1,6 @@
 """h5 → Slice: nothing of the answer reaches the input, masks are fastMRI's, broken files are named."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -401,6 +402,38 @@ def test_an_empty_part_is_refused(phantom_dir: Path) -> None:
         split_volumes(parameters(phantom_dir, test_fraction=0))
     with pytest.raises(DataError, match="no train volumes"):
         split_volumes(parameters(phantom_dir, val_fraction=0.5, test_fraction=0.5))
+
+
+def test_a_report_of_a_slice_that_the_file_does_not_have(
+    volumes: list[Volume], phantom_dir: Path, tmp_path: Path
+) -> None:
+    reports = tmp_path / "reports.jsonl"
+    line = {"file": volumes[0].file, "slice": volumes[0].slices, "prompt": "?", "response": "."}
+    reports.write_text(json.dumps(line) + "\n")
+    config = parameters(phantom_dir, reports_path=str(reports))
+    with pytest.raises(DataError, match=rf"a report of {volumes[0].file}, slice {volumes[0].slices}, but"):
+        FastMRIDataset(volumes, config)
+    FastMRIDataset(volumes[1:], config)  # another part of the data
+
+
+@pytest.mark.parametrize("coils", [3, 9])
+@pytest.mark.parametrize("storage", [{"chunks": (1, 9, 8, 6), "compression": "gzip"}, {"chunks": (1, 2, 8, 6)}, {}])
+def test_lines_are_the_stored_ones_however_they_are_stored(
+    volumes: list[Volume], phantom_dir: Path, tmp_path: Path, coils: int, storage: dict
+) -> None:
+    generator = np.random.default_rng(0)
+    shape = (2, coils, 8, 6)
+    stored = (generator.normal(size=shape) + 1j * generator.normal(size=shape)).astype(np.complex64)
+    measured = torch.tensor([0, 3, 5])
+    dataset = FastMRIDataset(volumes, parameters(phantom_dir))
+    if "chunks" in storage:
+        storage = {**storage, "chunks": (1, min(coils, storage["chunks"][1]), 8, 6)}
+    for dtype in (np.complex64, np.complex128, ">c8"):
+        with h5py.File(tmp_path / "one.h5", "w") as h5:
+            data = h5.create_dataset("kspace", data=stored.astype(dtype), **storage)
+            for number in (0, 1, 0):
+                lines = dataset._read_lines(data, number, measured)
+                assert torch.equal(lines, torch.from_numpy(stored[number])[..., measured])
 
 
 def test_annotations_are_the_folders_own_or_those_named(

@@ -307,13 +307,13 @@ def test_decoding_is_faster_than_recomputing(model, io):
 @torch.no_grad()
 def test_one_row_of_a_wide_map_is_the_product():
     generator = torch.Generator().manual_seed(0)
-    for inputs, outputs in ((640, 48), (640, 7), (96, 1)):
+    for inputs, outputs in ((640, 160), (640, 167), (5000, 15), (640, 7), (96, 1)):
         linear = Linear(inputs, outputs)
         torch.nn.init.normal_(linear.weight, generator=generator)
         for shape in ((1, 1, inputs), (1, inputs), (inputs,)):
             x = torch.randn(shape, generator=generator)
             right = (x.double() @ linear.weight.double().t()).float()
-            torch.testing.assert_close(linear(x), right, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(linear(x), right, rtol=1e-5, atol=1e-3)
             assert linear(x).shape == right.shape
 
 
