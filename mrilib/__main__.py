@@ -106,6 +106,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
         names: tuple[str, ...] = ("stage1",) if options.stage1_only else ("stage2",)
     else:
         names = PIPELINE
+    if options.name and (Path(options.name).name != options.name or options.name in (".", "..")):
+        raise ParameterError(f"--name {options.name}: a folder's name in outputs/ is wanted, not a path")
     directory = resolve("outputs") / (options.name or folder.resolve().name)
     resumed = options.resume and (directory / "run.json").is_file()
     if options.resume and not resumed:
@@ -129,11 +131,15 @@ def run_notebooks(options: argparse.Namespace) -> int:
     # All parameters are checked before anything starts: a misspelt one must not be found after a night.
     values = {name: notebook_values(folder, name, overrides, directory, resumed) for name in names}
     explore = folder / "explore.yaml"
+    phantom_of = None
     if explore.is_file():
-        phantom.make_if_absent(ExploreParameters.create(values.get("explore") or read_yaml(explore)))
+        phantom_of = ExploreParameters.create(values.get("explore") or read_yaml(explore))
+    made = resolve(phantom_of.data_dir) if phantom_of is not None and phantom_of.phantom_volumes else None
     for name in names:
-        check_before_start(name, values[name], directory)
+        check_before_start(name, values[name], directory, made)
     check_controls(values, directory)
+    if phantom_of is not None:
+        phantom.make_if_absent(phantom_of)
 
     if not resumed:
         claim_folder(directory, options.overwrite)
@@ -253,12 +259,13 @@ def notebook_values(
     return {**values, **overrides.get(name, {})}
 
 
-def check_before_start(name: str, values: dict[str, Any], directory: Path) -> None:
-    """Validate a notebook's parameters; checkpoints that the run itself will write need not be there yet."""
+def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> None:
+    """Validate a notebook's parameters; the run's own checkpoints and `made`, its data, need not be there yet."""
     later = [
         key
         for key, value in values.items()
-        if key.endswith("_checkpoint") and value and resolve(value).is_relative_to(directory)
+        if (key.endswith("_checkpoint") and value and resolve(value).is_relative_to(directory))
+        or (key == "data_dir" and value and resolve(value) == made)
     ]
     cls: type[Parameters] = NOTEBOOKS[name][1]
     try:

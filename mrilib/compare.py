@@ -1,6 +1,7 @@
 """Run records side by side: which runs, what differs, their histories, one slice from each."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,29 @@ def _finished(path: Path) -> bool:
 def differing_parameters(runs: Mapping[str, Path]) -> pd.DataFrame:
     """Parameters that are not the same in all runs: one row a parameter (notebook.name), one column a run.
 
-    A notebook that a run has not executed shows as "–".
+    A notebook that some runs have not executed is a row of its own, and its parameters are compared among the others.
     """
-    values: dict[str, dict[str, str]] = {}
-    for run, path in runs.items():
-        for notebook, entry in read_json(path / "run.json")["notebooks"].items():
-            if notebook in ("explore", "compare", "pretrain"):
-                continue  # they decide nothing of a run's numbers
-            for name, value in entry["config"].items():
-                if name not in UNTOLD:
-                    values.setdefault(f"{notebook}.{name}", {})[run] = _relative(value, path)
-    table = pd.DataFrame(values).T.reindex(columns=list(runs)).fillna("–")
-    return table[table.nunique(axis=1) > 1] if len(table) else table
+    configs = {run: _configs(path) for run, path in runs.items()}
+    rows: dict[str, dict[str, str]] = {}
+    for notebook in dict.fromkeys(name for config in configs.values() for name in config):
+        having = [run for run in runs if notebook in configs[run]]
+        if len(having) < len(runs):
+            rows[notebook] = {run: "run" if run in having else "not run" for run in runs}
+        for name in dict.fromkeys(name for run in having for name in configs[run][notebook]):
+            values = {run: configs[run][notebook].get(name, "–") for run in having}
+            if len(set(values.values())) > 1:
+                rows[f"{notebook}.{name}"] = {run: values.get(run, "–") for run in runs}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(runs))
+
+
+def _configs(run: Path) -> dict[str, dict[str, str]]:
+    """Notebook → parameter → value of a run; without the notebooks that decide nothing of its numbers."""
+    entries = read_json(run / "run.json")["notebooks"]
+    return {
+        notebook: {name: _relative(value, run) for name, value in entry["config"].items() if name not in UNTOLD}
+        for notebook, entry in entries.items()
+        if notebook not in ("explore", "compare", "pretrain")
+    }
 
 
 def _relative(value: Any, run: Path) -> str:
@@ -114,36 +126,48 @@ def reconstructed_runs(runs: Mapping[str, Path]) -> dict[str, Path]:
     return {run: path for run, path in runs.items() if (path / "reconstructions" / "model").is_dir()}
 
 
-def same_slice(runs: Mapping[str, Path]) -> list[Comparison]:
-    """One test slice that all evaluated runs have reconstructed, at each acceleration that they share.
+def same_slice(runs: Mapping[str, Path]) -> tuple[list[Comparison], list[str]]:
+    """One test slice that as many evaluated runs as possible have reconstructed, at each acceleration that they share.
 
-    It is the middle slice of the first common file. Zero-filled images are the first run's.
+    It is the middle slice of the first file that most of them have. Files are the same if their target is: names recur
+    in data sets of other sizes. Zero-filled images are those of the first run shown.
 
-    Raises
-    ------
-    ParameterError
-        If no file was reconstructed by all of them, or its target is no longer where the first run found it.
+    Returns
+    -------
+    list of Comparison
+    list of str
+        The evaluated runs that are not shown: their test files are others, or no longer where they were.
     """
     evaluated = reconstructed_runs(runs)
-    if not evaluated:
-        raise ParameterError("runs: none of them has reconstructions; run 04_evaluate on one first")
-    common = set.intersection(*(_reconstructed(path) for path in evaluated.values()))
-    if not common:
-        raise ParameterError("runs: there is no test file that all of them have reconstructed at one acceleration")
-    first = next(iter(evaluated.values()))
-    file = min(name for _, name in common)
+    made = {run: _reconstructed(path) for run, path in evaluated.items()}
+    counts = Counter(name for pairs in made.values() for name in {name for _, name in pairs})
+    if not counts:
+        return [], list(evaluated)
+    file = min(counts, key=lambda name: (-counts[name], name))
+    groups: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
+    for run, path in evaluated.items():
+        if not any(name == file for _, name in made[run]) or (volume := _find_volume(path, file)) is None:
+            continue
+        target = evaluation.read_target(volume, volume.slices // 2)
+        groups.setdefault((target.shape, target.tobytes()), []).append(run)
+    if not groups:
+        return [], list(evaluated)
+    shown = max(groups.values(), key=len)
+    first = evaluated[shown[0]]
     volume = _find_volume(first, file)
+    assert volume is not None
     slice_num = volume.slices // 2
-    shown = []
-    for acceleration in sorted({a for a, name in common if name == file}, key=float):
+    target = evaluation.read_target(volume, slice_num)
+    comparisons = []
+    shared = set.intersection(*({acceleration for acceleration, name in made[run] if name == file} for run in shown))
+    for acceleration in sorted(shared, key=float):
         images = {}
         if (first / "reconstructions" / "zero_filled" / acceleration / file).is_file():
             images["zero_filled"] = _slice(first, "zero_filled", acceleration, volume, slice_num)
-        images |= {run: _slice(path, "model", acceleration, volume, slice_num) for run, path in evaluated.items()}
+        images |= {run: _slice(evaluated[run], "model", acceleration, volume, slice_num) for run in shown}
         title = f"{volume.acquisition}\nslice {slice_num}, {acceleration}x"
-        target = evaluation.read_target(volume, slice_num)
-        shown.append(Comparison(target, images, volume.maximum, title=title))
-    return shown
+        comparisons.append(Comparison(target, images, volume.maximum, title=title))
+    return comparisons, [run for run in evaluated if run not in shown or not comparisons]
 
 
 def _reconstructed(run: Path) -> set[tuple[str, str]]:
@@ -154,10 +178,10 @@ def _slice(run: Path, method: str, acceleration: str, volume: Volume, slice_num:
     return evaluation.read_slice(run / "reconstructions", method, acceleration, volume, slice_num)
 
 
-def _find_volume(run: Path, file: str) -> Volume:
+def _find_volume(run: Path, file: str) -> Volume | None:
+    """The test file as the run had it; None where it is not any more."""
     config = read_json(run / "run.json")["notebooks"]["evaluate"]["config"]
-    folders: Sequence[Path] = [resolve(config[name]) for name in ("test_dir", "data_dir") if config[name]]
-    for folder in folders:
+    for folder in (resolve(config[name]) for name in ("test_dir", "data_dir") if config[name]):
         if (folder / file).is_file():
             return read_volume(folder / file)
-    raise ParameterError(f"runs: the target of {file} is not in {' or '.join(map(display_path, folders))} any more")
+    return None

@@ -346,11 +346,24 @@ def write_texts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def check_same_input(config: DataParameters, stage1: Stage1Parameters) -> None:
-    """Refuse data parameters under which the encoder would see other images than it was trained on."""
+    """Refuse data parameters by which the encoder would see other images, or be tested on patients it was trained on.
+
+    The split by patient is drawn anew in each notebook, so whatever it is drawn from must be the same. Where the data
+    folder is another, or the test files have one of their own, it is not drawn from the encoder's patients.
+    """
     for name in ("img_size", "num_coils", "crop"):
         given, trained = getattr(config, name), getattr(stage1, name)
         if given != trained:
             raise ParameterError(f"{name}: {given} is given, but the k-space encoder was trained with {trained}")
+    if resolve(config.data_dir) != resolve(stage1.data_dir) or (config.val_dir and config.test_dir):
+        return
+    for name in ("split_seed", "val_fraction", "test_fraction", "val_dir", "test_dir"):
+        given, trained = getattr(config, name), getattr(stage1, name)
+        if given != trained:
+            raise ParameterError(
+                f"{name}: {given!r} is given, but the k-space encoder was trained with {trained!r}; with another split "
+                "it would be tested on patients that it has learned from"
+            )
 
 
 def check_covers(dataset: FastMRIDataset) -> None:
@@ -399,10 +412,15 @@ def preview(model: TwoStageModel, dataset: FastMRIDataset, count: int) -> list[C
 
 
 def training_cost(config: EvaluateParameters) -> dict[str, Any]:
-    """The "cost" section of metrics.json, from the checkpoints themselves: seconds, peak memory, trained parameters."""
+    """The "cost" section of metrics.json, from the checkpoints themselves: seconds, peak memory, trained parameters.
+
+    The final checkpoint beside a given one tells what the whole training took; the best may be of an early epoch.
+    """
     cost: dict[str, Any] = {"peak_memory_bytes": 0, "trainable_parameters": {}}
     for stage in ("stage1", "stage2"):
-        content = load_checkpoint(resolve(getattr(config, f"{stage}_checkpoint")), stage)["cost"]
+        path = resolve(getattr(config, f"{stage}_checkpoint"))
+        final = path.with_name(f"{stage}_final_model.pt")
+        content = load_checkpoint(final if final.exists() else path, stage)["cost"]
         cost[f"{stage}_seconds"] = content["seconds"]
         cost["peak_memory_bytes"] = max(cost["peak_memory_bytes"], content["peak_memory_bytes"])
         cost["trainable_parameters"][stage] = content["trainable_parameters"]

@@ -1,18 +1,18 @@
 """Tables of metrics and runs, for the console and the notebooks."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from mrilib import analysis
 from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
 from mrilib.data import Volume
 from mrilib.evaluation import VolumeScore, paired_difference
-from mrilib.inference import parse_or_none
 from mrilib.model import TwoStageModel, count_parameters
 from mrilib.runs import all_runs, read_json
 from mrilib.style import in_order, method_label
@@ -144,9 +144,9 @@ def parameter_table(model: TwoStageModel) -> pd.DataFrame:
 def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
     """An HTML table of true and generated analyses; facts that differ from the truth are bold.
 
-    Slices are spread evenly over the rows.
+    They are a random choice, the same each time: an even step would meet the same slice of every volume.
     """
-    step = max(1, len(rows) // count)
+    picked = np.sort(np.random.default_rng(0).permutation(len(rows))[:count])
     return html_table(
         ("slice", "true", "generated"),
         [
@@ -155,7 +155,7 @@ def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
                 html.escape(row["true"]),
                 marked_text(row["true"], row["generated"]),
             )
-            for row in rows[::step][:count]
+            for row in (rows[i] for i in picked)
         ],
     )
 
@@ -168,29 +168,33 @@ def html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def marked_text(true: str, generated: str) -> str:
-    """A generated analysis as HTML: facts that differ from the true one are bold, missed findings follow in italics.
+_SENTENCES = re.compile(
+    r"Axial (?P<contrast>.+?) image, (?P<level>.+?) third of the brain\."
+    r"(?: Findings: (?P<findings>.+?)\.)?(?: Whole study: (?P<study>.+?)\.)?"
+)
 
-    A text that does not parse, and differs, is bold as a whole.
+
+def marked_text(true: str, generated: str) -> str:
+    """A generated analysis as HTML: facts that differ from the true one are bold, what it missed follows in italics.
+
+    The words are the generated ones. A text that is none, and differs, is bold as a whole.
     """
-    truth, told = parse_or_none(true), parse_or_none(generated)
+    truth, told = _SENTENCES.fullmatch(true), _SENTENCES.fullmatch(generated)
     if truth is None or told is None:
         return html.escape(generated) if generated == true else _html(f"{BOLD}{generated}{PLAIN}")
-    text = analysis.answer(told)
-    if told.contrast != truth.contrast:
-        text = text.replace(told.contrast, f"{BOLD}{told.contrast}{PLAIN}", 1)
-    if told.level != truth.level:
-        text = text.replace(f"{told.level} third", f"{BOLD}{told.level} third{PLAIN}", 1)
-    missed: list[Any] = []
-    if truth.findings is not None and told.findings is not None:
-        if not told.findings and truth.findings:
-            text = text.replace("Findings: none", f"Findings: {BOLD}none{PLAIN}")
-        for finding in sorted(set(told.findings) - set(truth.findings)):
-            words = f"{finding.label.lower()}, {finding.side} {finding.region}"
-            text = text.replace(words, f"{BOLD}{words}{PLAIN}", 1)
-        missed = sorted(set(truth.findings) - set(told.findings))
-    told_missed = "; ".join(f"{f.label.lower()}, {f.side} {f.region}" for f in missed)
-    return _html(text) + (f" <i>(missed: {html.escape(told_missed)})</i>" if missed else "")
+
+    def marked(words: str, right: bool) -> str:
+        return words if right else f"{BOLD}{words}{PLAIN}"
+
+    contrast, level = (marked(told[name], told[name] == truth[name]) for name in ("contrast", "level"))
+    text = f"Axial {contrast} image, {level} third of the brain."
+    missed: list[str] = []
+    for name, begins in (("findings", "Findings"), ("study", "Whole study")):
+        known, said = (match[name].split("; ") if match[name] else [] for match in (truth, told))
+        if said:  # where nobody has reviewed the slice nothing can be wrong
+            text += f" {begins}: {'; '.join(marked(words, not known or words in known) for words in said)}."
+        missed += [words for words in known if words not in said and (words != "none" or not said)]
+    return _html(text) + (f" <i>(missed: {html.escape('; '.join(missed))})</i>" if missed else "")
 
 
 def _html(text: str) -> str:
