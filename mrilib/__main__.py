@@ -106,8 +106,9 @@ def run_notebooks(options: argparse.Namespace) -> int:
         names: tuple[str, ...] = ("stage1",) if options.stage1_only else ("stage2",)
     else:
         names = PIPELINE
-    if options.name and (Path(options.name).name != options.name or options.name in (".", "..")):
-        raise ParameterError(f"--name {options.name}: a folder's name in outputs/ is wanted, not a path")
+    name = options.name
+    if name and not Path(name).is_absolute() and (Path(name).name != name or name == ".."):
+        raise ParameterError(f"--name {name}: the name of a folder in outputs/ is wanted, or an absolute path")
     directory = resolve("outputs") / (options.name or folder.resolve().name)
     resumed = options.resume and (directory / "run.json").is_file()
     if options.resume and not resumed:

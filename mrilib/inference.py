@@ -349,13 +349,13 @@ def check_same_input(config: DataParameters, stage1: Stage1Parameters) -> None:
     """Refuse data parameters by which the encoder would see other images, or be tested on patients it was trained on.
 
     The split by patient is drawn anew in each notebook, so whatever it is drawn from must be the same. Where the data
-    folder is another, or the test files have one of their own, it is not drawn from the encoder's patients.
+    folder is another, or the test files have one of their own, they are not drawn from the encoder's patients.
     """
     for name in ("img_size", "num_coils", "crop"):
         given, trained = getattr(config, name), getattr(stage1, name)
         if given != trained:
             raise ParameterError(f"{name}: {given} is given, but the k-space encoder was trained with {trained}")
-    if resolve(config.data_dir) != resolve(stage1.data_dir) or (config.val_dir and config.test_dir):
+    if config.test_dir or resolve(config.data_dir) != resolve(stage1.data_dir):
         return
     for name in ("split_seed", "val_fraction", "test_fraction", "val_dir", "test_dir"):
         given, trained = getattr(config, name), getattr(stage1, name)

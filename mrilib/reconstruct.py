@@ -33,7 +33,15 @@ def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, Eval
         raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
     values = {**record["notebooks"]["evaluate"]["config"], "device": device}
     # The run's data may be gone, or lie elsewhere; its weights and the backbone must be there.
-    values |= dict.fromkeys(("val_dir", "test_dir", "annotations_dir", "reports_path"), "")
+    values |= dict.fromkeys(
+        ("val_dir", "test_dir", "annotations_dir", "reports_path", "control_checkpoint", "plain_checkpoint"), ""
+    )
+    # Its own weights are those in this folder, whatever it was called when they were written, or is called so now.
+    former = resolve(values["output_dir"])
+    for name in ("stage1_checkpoint", "stage2_checkpoint"):
+        path = resolve(values[name])
+        if path.is_relative_to(former):
+            values[name] = str(directory.resolve() / path.relative_to(former))
     config = EvaluateParameters.create(values, written_later=("data_dir",))
     disable_progress_bar()  # transformers' bars for loading a file say nothing here
     backbone, tokenizer = build_backbone(config, pick_device(device))

@@ -11,6 +11,7 @@ from PIL import Image
 from mrilib import figures, inference, live, training
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
 from mrilib.figures import Comparison
+from mrilib.tables import marked_text
 from mrilib.training import History
 
 
@@ -126,3 +127,35 @@ def test_training_is_the_same_whether_or_not_it_is_watched(phantom_dir, tmp_path
         assert list(watch.examples) == ([1, 2] if watched else [])
     assert losses[0] == losses[1]
     assert list(watch.examples[2].columns) == ["file", "slice", "true", "generated"]
+
+
+@pytest.mark.parametrize(
+    ("true", "generated", "shown"),
+    [
+        ("Findings: mass, left anterior.", "Findings: mass, left anterior.", "Findings: mass, left anterior."),
+        (
+            "Findings: extra-axial mass, left anterior.",
+            "Findings: extra-axial mass, left anterior; mass, left anterior.",
+            "Findings: extra-axial mass, left anterior; <b>mass, left anterior</b>.",
+        ),
+        (
+            "Findings: mass, left anterior; edema, left central.",
+            "Findings: none.",
+            "Findings: <b>none</b>. <i>(missed: mass, left anterior; edema, left central)</i>",
+        ),
+        ("Findings: mass, left anterior.", "", "<i>(missed: mass, left anterior)</i>"),
+        ("Findings: none.", "", "<i>(missed: none)</i>"),
+        ("", "Findings: mass, left anterior.", "Findings: mass, left anterior."),
+        (
+            "Findings: none.",
+            "Findings: edema, left central; edema, left central.",
+            "Findings: <b>edema, left central</b>; <b>edema, left central</b>.",
+        ),
+    ],
+)
+def test_differing_facts_are_marked_word_for_word(true, generated, shown):
+    first = "Axial T1 image, upper third of the brain."
+    marked = marked_text(f"{first} {true}".strip(), f"{first} {generated}".strip())
+    assert marked == f"{first} {shown}"
+    assert marked_text(first, first.replace("T1", "T2")) == first.replace("T1", "<b>T2</b>")
+    assert marked_text(first, "Rubbish <") == "<b>Rubbish &lt;</b>"

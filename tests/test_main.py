@@ -18,9 +18,11 @@ from fastmri import evaluate as official
 from test_stop import processes_of
 
 from mrilib.__main__ import claim_folder, main, parse_overrides
-from mrilib.config import ROOT, ParameterError
+from mrilib.config import ROOT, EvaluateParameters, ParameterError, Stage1Parameters
 from mrilib.data import index_volumes
 from mrilib.evaluation import evaluate_volumes
+from mrilib.inference import check_same_input
+from mrilib.reconstruct import load_run
 
 NAME = "test-run"
 
@@ -130,6 +132,41 @@ def test_reconstruct_one_file_gives_the_runs_own_image(run, phantom_dir, tmp_pat
     lines = (tmp_path / f"{file.stem}.jsonl").read_text().splitlines()
     assert len(lines) == index_volumes(phantom_dir)[0].slices and "analysis" in json.loads(lines[0])
     assert (tmp_path / f"{file.stem}.png").stat().st_size
+
+
+def test_reconstruct_takes_the_weights_of_the_folder_it_is_given(run, phantom_dir, tmp_path):
+    file = next(phantom_dir.glob("*.h5"))
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    _, config = load_run(moved)
+    assert Path(config.stage2_checkpoint).is_relative_to(moved) and Path(config.stage1_checkpoint).is_relative_to(moved)
+    (moved / "stage2_checkpoints" / "stage2_best_model.pt").unlink()
+    assert main(["reconstruct", str(moved), str(file), "--out", str(tmp_path)]) == 1  # never another run's
+
+
+def test_what_is_wrong_is_told_before_data_is_made(params, tmp_path, capsys):
+    shutil.copytree(params, tmp_path / "params")
+    explore = tmp_path / "params" / "explore.yaml"
+    values = yaml.safe_load(explore.read_text()) if explore.is_file() else {}
+    values |= {"data_dir": str(tmp_path / "data"), "phantom_volumes": 6}
+    explore.write_text(yaml.safe_dump(values))
+    common = ["run", str(tmp_path / "params"), "-p", f"stage1.data_dir={tmp_path / 'data'}"]
+    assert main([*common, "--name", str(tmp_path / "a"), "-p", "stage1.learnin_rate=1"]) == 1
+    assert "learnin_rate" in capsys.readouterr().err
+    assert main([*common, "--name", "../a"]) == 1
+    assert "--name ../a" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists() and not (tmp_path / "a").exists()
+
+
+def test_a_split_that_tests_on_trained_patients_is_refused(run):
+    values = json.loads((run / "run.json").read_text())["notebooks"]
+    stage1 = Stage1Parameters.create(values["stage1"]["config"])
+    evaluate = EvaluateParameters.create(values["evaluate"]["config"])
+    check_same_input(evaluate, stage1)
+    for name, value in (("split_seed", 77), ("test_fraction", 0.41), ("val_fraction", 0.39)):
+        with pytest.raises(ParameterError, match=f"{name}: .*patients that it has learned from"):
+            check_same_input(evaluate.model_copy(update={name: value}), stage1)
+    check_same_input(evaluate.model_copy(update={"split_seed": 1, "test_dir": "elsewhere"}), stage1)
 
 
 def test_a_second_head_goes_through_the_whole_pipeline(run, phantom_dir, backbone_dir, tmp_path):
