@@ -20,6 +20,7 @@ from mrilib.style import (
     METHODS,
     ORANGE,
     PURPLE,
+    SKY,
     VERMILLION,
     WIDTH,
     RecordFigure,
@@ -417,7 +418,8 @@ def token_swap(scores: VolumeScores, metric: str = "ssim") -> Figure:
     """
     accelerations = sorted(scores, key=float)
     variants = list(scores[accelerations[0]])
-    colors = dict(zip(variants, (BLUE, PURPLE, GREY, GREEN, ORANGE, VERMILLION), strict=False))
+    # those of the same methods elsewhere
+    colors = dict(zip(variants, (BLUE, PURPLE, SKY, GREEN, ORANGE, VERMILLION), strict=False))
     figure = RecordFigure(WIDTH, 3.3)
     means, differences = figure.subplots(1, 2)
     groups = [f"{a}x" for a in accelerations]

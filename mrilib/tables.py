@@ -17,6 +17,10 @@ from mrilib.model import TwoStageModel, count_parameters
 from mrilib.runs import all_runs, read_json
 from mrilib.style import in_order, method_label
 
+ICBM_NOTICE = (
+    "© 1993–2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University, "
+    "free to use, copy, modify and distribute with this notice"
+)
 BOLD, PLAIN = "\x02", "\x03"  # stand in for <b> and </b> while a text is not yet escaped
 
 
@@ -271,6 +275,11 @@ def model_card(
     counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
     cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
+    from mrilib.phantom import PARAMETERS_FILE  # it takes seconds to import, which the training notebooks need not
+
+    phantom = ""
+    if (resolve(config.data_dir) / PARAMETERS_FILE).is_file():
+        phantom = ". The patients are a phantom, warps of one head: numbers on them say nothing of patients"
     crop: str = config.crop
     if crop == "image":
         crop += " (changes the acquisition: not comparable with published scores)"
@@ -279,17 +288,18 @@ def model_card(
 |---|---|
 | **Model** | k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT \
 with {stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
-| **Trained** | stage 1: {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: {stage2.epochs} epochs, \
-SSIM loss |
+| **Backbone** | `{config.backbone_path}`, tokenizer `{config.tokenizer_path or "the backbone's own"}` |
+| **Trained** | stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: at most \
+{stage2.epochs} epochs, SSIM loss; the checkpoints are those given above, the best by validation by default |
 | **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test \
 patients, split by patient |
 | **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre \
 fractions {", ".join(map(str, config.center_fractions))} |
 | **Crop** | {crop} |
-| **Licences** | code MIT; phantom anatomy: ICBM 152 2009 templates (© McConnell Brain Imaging Centre, McGill \
-University, free use with this notice); fastMRI+ annotations MIT; fastMRI data under its own agreement |
-| **Not for** | diagnosis or any clinical use; this is not a medical device. Phantom patients are warps of one \
-head: numbers on them say nothing of patients |
+| **Licences** | code, and the demo's backbone trained on text that it writes, MIT; other backbones under their own; \
+Mistral 7B's tokenizer Apache 2.0; phantom anatomy: ICBM 152 2009 templates, {ICBM_NOTICE}; fastMRI+ annotations MIT; \
+fastMRI data under its own agreement |
+| **Not for** | diagnosis or any clinical use; this is not a medical device{phantom} |
 """
 
 
