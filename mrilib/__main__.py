@@ -1,6 +1,7 @@
 """The commands: python -m mrilib run | sweep | train | make-data | check | reconstruct | runs."""
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -200,6 +201,16 @@ def claim_folder(directory: Path, overwrite: bool) -> None:
             path.unlink()
 
 
+def _told_error(record: Path) -> str:
+    """The error that a rendered notebook ends with, in one line; it may have come before the run folder was opened."""
+    try:
+        cells = json.loads(record.read_text(encoding="utf-8"))["cells"]
+        errors = [one for cell in cells for one in cell.get("outputs", []) if one["output_type"] == "error"]
+        return f"{errors[-1]['ename']}: {errors[-1]['evalue']}".splitlines()[0] if errors else ""
+    except (OSError, ValueError, KeyError):  # killed while it was written, say
+        return ""
+
+
 def run_one(notebook: "Notebook", came: list[int]) -> int:
     """Execute one notebook and see to its record if it fails or is stopped; the exit status.
 
@@ -221,7 +232,10 @@ def run_one(notebook: "Notebook", came: list[int]) -> int:
     record = Run(directory, [])
     section = record.record["notebooks"].setdefault(name, {})
     if status and (came or section.get("status") != "failed"):
-        reason = f"stopped by {signal.Signals(came[0]).name}" if came else f"papermill ended with status {status}"
+        reason = f"stopped by {signal.Signals(came[0]).name}" if came else ""
+        reason = (
+            reason or _told_error(directory / f"{NOTEBOOKS[name][0]}.ipynb") or f"papermill ended with status {status}"
+        )
         section.update(status="failed", error=reason)
     record.save()
     if came:

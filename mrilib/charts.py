@@ -47,6 +47,7 @@ SCORES = {  # validation metrics with a panel of their own
 STAGES = {"stage1": "stage 1", "control": "stage 1's control without k-space", "stage2": "stage 2",
           "plain": "stage 2's control without tokens"}  # fmt: skip
 MARKERS = ("o", "s", "D", "^", "v", "P")
+DASHES = ("-", "--", ":")
 VolumeScores = Mapping[str, Mapping[str, Sequence[evaluation.VolumeScore]]]  # acceleration → method → volumes
 Series = Mapping[str, Sequence[tuple[float, Sequence[float] | None]]]  # name → (value, [low, high] or None) a group
 
@@ -59,7 +60,11 @@ def _method_colors(names: Sequence[str]) -> dict[str, str]:
 def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
     """One legend for all axes, below them; equal labels once."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
+    # matplotlib fills column by column: given so that, read line by line, they come in the figure's order
+    names = [name for first in range(columns) for name in list(handles)[first::columns]]
+    if len(names) % columns:  # columns of unequal length are matplotlib's own affair
+        names = list(handles)
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns)
 
 
 @styled
@@ -173,7 +178,7 @@ def _validation_panel(axis: Axes, named: "Mapping[str, History]", metric: str, l
 
 def _image_panel(axis: Axes, history: "History") -> None:
     steps = [step["step"] for step in history.steps]
-    for name, color in (("target", GREY), ("reconstruction", BLUE)):
+    for name, color in (("target", GREY), ("reconstruction", PURPLE)):
         for statistic, style in (("max", "-"), ("mean", "--")):
             values = _running_mean([step[f"{name}_{statistic}"] for step in history.steps])
             axis.plot(steps, values, color=color, linestyle=style, label=f"{name} {statistic}")
@@ -184,9 +189,10 @@ def _image_panel(axis: Axes, history: "History") -> None:
 
 def plot_rate(axis: Axes, named: "Mapping[str, History]") -> None:
     """Learning rate over the steps; name → History."""
-    for (name, history), color in zip(named.items(), COLORS * 3, strict=False):
+    # equal schedules lie on each other: the later ones in dashes, so that the first shows through
+    for (name, history), color, style in zip(named.items(), COLORS * 3, DASHES * 9, strict=False):
         rates = [step["learning_rate"] for step in history.steps]
-        axis.plot([step["step"] for step in history.steps], rates, color=color, label=name)
+        axis.plot([step["step"] for step in history.steps], rates, color=color, linestyle=style, label=name)
     axis.set(title="learning rate", ylim=(0, None))
     _steps(axis)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -200,12 +206,16 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     axis.plot(steps, total, color=BLACK, label="all")
     settled = len(steps) // 20  # what starts at zero has no gradient in the first steps: the scale is that of the rest
     lowest = total[settled:].min()
+    floor = 1e-5 * lowest  # what is smaller does not matter beside the rest, and would flatten it
     for number, part in enumerate(parts):
         values = _running_mean([step[prefix + part] for step in history.steps])
         if values.max() > 0:
-            style = "-" if number < 6 else ":"
-            axis.plot(steps, values, color=COLORS[number % 6], linestyle=style, linewidth=1.0, label=part)
-            lowest = min(lowest, values[settled:][values[settled:] > 0].min(initial=lowest))
+            # told apart by marker and dash too, for those who print or do not see the colours
+            every: Any = {"marker": MARKERS[number % 6], "markevery": (number / 60, 0.2), "markersize": 3.5}
+            style, color = DASHES[number // 6 % 3], COLORS[number % 6]
+            axis.plot(steps, values, color=color, linestyle=style, linewidth=1.0, label=part, **every)
+            seen = values[settled:][values[settled:] > floor]
+            lowest = min(lowest, seen.min(initial=lowest))
     axis.set(yscale="log", title="gradient norms before clipping")
     _steps(axis)
     legend = axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
@@ -233,13 +243,11 @@ def compare_curves(runs: "Mapping[str, Mapping[str, History]]") -> Figure:
     stages = [stage for stage in STAGES if any(stage in one for one in runs.values())]
     if not stages:
         raise ValueError("none of these runs has trained a stage: there are no curves to compare")
-    columns = min(2, len(stages))
-    rows = -(-len(stages) // columns)
+    columns = 2 if len(stages) == 4 else len(stages)
+    rows = len(stages) // columns
     figure = RecordFigure(WIDTH, 2.6 * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(stages) :]:
-        axis.set_axis_off()
-    for axis, stage in zip(axes, stages, strict=False):
+    for axis, stage in zip(axes, stages, strict=True):
         for (name, one), color, marker in zip(runs.items(), COLORS * 9, MARKERS * 9, strict=False):
             if stage in one:
                 plot_loss(axis, one[stage], name, color, marker, raw=False)
@@ -334,8 +342,8 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> Figure:
                 share = 0.8 / len(methods)  # of a contrast's place
                 center = place + (number - (len(methods) - 1) / 2) * share
                 spread = np.linspace(-0.3, 0.3, len(values)) * share if len(values) > 1 else np.zeros(len(values))
-                label = method_label(method) if place == 0 else "_"
-                axis.plot(center + spread, values, "o", color=colors[method], markersize=3, alpha=0.6, label=label)
+                label, marker = method_label(method) if place == 0 else "_", MARKERS[number % 6]
+                axis.plot(center + spread, values, marker, color=colors[method], markersize=3.5, alpha=0.6, label=label)
                 if values:
                     mean = float(np.mean(values))
                     axis.plot(
@@ -357,7 +365,7 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
     ----------
     section : mapping
         metrics.json's "analysis". Controls that it does not hold are left out. A standard error ``<name>_se`` gives
-        error bars of ±2; those of a control's cross-entropy are its difference's to the model's.
+        error bars of ±2; those of a control's cross-entropy are its difference's to the model's, as the title says.
     contrast_floor : (share, standard_error), optional
         Share of the commonest contrast, as `evaluation.contrast_floor` gives it; a line with a band of ±2.
     """
@@ -368,8 +376,11 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
         "_best_constant": ("best\nconstant", ORANGE),
     }
     panels = (
-        ("cross_entropy", "cross-entropy [nats per token]\nlower is better"),
-        ("contrast_accuracy", "contrast named rightly\n[share of slices]"),
+        (
+            "cross_entropy",
+            "cross-entropy [nats per token], lower is better\nbars: ± 2 s.e. of the difference to the first",
+        ),
+        ("contrast_accuracy", "contrast named rightly\n[share of slices, ± 2 s.e.]"),
         ("finding_f1", "findings: F1 over exact\nlabel, side and region"),
     )
     known = dict(section)

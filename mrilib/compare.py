@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mrilib import evaluation
-from mrilib.config import CompareParameters, ParameterError, display_path, resolve
+from mrilib.config import NOTEBOOKS, CompareParameters, ParameterError, display_path, resolve
 from mrilib.data import Volume, read_volume
 from mrilib.figures import Comparison
 from mrilib.history import History, read_history
@@ -54,6 +54,25 @@ def _finished(path: Path) -> bool:
     return record["status"] == "done" and not {"stage1", "stage2", "evaluate"}.isdisjoint(record["notebooks"])
 
 
+def states(runs: Mapping[str, Path]) -> dict[str, str]:
+    """What became of each run: "done", or what failed and why, or what is missing."""
+    told = {}
+    for run, path in runs.items():
+        record = read_json(path / "run.json")
+        failed = [(name, one) for name, one in record["notebooks"].items() if one.get("status") == "failed"]
+        missing = [name for name in record["planned"] if record["notebooks"].get(name, {}).get("status") != "done"]
+        if failed:
+            name, one = failed[-1]
+            told[run] = (
+                f"failed in {NOTEBOOKS[name][0]}: {str(one.get('error', 'no error is recorded')).splitlines()[0]}"
+            )
+        elif record["status"] == "done" or missing == ["compare"]:  # comparing is a run's last step
+            told[run] = "done"
+        else:
+            told[run] = f"{record['status']}, without {', '.join(NOTEBOOKS[name][0] for name in missing)}"
+    return told
+
+
 def differing_parameters(runs: Mapping[str, Path]) -> pd.DataFrame:
     """Parameters that are not the same in all runs: one row a parameter (notebook.name), one column a run.
 
@@ -76,7 +95,7 @@ def _configs(run: Path) -> dict[str, dict[str, str]]:
     """Notebook → parameter → value of a run; without the notebooks that decide nothing of its numbers."""
     entries = read_json(run / "run.json")["notebooks"]
     return {
-        notebook: {name: _relative(value, run) for name, value in entry["config"].items() if name not in UNTOLD}
+        notebook: {name: _relative(value, run) for name, value in entry.get("config", {}).items() if name not in UNTOLD}
         for notebook, entry in entries.items()
         if notebook not in ("explore", "compare", "pretrain")
     }
@@ -166,7 +185,7 @@ def same_slice(runs: Mapping[str, Path]) -> tuple[list[Comparison], list[str]]:
             images["zero_filled"] = _slice(first, "zero_filled", acceleration, volume, slice_num)
         images |= {run: _slice(evaluated[run], "model", acceleration, volume, slice_num) for run in shown}
         title = f"{volume.acquisition}\nslice {slice_num}, {acceleration}x"
-        comparisons.append(Comparison(target, images, volume.maximum, title=title))
+        comparisons.append(Comparison(target, images, volume.maximum, title=title, pixel=volume.pixel))
     return comparisons, [run for run in evaluated if run not in shown or not comparisons]
 
 

@@ -200,7 +200,9 @@ class DataParameters(OutputParameters):
     num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1)
     img_size: int = P(320, "side of the ViT's input [pixels], a multiple of 16", ge=16)
     crop: Literal["readout", "image"] = P("readout", "readout: native phase encoding; image: both axes cropped first")
-    mask_type: str = P("equispaced_fraction", "fastMRI's name of the mask class")
+    mask_type: str = P(
+        "equispaced_fraction", "fastMRI's masks: random, equispaced, equispaced_fraction, magic or magic_fraction"
+    )
     accelerations: list[int] = P([4, 8], "accelerations", min_length=1)
     center_fractions: list[float] = P([0.08, 0.04], "share of lines sampled at the centre, one per acceleration")
     num_workers: int = P(0, "processes that load data; 0: none", ge=0)

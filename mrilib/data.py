@@ -41,6 +41,7 @@ class Slice(NamedTuple):
     report: Report | None
     acquired: Tensor | None = None  # bool (phase,): False on the header's padding; None: every line was acquired
     tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
+    pixel: tuple[float, float] | None = None  # readout, phase [mm]; None if the file does not tell
 
 
 class Batch(NamedTuple):
@@ -392,6 +393,7 @@ class FastMRIDataset(Dataset[Slice]):
             facts=self.facts(index),
             report=self.reports.get((volume.file, slice_num)),
             acquired=acquired,
+            pixel=volume.pixel,
         )
 
     def _mask_seed(self, volume: Volume, slice_num: int) -> int | tuple[int, ...]:

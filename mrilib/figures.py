@@ -137,6 +137,26 @@ def _image(axis: Axes, image: NDArray, low: float, high: float, title: str = "",
     axis.set_title(title)
 
 
+def _error_colors(error_scale: float) -> ScalarMappable:
+    """The error map in per cent of the grey window."""
+    return ScalarMappable(Normalize(0, 100 / error_scale), ERROR_MAP)
+
+
+def scale_bar(shape: tuple[int, ...], pixel: tuple[float, float] | None) -> tuple[int, float] | None:
+    """Length of an image's scale bar, [mm] and [pixels]: 50, 20 or 10 mm, whichever is at most a third of its width."""
+    if pixel is None:
+        return None
+    return next(((mm, mm / pixel[1]) for mm in (50, 20, 10) if mm / pixel[1] <= shape[1] / 3), None)
+
+
+def _scale_bar(axis: Axes, shape: tuple[int, ...], pixel: tuple[float, float] | None) -> None:
+    if (bar := scale_bar(shape, pixel)) is None:
+        return
+    left, row = 0.04 * shape[1], 0.96 * shape[0]
+    axis.plot([left, left + bar[1]], [row, row], color="white", linewidth=2, solid_capstyle="butt")
+    axis.text(left, row - 0.02 * shape[0], f"{bar[0]} mm", color="white", fontsize=7.5, va="bottom")
+
+
 def _outline(box: Box, rows: int, color: str) -> Rectangle:
     x, y, width, height = display_box(box, rows)
     return Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=color, linewidth=1.3)
@@ -197,9 +217,14 @@ def slice_overview(one: Slice, boxes: Sequence[Box] = (), coil: int = 0, title: 
         scores = slice_scores(parts.target, parts.zero_filled, one.maximum)
         _image(axes[0, 1], parts.zero_filled, 0, window, f"zero-filled, {_told(scores)}")
         _image(axes[0, 2], parts.target, 0, window, "target (RSS, fully sampled)")
+        _scale_bar(axes[0, 2], parts.target.shape, one.pixel)
         _boxes(axes[0, 2], boxes, parts.target.shape[0])
         error = np.abs(parts.zero_filled - parts.target)
         _image(axes[1, 2], error, 0, window / ERROR_SCALE, f"|zero-filled − target| ×{ERROR_SCALE}", ERROR_MAP)
+        bar = figure.colorbar(_error_colors(ERROR_SCALE), cax=axes[1, 2].inset_axes((0.0, -0.06, 1.0, 0.035)),
+                              orientation="horizontal")  # fmt: skip
+        bar.set_label("error [% of the target's grey window]", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
     _image(axes[1, 0], montage(parts.coil_images, columns), 0, parts.coil_window, "coil images")
     _image(axes[1, 1], montage(parts.maps, columns), 0, 1, "coil maps from the centre lines, 0 to 1")
     for axis in axes.flat:
@@ -216,6 +241,7 @@ class Comparison(NamedTuple):
     scores: Mapping[str, Mapping[str, float]] | None = None  # method → {"ssim": …, "psnr": …}; None: of this slice
     title: str = ""  # beside the slice, lines separated by \n
     boxes: Sequence[Box] = ()
+    pixel: tuple[float, float] | None = None  # readout, phase [mm]: for the target's scale bar
 
 
 @styled
@@ -269,6 +295,7 @@ def reconstruction_comparison(
         _image(first, target, 0, window, "target")
         for box in one.boxes:
             first.add_patch(_outline(box, target.shape[0], SKY))
+        _scale_bar(first, target.shape, one.pixel)
         _inset(first, target, window, zoom)
         below = above[len(names) :] if beside else axes[rows_each * number + 1][1:]
         for name, image_axis, error_axis in zip(names, above, below, strict=False):
@@ -284,8 +311,8 @@ def reconstruction_comparison(
         elif not beside:
             axes[2 * number + 1][0].set_axis_off()
             axes[2 * number + 1][0].text(0.0, 0.98, one.title, transform=axes[2 * number + 1][0].transAxes, va="top")
-    colors = ScalarMappable(Normalize(0, 100 / error_scale), ERROR_MAP)
-    bar = figure.colorbar(colors, ax=list(axes.flat), location="bottom", shrink=0.4, aspect=40, pad=0.02)
+    place = {"location": "bottom", "shrink": 0.4, "aspect": 40, "pad": 0.02}
+    bar = figure.colorbar(_error_colors(error_scale), ax=list(axes.flat), **place)
     whose = "" if all(one.scores for one in slices) else "; SSIM and PSNR of the slice, with its volume's maximum"
     bar.set_label("|error| [% of the grey window, 0 to the target's 99.8th percentile]" + whose, fontsize=8)
     bar.ax.tick_params(labelsize=8)
@@ -410,6 +437,7 @@ def coil_compression_curve(curves: Mapping[str, ArrayLike], num_coils: int) -> F
         axis.plot(np.arange(1, len(lost) + 1), lost, marker=markers[number % len(markers)], markersize=4, label=name)
         lowest = min(lowest, float(lost.min(initial=1.0)))
     axis.axvline(num_coils, color=BLACK, linestyle=":", linewidth=1.2, label=f"num_coils = {num_coils}")
+    axis.set_title("what compression to fewer, virtual coils would lose")
     axis.set(yscale="log", xlabel="virtual coils", ylabel="energy lost [share]", ylim=(max(lowest / 2, 1e-7), 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -306,6 +306,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "cross_entropy": clustered_mean(own, tokens, patients)[0],
         "token_accuracy": sum(row["correct_own"] for row in rows) / sum(tokens),
         "contrast_accuracy": analysis.attribute_accuracy(truth, told, "contrast"),
+        "contrast_accuracy_se": _clustered_share(truth, told, patients),
         "contrast_commonest": guess,
         "contrast_commonest_se": guess_error,
         "level_accuracy": analysis.attribute_accuracy(truth, told, "level"),
@@ -332,10 +333,20 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         )  # of one patient it is unknown
     if rows[0]["generated_without_kspace"] is not None:
         blind = [parse_or_none(row["generated_without_kspace"]) for row in rows]
+        scores["contrast_accuracy_without_kspace_se"] = _clustered_share(truth, blind, patients)
         scores["contrast_accuracy_without_kspace"] = analysis.attribute_accuracy(truth, blind, "contrast")
         scores["level_accuracy_without_kspace"] = analysis.attribute_accuracy(truth, blind, "level")
         scores["finding_f1_without_kspace"] = analysis.finding_scores(truth, blind)["f1"]
     return scores
+
+
+def _clustered_share(truth: Sequence[Facts], told: Sequence[Facts | None], patients: Sequence[str]) -> float | None:
+    """Standard error of the share of rightly named contrasts, clustered by patient; None of one patient."""
+    right = [
+        float(guess is not None and guess.contrast == one.contrast) for one, guess in zip(truth, told, strict=True)
+    ]
+    error = clustered_mean(right, [1.0] * len(right), patients)[1]
+    return error if np.isfinite(error) else None
 
 
 def write_texts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -407,7 +418,7 @@ def preview(model: TwoStageModel, dataset: FastMRIDataset, count: int) -> list[C
         images = {"zero_filled": zero_filled(batch.kspace, batch.scale, batch.recon)[0], "model": model(batch)[0]}
         assert one.target is not None
         title = f"{one.facts.contrast}, slice {one.slice_num}\n{one.acceleration}x"
-        shown.append(Comparison(one.target, images, one.maximum, title=title))
+        shown.append(Comparison(one.target, images, one.maximum, title=title, pixel=one.pixel))
     return shown
 
 
@@ -435,5 +446,6 @@ def comparisons(
     for volume, slice_num, role in picked:
         images = {method: read_slice(directory, method, acceleration, volume, slice_num) for method in methods}
         title = f"{role} volume\n{volume.acquisition}, slice {slice_num}\n{acceleration}x"
-        shown.append(Comparison(read_target(volume, slice_num), images, volume.maximum, title=title))
+        target = read_target(volume, slice_num)
+        shown.append(Comparison(target, images, volume.maximum, title=title, pixel=volume.pixel))
     return shown

@@ -1,5 +1,10 @@
-"""The parameter reference, from `config`: ``python -m mrilib.reference`` writes docs/parameters.md."""
+"""What is told of the parameters, from `config`: docs/parameters.md and the notebooks' parameters cells.
 
+``python -m mrilib.reference`` writes them anew; the values in the cells stay.
+"""
+
+import ast
+import json
 import re
 import types
 import typing
@@ -7,6 +12,7 @@ from typing import Any
 
 from mrilib.config import (
     NOTEBOOKS,
+    PARAMETERS_HEADER,
     ROOT,
     BackboneParameters,
     BenchParameters,
@@ -72,6 +78,54 @@ def _type(annotation: Any, limits: list[Any]) -> str:
     return re.sub(r"\bstr\b", "text", ", ".join([name, *told]))
 
 
+def meaning(cls: type[Parameters], name: str) -> str:
+    """What a parameters cell says of a parameter: its description, and the values that it may have if they are few."""
+    field = cls.model_fields[name]
+    if typing.get_origin(field.annotation) is not typing.Literal:
+        return str(field.description)
+    return f"{field.description} [{', '.join(str(value) or 'empty' for value in typing.get_args(field.annotation))}]"
+
+
+def parameters_cell(cls: type[Parameters], values: dict[str, Any]) -> str:
+    """A notebook's parameters cell, with types for papermill's help: ``name: type = value  # meaning``."""
+    lines = [f"{PARAMETERS_HEADER}; papermill's and a params file's values replace them."]
+    code = {}
+    for name, field in cls.model_fields.items():
+        kind: Any = field.annotation
+        if not isinstance(kind, types.GenericAlias):
+            kind = "str" if typing.get_origin(kind) is typing.Literal else kind.__name__
+        value = json.dumps(values[name]) if _texts(values[name]) else repr(values[name])
+        code[name] = f"{name}: {kind} = {value}"
+    column = max(len(one) for one in code.values() if len(one) <= 50)
+    lines += [f"{one:{column}}  # {meaning(cls, name)}" for name, one in code.items()]
+    return "\n".join(lines)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def cell_values(source: str) -> dict[str, Any]:
+    """The values that a parameters cell assigns."""
+    return {
+        node.target.id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
+    }
+
+
+def _write_cells() -> None:
+    for stem, cls in NOTEBOOKS.values():
+        path = ROOT / "notebooks" / f"{stem}.ipynb"
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        cell = next(one for one in notebook["cells"] if "parameters" in one["metadata"].get("tags", []))
+        as_list = isinstance(cell["source"], list)
+        text = parameters_cell(cls, cell_values("".join(cell["source"])))
+        cell["source"] = text.splitlines(keepends=True) if as_list else text
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(path.relative_to(ROOT))
+
+
 def _value(default: Any) -> str:
     return "empty" if default in ("", []) else f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
@@ -80,3 +134,4 @@ if __name__ == "__main__":
     PATH.parent.mkdir(exist_ok=True)
     PATH.write_text(reference(), encoding="utf-8")
     print(PATH.relative_to(ROOT))
+    _write_cells()

@@ -57,8 +57,8 @@ P = ParamSpec("P")
 
 @functools.cache
 def _palette() -> NDArray[np.uint8]:
-    """198 colours that figures are made of: greys, the error map, and tints of Okabe and Ito's colours."""
-    greys = np.repeat(np.linspace(0, 255, 80)[:, None], 3, axis=1)
+    """256 colours that figures are made of: greys, the error map, and tints of Okabe and Ito's colours."""
+    greys = np.repeat(np.linspace(0, 255, 138)[:, None], 3, axis=1)
     errors = 255 * matplotlib.colormaps[ERROR_MAP](np.linspace(0, 1, 64))[:, :3]
     pure = 255 * np.array([matplotlib.colors.to_rgb(color) for color in COLORS[:6]])
     shares = np.linspace(1, 0.12, 9)[:, None, None]

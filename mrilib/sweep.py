@@ -160,7 +160,10 @@ def sweep(options: argparse.Namespace) -> int:
     if not done:
         print("error: every run of the sweep has failed; there is nothing to compare", file=sys.stderr)
         return 1
-    return 1 if _compare(folder, comparison, done) or failed else 0
+    recorded = [
+        path for path in own.values() if (path / "run.json").is_file()
+    ]  # failed ones are named among the others
+    return 1 if _compare(folder, comparison, recorded) or failed else 0
 
 
 def _status(path: Path) -> str:
@@ -222,8 +225,8 @@ def _mrilib(command: Sequence[str]) -> int:
     return status
 
 
-def _compare(folder: Path, directory: Path, done: Sequence[Path]) -> int:
-    """05_compare_runs over the finished runs, in a run folder of its own; it is made anew each time."""
+def _compare(folder: Path, directory: Path, recorded: Sequence[Path]) -> int:
+    """05_compare_runs over the runs, in a run folder of its own; it is made anew each time."""
     print(f"══ comparison → {display_path(directory)}", flush=True)
     if directory.exists():
         if _status(directory) == "no run" or set(read_json(directory / "run.json")["planned"]) != {"compare"}:
@@ -233,5 +236,5 @@ def _compare(folder: Path, directory: Path, done: Sequence[Path]) -> int:
         given = folder / "compare.yaml"
         path = Path(temporary) / "compare.yaml"
         path.write_text(given.read_text() if given.is_file() else "interactive: false\n")
-        runs = _flow([display_path(run) for run in done])
+        runs = _flow([display_path(run) for run in recorded])
         return _mrilib(["run", temporary, "--name", str(directory), "-p", f"compare.runs={runs}"])

@@ -44,6 +44,7 @@ class Volume(NamedTuple):
     has_target: bool
     has_mask: bool  # a test file that brings its own mask
     acceleration: int  # of its own mask; 0 if it brings none
+    pixel: tuple[float, float] | None = None  # readout, phase [mm]; None if the header does not tell
 
 
 class Header(NamedTuple):
@@ -52,6 +53,7 @@ class Header(NamedTuple):
     encoded: tuple[int, int]  # encodedSpace matrix
     recon: tuple[int, int]  # reconSpace matrix [pixels]
     padding: tuple[int, int]  # acquired phase-encoding lines [left, right)
+    pixel: tuple[float, float] | None = None  # encoded field of view over encoded matrix [mm]
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -172,6 +174,7 @@ def _volume(
         has_target=target is not None,
         has_mask=acceleration is not None,
         acceleration=round(acceleration or 0),
+        pixel=header.pixel,
     )
 
 
@@ -303,7 +306,8 @@ def read_header(xml: bytes | str) -> Header:
     Returns
     -------
     Header
-        Padding is left = enc_y//2 − center, right = left + maximum + 1 (fastMRI's mri_data.py).
+        Padding is left = enc_y//2 − center, right = left + maximum + 1 (fastMRI's mri_data.py). The field of view alone
+        may be missing: nothing but scale bars needs it.
 
     Raises
     ------
@@ -333,7 +337,18 @@ def read_header(xml: bytes | str) -> Header:
     encoded, recon = ((value(space, "matrixSize", "x"), value(space, "matrixSize", "y"))
                       for space in ("encodedSpace", "reconSpace"))  # fmt: skip
     left = encoded[1] // 2 - value(*limits, "center")
-    return Header(encoded, recon, (left, left + value(*limits, "maximum") + 1))
+    field = [_length(root, "encodedSpace", "fieldOfView_mm", axis) for axis in "xy"]
+    pixel = (field[0] / encoded[0], field[1] / encoded[1]) if min(*field, *encoded) > 0 else None
+    return Header(encoded, recon, (left, left + value(*limits, "maximum") + 1), pixel)
+
+
+def _length(root: Element, *path: str) -> float:
+    """A length in an ISMRMRD header's encoding [mm]; 0 if there is none that a scanner could have."""
+    try:
+        length = float(root.findtext("/".join(f"i:{part}" for part in ("encoding", *path)), "", NAMESPACE))
+    except ValueError:
+        return 0.0
+    return length if 1 <= length <= 5000 else 0.0
 
 
 def contradictions(header: Header, matrix: tuple[int, int]) -> list[str]:

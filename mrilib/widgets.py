@@ -30,6 +30,7 @@ from mrilib.figures import (
     montage,
     montage_columns,
     sampled,
+    scale_bar,
     slice_parts,
     slice_scores,
     window_of,
@@ -98,11 +99,39 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[Box], shape: tuple[int, int
         draw.text((start, place), box.label, fill=SKY, anchor=anchor, **style)
 
 
-def sheet(tiles: Sequence[Image.Image], columns: int) -> bytes:
-    """Tiles of equal size, row by row, as PNG."""
+def draw_scale_bar(picture: Image.Image, shape: tuple[int, ...], pixel: tuple[float, float] | None) -> None:
+    """Draw a scale bar into the lower left corner of the tile of an image of this shape (h, w) [pixels]."""
+    if (bar := scale_bar(shape, pixel)) is None:
+        return
+    side = picture.width
+    scale = side / max(shape)
+    left = (side - round(shape[1] * scale)) // 2 + 8
+    bottom = CAPTION + (side + round(shape[0] * scale)) // 2 - 10
+    draw = ImageDraw.Draw(picture)
+    draw.line((left, bottom, left + round(bar[1] * scale), bottom), fill="white", width=2)
+    draw.text((left, bottom - 4), f"{bar[0]} mm", fill="white", font=_font(), anchor="ls")
+
+
+def error_scale_strip(side: int = SIDE, error_scale: float = ERROR_SCALE) -> Image.Image:
+    """The error map from 0 to its end in per cent of the grey window, as wide as a tile."""
+    strip = Image.new("RGB", (side, CAPTION), "white")
+    draw, end, middle = ImageDraw.Draw(strip), f"{100 / error_scale:g} % of the grey window", CAPTION // 2
+    left, right = 20, side - 10 - round(_font().getlength(end))
+    colors = _table(ERROR_MAP)[np.linspace(0, 255, right - left).round().astype(int)]
+    strip.paste(Image.fromarray(np.repeat(colors[None], 10, axis=0)), (left, middle - 5))
+    draw.text((left - 6, middle), "0", fill="black", font=_font(), anchor="rm")
+    draw.text((right + 6, middle), end, fill="black", font=_font(), anchor="lm")
+    return strip
+
+
+def sheet(tiles: Sequence[Image.Image], columns: int, below: Image.Image | None = None) -> bytes:
+    """Tiles of equal size, row by row, as PNG; `below`, as wide as a tile, comes under the last one."""
     width, height = tiles[0].size
     rows = -(-len(tiles) // columns)
-    whole = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    foot = below.height if below is not None else 0
+    whole = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP + foot), "white")
+    if below is not None:
+        whole.paste(below, ((len(tiles) - 1) % columns * (width + GAP), rows * (height + GAP) - GAP))
     for number, one in enumerate(tiles):
         whole.paste(one, (number % columns * (width + GAP), number // columns * (height + GAP)))
     buffer = io.BytesIO()
@@ -137,13 +166,15 @@ def overview_png(one: Slice, parts: SliceParts, boxes: Sequence[Box] = (), coil:
         scores = slice_scores(parts.target, parts.zero_filled, one.maximum)
         tiles.append(tile(parts.zero_filled, window, _scored("zero-filled", scores)))
         tiles.append(tile(parts.target, window, "target"))
+        draw_scale_bar(tiles[-1], shape, one.pixel)
         draw_boxes(tiles[-1], boxes, shape)
     tiles.append(tile(montage(parts.coil_images, columns), parts.coil_window, "coil images"))
     tiles.append(tile(montage(parts.maps, columns), 1, "coil maps from the centre lines"))
     if parts.target is not None:
         error = np.abs(parts.zero_filled - parts.target)
         tiles.append(tile(error, window / ERROR_SCALE, f"|zero-filled − target| ×{ERROR_SCALE}", cmap=ERROR_MAP))
-    return sheet(tiles, 3)
+    blank = Image.new("RGB", (SIDE, CAPTION), "white")  # the picture keeps its size from file to file
+    return sheet(tiles, 3, below=blank if parts.target is None else error_scale_strip())
 
 
 def _scored(name: str, scores: dict[str, float]) -> str:
@@ -278,7 +309,9 @@ class ReconstructionBrowser(_Browser):
         slice_num = min(self.slice.value, volume.slices - 1)
         target = evaluation.read_target(volume, slice_num)
         window = window_of(target)
-        tiles = [tile(self._zoomed(display_image(target)), window, "target")]
+        shown = self._zoomed(display_image(target))
+        tiles = [tile(shown, window, "target")]
+        draw_scale_bar(tiles[0], shown.shape, volume.pixel)
         for method in dict.fromkeys(("zero_filled", self.method.value)):
             if not (self.directory / method).is_dir():
                 continue
@@ -288,4 +321,4 @@ class ReconstructionBrowser(_Browser):
         error = np.abs(display_image(image) - display_image(target))
         caption = f"|{method_label(self.method.value)} − target| ×{ERROR_SCALE}"
         tiles.append(tile(self._zoomed(error), window / ERROR_SCALE, caption, cmap=ERROR_MAP))
-        return f"{volume.file}, slice {slice_num}, {self.acceleration.value}x", sheet(tiles, 2)
+        return f"{volume.file}, slice {slice_num}, {self.acceleration.value}x", sheet(tiles, 2, error_scale_strip())

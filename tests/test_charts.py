@@ -76,7 +76,7 @@ def test_compare_curves_by_stage():
     assert titles(figure) == ["stage 1", "stage 2"]
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[1].lines) == 4
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["a training", "a validation", "b training", "b validation"]
+    assert labels == ["a training", "b training", "a validation", "b validation"]  # columns: a line is a run
     colors = {line.get_label(): line.get_color() for axis in figure.axes for line in axis.lines}
     assert colors["a training"] != colors["b training"]
     markers = {line.get_label(): line.get_marker() for line in figure.axes[1].lines}
@@ -116,9 +116,10 @@ def test_methods_come_in_one_order_everywhere():
 def test_metrics_by_contrast_shows_every_volume():
     scores = {"4": {"model": volume_scores(0.8), "zero_filled": volume_scores(0.5)}}
     axis = charts.metrics_by_contrast(scores).axes[0]
-    dots = [line for line in axis.lines if line.get_marker() == "o"]
+    dots = [line for line in axis.lines if line.get_marker() != "None"]
+    assert len({line.get_marker() for line in dots}) == 2, "methods told apart in grey print"
     assert sum(len(line.get_ydata()) for line in dots) == 16
-    means = [line.get_ydata()[0] for line in axis.lines if line.get_marker() != "o"]
+    means = [line.get_ydata()[0] for line in axis.lines if line.get_marker() == "None"]
     assert means[0] == pytest.approx(np.mean([0.8, 0.82, 0.84, 0.86]))
 
 

@@ -146,3 +146,20 @@ def test_runs_whose_test_files_are_others_are_left_out(two_runs, tmp_path):
 
 def read_config(run):
     return json.loads((run / "run.json").read_text())
+
+
+def test_states_name_what_failed_and_what_is_missing(volumes, tmp_path):
+    folders = {name: tmp_path / name for name in ("fine", "failed", "unfinished")}
+    for folder in folders.values():
+        make_run(folder, volumes)
+    records = {name: json.loads((folder / "run.json").read_text()) for name, folder in folders.items()}
+    records["failed"]["notebooks"]["evaluate"].update(status="failed", error="ValueError: odd\nsecond line")
+    records["unfinished"]["status"] = "running"
+    records["unfinished"]["notebooks"]["evaluate"]["status"] = "running"
+    for name, record in records.items():
+        write_json(folders[name] / "run.json", record)
+    assert compare.states(folders) == {
+        "fine": "done",
+        "failed": "failed in 04_evaluate: ValueError: odd",
+        "unfinished": "running, without 04_evaluate",
+    }

@@ -148,6 +148,11 @@ def test_training_is_the_same_whether_or_not_it_is_watched(phantom_dir, tmp_path
         ("", "Findings: mass, left anterior.", "Findings: mass, left anterior."),
         (
             "Findings: none.",
+            "Findings: none. Whole study: motion artifact.",
+            "Findings: none. Whole study: <b>motion artifact</b>.",
+        ),
+        (
+            "Findings: none.",
             "Findings: edema, left central; edema, left central.",
             "Findings: <b>edema, left central</b>; <b>edema, left central</b>.",
         ),

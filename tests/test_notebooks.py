@@ -1,10 +1,10 @@
 """Notebook sources: no outputs, a parameters cell that is exactly the config, params that fit; papermill alone."""
 
-import ast
 import json
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import nbformat
@@ -46,20 +46,15 @@ def test_sources_carry_no_outputs_and_no_widget_state(stem):
 
 @pytest.mark.parametrize("key", NOTEBOOKS)
 def test_parameters_cell_is_the_config(key):
-    """Same names, plain literals that the config accepts, each with the config's own words as its comment."""
+    """Same names, plain literals that the config accepts, each with its type and the config's own words."""
     stem, cls = NOTEBOOKS[key]
     source = parameters_cell(stem)
     assert source.startswith(PARAMETERS_HEADER)
-    assigned = {}
-    for node in ast.parse(source).body:
-        assert isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        comment = source.splitlines()[node.end_lineno - 1].split("  # ", 1)[1]
-        name = node.targets[0].id
-        assigned[name] = ast.literal_eval(node.value)
-        assert comment == cls.model_fields[name].description
+    assigned = reference.cell_values(source)
     assert list(assigned) == list(cls.model_fields)
     assert assigned["interactive"] is True
     cls(**assigned)
+    assert source == reference.parameters_cell(cls, assigned), "python -m mrilib.reference writes it anew"
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -150,7 +145,12 @@ def test_papermills_help_tells_every_parameter_with_its_meaning(key):
     told = inspect_notebook(str(ROOT / "notebooks" / f"{stem}.ipynb"))
     assert list(told) == list(cls.model_fields)
     for name, parameter in told.items():
-        assert parameter["help"].removeprefix("# ") == cls.model_fields[name].description
+        told, field = parameter["help"].removeprefix("# "), cls.model_fields[name]
+        assert told.startswith(field.description)
+        if typing.get_origin(field.annotation) is typing.Literal:
+            assert all((value or "empty") in told for value in typing.get_args(field.annotation))
+        else:
+            assert parameter["inferred_type_name"] in (str(field.annotation), field.annotation.__name__)
 
 
 def test_documented_papermill_commands_are_right():

@@ -111,7 +111,13 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params,
     assert out.index(f"failed  {failed}") < out.index(f"done    {done}")
     records = {path: json.loads((path / "run.json").read_text()) for path in (failed, done, tmp_path / "s-sweep")}
     assert [record["status"] for record in records.values()] == ["failed", "done", "done"]
-    assert records[tmp_path / "s-sweep"]["notebooks"]["compare"]["compared"] == {done.name: str(done)}
+    assert records[tmp_path / "s-sweep"]["notebooks"]["compare"]["compared"] == {
+        failed.name: str(failed),
+        done.name: str(done),
+    }
+    states = records[tmp_path / "s-sweep"]["notebooks"]["compare"]["states"]
+    assert states[done.name] == "done"
+    assert states[failed.name].startswith("failed in 02_train_stage1: ParameterError: parameters: varnet_weights: ")
     assert "reconstructions; 04_evaluate makes them" in (tmp_path / "s-sweep" / "05_compare_runs.ipynb").read_text()
 
     assert main(command) == 1

@@ -269,3 +269,17 @@ def test_header_numbers_that_are_none_are_named(volumes: list[Volume], number: s
     spoilt = xml[: start + 8] + number + xml[xml.index("</center>") :]
     with pytest.raises(DataError, match=r"ismrmrd_header has no number at encoding/encodingLimits/.*/center"):
         read_header(spoilt)
+
+
+def test_pixel_size_is_the_encoded_field_over_its_matrix(volumes, tmp_path):
+    volume = volumes[0]
+    with h5py.File(volume.path) as h5:
+        xml = h5["ismrmrd_header"][()].decode()
+    height, width = volume.matrix
+    for field, pixel in (("440.0", (440 / height, 230 / width)), ("wide", None), ("0", None), ("nan", None)):
+        start, end = (xml.index(part) for part in ("<fieldOfView_mm>", "</fieldOfView_mm>"))
+        changed = f"{xml[:start]}<fieldOfView_mm><x>{field}</x><y>230</y><z>5</z>{xml[end:]}"
+        assert read_header(changed).pixel == pixel
+    path = copy_of(volume, tmp_path, header(xml[start : end + 17], ""))
+    assert read_volume(path).pixel is None, "nothing else needs it"
+    assert read_volume(volume.path).pixel == volume.pixel
