@@ -14,6 +14,8 @@ with; a call with other parameters is refused rather than mixed in.
 import functools
 import json
 import logging
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -101,14 +103,23 @@ METHODS: dict[str, Method] = {
     "varnet_measured_lines": Method(lambda one, two, backbone: _varnet(one, measured_lines=True)),
     "varnet_both_stages": Method(lambda one, two, backbone: _varnet(one)),  # more steps: those of both our stages
 }
+VARNET_SIZES = (
+    "varnet_num_cascades",
+    "varnet_chans",
+    "varnet_pools",
+    "varnet_sens_chans",
+    "varnet_sens_pools",
+)
 UNLEARNED = ("zero_filled", "nearest_training_slice", "bart")
 
 
 class FixedSteps(ShapeBatchSampler):
     """So many shuffled batches each time, whatever the size of the data set; a function of (seed, epoch) alone."""
 
-    def __init__(self, dataset: FastMRIDataset, batch_size: int, seed: int, steps: int) -> None:
-        super().__init__(dataset, batch_size, seed, shuffle=True)
+    def __init__(
+        self, dataset: FastMRIDataset, batch_size: int, seed: int, steps: int, finding_share: float = 0.0
+    ) -> None:
+        super().__init__(dataset, batch_size, seed, shuffle=True, finding_share=finding_share)
         self.steps = steps
 
     def plan(self) -> list[list[int]]:
@@ -117,7 +128,8 @@ class FixedSteps(ShapeBatchSampler):
         batches: list[list[int]] = []
         while len(batches) < self.steps:
             seed = int(rng.integers(2**32))
-            batches += ShapeBatchSampler(self.dataset, self.batch_size, seed, shuffle=True).plan()
+            share = self.finding_share
+            batches += ShapeBatchSampler(self.dataset, self.batch_size, seed, True, finding_share=share).plan()
         return batches[: self.steps]
 
 
@@ -151,7 +163,7 @@ class Bench:
         train = FastMRIDataset(self.volumes["train"], config, annotations, training=True)
         train.masks_per_slice = config.masks_per_slice
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
-        sampler = FixedSteps(train, batch_size, seed, steps)
+        sampler = FixedSteps(train, batch_size, seed, steps, self.stage1.finding_share if texts else 0.0)
         generator = torch.Generator().manual_seed(seed)  # its own: the model's random numbers must not depend on it
         loader = DataLoader(
             train, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers, generator=generator
@@ -165,7 +177,8 @@ class Bench:
             return False
         before = read_json(path)["made_with"]
         if before != json.loads(json.dumps(made_with)):
-            changed = [name for name in made_with if made_with[name] != before.get(name)]
+            names = {**before, **made_with}  # in order
+            changed = [name for name in names if made_with.get(name) != before.get(name)]
             raise ParameterError(
                 f"{display_path(folder)} was made with other values of {', '.join(changed)}; remove the folder, or "
                 "give another output_dir"
@@ -192,12 +205,22 @@ class Bench:
         }
 
     def train_stage1(self, seed: int) -> dict[str, Any]:
-        """Stage 1 and its control without k-space, both of `stage1_steps`; what done.json says."""
+        """Stage 1 and its control without k-space, both of `stage1_steps`; what done.json says.
+
+        With `stage1_start` the encoder's VarNet starts from that method's, which is trained first.
+        """
         folder = self.directory / f"seed{seed}" / "stage1"
         config = self.stage1.model_copy(update={"seed": seed})
-        made_with = {"steps": self.config.stage1_steps, **_kept(config)}
+        made_with = self._stage1_made_with()
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
+        if self.config.stage1_start:
+            self.train_method(self.config.stage1_start, seed)
+            baseline = self.trained(self.config.stage1_start, seed).decoder
+            assert isinstance(baseline, VarNetBaseline)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(baseline.varnet.state_dict(), folder / "varnet_state_dict.pt")
+            config = config.model_copy(update={"varnet_weights": display_path(folder / "varnet_state_dict.pt")})
         results: dict[str, Any] = {}
         for name, build in (("stage1", build_encoder), ("control", build_control)):
             training.prepare(config)
@@ -219,7 +242,7 @@ class Bench:
         folder = self.directory / f"seed{seed}" / name
         steps, rate = self._plan(name)
         config = self.stage2.model_copy(update={"seed": seed, "learning_rate": rate})
-        made_with = {"steps": steps, "stage1": _kept(self.stage1), **_kept(config)}
+        made_with = {"steps": steps, **self._needed(name), **_kept(config)}
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
         training.prepare(config)
@@ -228,6 +251,19 @@ class Bench:
         result = self._fit(stage, config, folder, steps, texts=False)
         write_json(folder / "done.json", {"made_with": made_with, **result})
         return read_json(folder / "done.json")
+
+    def _stage1_made_with(self) -> dict[str, Any]:
+        start = self.config.stage1_start
+        before = {"start": start, "start_plan": self._plan(start)} if start else {}
+        return {"steps": self.config.stage1_steps, **before, **_kept(self.stage1)}
+
+    def _needed(self, name: str) -> dict[str, Any]:
+        """What a method takes from stage 1: the whole of it with its tokens, a VarNet's sizes, or nothing."""
+        if METHODS[name].tokens:
+            return {"stage1": self._stage1_made_with()}
+        if name.startswith("varnet"):
+            return {key: value for key, value in self.stage1.to_dict().items() if key in VARNET_SIZES}
+        return {}
 
     def _plan(self, name: str) -> tuple[int, float]:
         if name not in self.config.methods:
@@ -493,13 +529,51 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
 
 def calibrate(params: str, seconds: float = 300.0) -> Iterator[tuple[str, float, int]]:
     """Seconds a step, and the steps that take `seconds`, of stage 1 and every learned method here and now."""
-    values = {name: value for name, value in read_yaml(resolve(params)).items() if name in BenchParameters.model_fields}
-    one = Bench(BenchParameters.create({**values, "bench_parts": []}), Path())
+    one = Bench(_without_running(params), Path())
     for name in ("stage1", *METHODS):
         each = seconds_per_step(one, name)
         yield name, each, round(seconds / each)
 
 
-if __name__ == "__main__":  # python -m mrilib.bench: what the steps in params/bench/benchmark.yaml are to be taken from
-    for method, each, count in calibrate("params/bench/benchmark.yaml"):
-        print(f"{method:24s} {each:6.3f} s a step, {count:5d} steps in 5 minutes", flush=True)
+def _without_running(params: str, **changes: Any) -> BenchParameters:
+    values = {name: value for name, value in read_yaml(resolve(params)).items() if name in BenchParameters.model_fields}
+    return BenchParameters.create({**values, "bench_parts": [], **changes})
+
+
+def try_rates(
+    params: str, names: Sequence[str], rates: Sequence[float] = (5e-4, 1e-3, 2e-3, 4e-3), share: float = 0.2
+) -> Iterator[tuple[str, float, float]]:
+    """Validation loss of short trainings, each of `share` of a method's steps, at some learning rates.
+
+    Parameters
+    ----------
+    params : str
+        Params file of the comparison.
+    names : sequence of str
+        Methods that read no tokens: before stage 1 there are none. VarNets that differ in nothing trained share a rate.
+    rates : sequence of float
+    share : float
+
+    Yields
+    ------
+    (method, rate, validation loss)
+    """
+    given = _without_running(params)
+    for name in names:
+        for rate in rates:
+            steps = [max(1, round(share * count)) for count in given.steps]
+            changed = {"learning_rates": [rate] * len(steps), "steps": steps, "validations": 1}
+            with tempfile.TemporaryDirectory() as folder:
+                made = Bench(_without_running(params, **changed), Path(folder)).train_method(name, 0)
+            yield name, rate, made["validation"][-1]["val_loss"]
+
+
+if __name__ == "__main__":
+    # python -m mrilib.bench: what the steps in params/bench/benchmark.yaml are to be taken from
+    # python -m mrilib.bench varnet unet: what their learning rates are to be taken from
+    file = "params/bench/benchmark.yaml"
+    if len(sys.argv) == 1:
+        for method, each, count in calibrate(file):
+            print(f"{method:24s} {each:6.3f} s a step, {count:5d} steps in 5 minutes", flush=True)
+    for method, rate, loss in try_rates(file, sys.argv[1:]):
+        print(f"{method:24s} {rate:.0e}: validation loss {loss:.4f}", flush=True)

@@ -272,7 +272,10 @@ class TrainingParameters(BackboneParameters):
     epochs: int = P(100, "passes over the training slices", ge=1)
     batch_size: int = P(4, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1)
     learning_rate: float = P(3e-4, "peak learning rate", gt=0)
-    weight_decay: float = P(1e-4, "AdamW's weight decay", ge=0)
+    optimizer: Literal["adamw", "muon"] = P(
+        "adamw", "muon: orthogonalised steps for matrices and kernels, AdamW for the rest; often learns in fewer steps"
+    )
+    weight_decay: float = P(1e-4, "the optimizer's weight decay, decoupled", ge=0)
     max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0)
     warmup_ratio: float = P(0.1, "share of the steps with rising learning rate", ge=0, le=1)
     lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
@@ -347,6 +350,9 @@ class Stage1Parameters(TrainingParameters):
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
+    finding_share: float = P(
+        0.0, "share of an epoch that random slices with a finding take the place of; 0: every slice once", ge=0, le=1
+    )
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
@@ -437,6 +443,7 @@ class BenchParameters(OutputParameters):
     stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
     stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
     bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
+    stage1_start: str = P("", "method from whose trained VarNet stage 1 starts, such as varnet; empty: from scratch")
     stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
     methods: list[str] = P(
         ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1
@@ -456,6 +463,8 @@ class BenchParameters(OutputParameters):
             raise ValueError("steps and learning_rates: one value per method is wanted; they are paired by index")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError("methods: one is named twice")
+        if self.stage1_start and (self.stage1_start not in self.methods or not self.stage1_start.startswith("varnet")):
+            raise ValueError(f"stage1_start: '{self.stage1_start}' is no VarNet among the methods")
         if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
             raise ValueError("steps must be at least 1 and learning_rates above 0")
         unknown = set(self.bench_parts) - {"stage1", "train", "score", "shifts"}

@@ -415,6 +415,8 @@ class ShapeBatchSampler(Sampler[list[int]]):
         Without it the order is the dataset's.
     group_by_length : bool
         Put slices with texts of about equal length together, within every `WINDOW` batches of the shuffled order.
+    finding_share : float
+        So much of a shuffled epoch, drawn anew each time, gives its place to random slices that have a finding.
 
     Attributes
     ----------
@@ -433,15 +435,21 @@ class ShapeBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = False,
         group_by_length: bool = False,
+        finding_share: float = 0.0,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+        self.finding_share = finding_share if shuffle else 0.0
+        self.with_finding = [i for i in range(len(dataset)) if dataset.facts(i).findings] if self.finding_share else []
         self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
         self.skip, self.share = 0, (0, 1)
 
     def plan(self) -> list[list[int]]:
         """The batches of the dataset's epoch, of all processes."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
-        order = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
+        order = rng.permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
+        if self.with_finding:
+            others = rng.choice(self.with_finding, len(order))
+            order = np.where(rng.random(len(order)) < self.finding_share, others, order)
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in order:
             groups[self.dataset.shape_key(int(index))].append(int(index))
@@ -488,12 +496,17 @@ def collate(slices: list[Slice]) -> Batch:
 
 
 def make_loader(
-    dataset: FastMRIDataset, batch_size: int, seed: int = 0, shuffle: bool = False, group_by_length: bool = False
+    dataset: FastMRIDataset,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = False,
+    group_by_length: bool = False,
+    finding_share: float = 0.0,
 ) -> DataLoader:
     """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
     return DataLoader(
         dataset,
-        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length),
+        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length, finding_share),
         collate_fn=collate,
         num_workers=dataset.config.num_workers,
         pin_memory=torch.cuda.is_available(),

@@ -120,7 +120,9 @@ def _write_cells() -> None:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         cell = next(one for one in notebook["cells"] if "parameters" in one["metadata"].get("tags", []))
         as_list = isinstance(cell["source"], list)
-        text = parameters_cell(cls, cell_values("".join(cell["source"])))
+        defaults = {name: field.default for name, field in cls.model_fields.items()}  # of a parameter that is new
+        given = cell_values("".join(cell["source"]))
+        text = parameters_cell(cls, {name: given.get(name, default) for name, default in defaults.items()})
         cell["source"] = text.splitlines(keepends=True) if as_list else text
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(path.relative_to(ROOT))

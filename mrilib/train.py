@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -37,8 +38,10 @@ def make_loaders(
         max_slices=config.max_train_slices,
     )
     val_data = FastMRIDataset(volumes["val"], config, annotations, max_slices=config.max_val_slices)
-    group = isinstance(config, Stage1Parameters) and config.group_by_length
-    train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, group_by_length=group)
+    order: dict[str, Any] = {}
+    if isinstance(config, Stage1Parameters):
+        order = {"group_by_length": config.group_by_length, "finding_share": config.finding_share}
+    train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, **order)
     return volumes, train_loader, make_loader(val_data, config.batch_size)
 
 

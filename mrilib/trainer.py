@@ -34,6 +34,7 @@ from mrilib.history import (
     write_epochs,
 )
 from mrilib.model import count_parameters, tensor_hash
+from mrilib.optimizer import build_optimizer
 from mrilib.resume import check_same_training, data_hash
 
 if TYPE_CHECKING:
@@ -79,14 +80,7 @@ class Trainer:
         self.parameters = stage.model.freeze(stage.trainable)
         for parameter in self.parameters if self.accelerator.num_processes > 1 else ():
             torch.distributed.broadcast(parameter.data, 0)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-                {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},  # norms, biases, vectors
-            ],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-        )
+        self.optimizer = build_optimizer(self.parameters, config)
         # Batches of one step, over all processes; what this process takes of them is up to the sampler.
         launched = self.accelerator.num_processes if distributed.launched() else config.num_processes
         self.step_batches = config.gradient_accumulation_steps * launched

@@ -1,12 +1,14 @@
 """The bench: parts that resume, equal conditions, tables from files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import systems
+import torch
 import yaml
 
-from mrilib import bart, bench, bench_tables
+from mrilib import bart, bench, bench_tables, model
 from mrilib.config import BenchParameters, ParameterError
 from mrilib.data import FastMRIDataset
 
@@ -174,3 +176,47 @@ def test_every_known_method_is_built_and_gives_an_image(done):
     assert sizes["varnet_equal_size"] == pytest.approx(sizes["model"], rel=0.3) and sizes["varnet"] < sizes["model"]
     assert built["varnet_measured_lines"].decoder.measured_lines and not built["varnet"].decoder.measured_lines
     assert not built["tokens_alone"].decoder.image_skip
+
+
+def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch):
+    one_params = yaml.safe_load(Path(values["stage1_params"]).read_text()) | {"varnet_map_network": True}
+    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(one_params))
+    changed = {"stage1_params": str(tmp_path / "stage1.yaml"), "stage1_start": "varnet"}
+    one = bench.Bench(BenchParameters.create({**values, **changed}), tmp_path / "run")
+    built = []
+    monkeypatch.setattr(
+        bench, "build_encoder", lambda config, backbone: built.append(build(config, backbone)) or built[0]
+    )
+    build = model.build_encoder
+    before = {}
+    fit = bench.training.fit
+
+    def note_then_fit(stage, *rest, **others):
+        if stage.name == "stage1":
+            before.update({name: value.clone() for name, value in stage.part.varnet.state_dict().items()})
+        return fit(stage, *rest, **others)
+
+    monkeypatch.setattr(bench.training, "fit", note_then_fit)
+    one.train_stage1(0)
+    baseline = one.trained("varnet", 0).decoder.varnet.state_dict()
+    assert before.keys() == baseline.keys()
+    assert all(torch.equal(before[name], baseline[name]) for name in baseline)
+    assert (
+        json.loads((tmp_path / "run" / "seed0" / "stage1" / "done.json").read_text())["made_with"]["start"] == "varnet"
+    )
+    one.train_method("model", 0)
+    scratch = bench.Bench(BenchParameters.create({**values, **changed, "stage1_start": ""}), tmp_path / "run")
+    with pytest.raises(ParameterError, match="stage1 was made with other values of"):
+        scratch.train_stage1(0)
+    with pytest.raises(ParameterError, match="model was made with other values of stage1"):
+        scratch.train_method("model", 0)
+    scratch.train_method("varnet", 0)  # which took nothing of stage 1
+    with pytest.raises(ParameterError, match="stage1_start: 'unet' is no VarNet among the methods"):
+        BenchParameters.create({**values, "stage1_start": "unet"})
+
+
+def test_rates_are_tried_on_validation(values, tmp_path):
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(values))
+    tried = list(bench.try_rates(str(tmp_path / "b.yaml"), ["unet"], rates=(1e-4, 1e-2), share=0.5))
+    assert [(name, rate) for name, rate, _ in tried] == [("unet", 1e-4), ("unet", 1e-2)]
+    assert tried[0][2] != tried[1][2] and all(0 < loss < 1 for _, _, loss in tried)

@@ -575,6 +575,28 @@ def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volum
     assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
 
 
+def test_slices_with_findings_take_their_share_of_an_epoch(volumes: list[Volume], phantom_dir: Path) -> None:
+    config = parameters(phantom_dir)
+    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
+    found = [bool(dataset.facts(index).findings) for index in range(len(dataset))]
+    assert 0 < sum(found) < len(found)
+
+    def shares(share: float, **others: Any) -> list[float]:
+        taken = []
+        for dataset.epoch in range(40):
+            sampler = ShapeBatchSampler(dataset, 3, seed=1, finding_share=share, **{"shuffle": True, **others})
+            order = [index for batch in sampler.plan() for index in batch]
+            assert len(order) == len(dataset)
+            taken.append(sum(found[index] for index in order) / len(order))
+        return taken
+
+    base = sum(found) / len(found)
+    assert np.mean(shares(0.5)) == pytest.approx(0.5 + 0.5 * base, abs=0.05)
+    assert set(shares(1.0)) == {1.0}
+    assert set(shares(0.0)) == set(shares(0.5, shuffle=False)) == {base}, "validation sees every slice once"
+    assert len(set(shares(0.5))) > 3, "drawn anew each epoch"
+
+
 def test_a_slice_stays_as_it_is_when_the_next_is_read(volumes: list[Volume], phantom_dir: Path) -> None:
     """Slices are read into the same memory one after the other."""
     dataset = FastMRIDataset(volumes, parameters(phantom_dir))

@@ -72,8 +72,9 @@ class Hungry(training.AnalysisStage):
         return super().loss(batch)
 
 
-def test_a_stopped_training_goes_on_as_if_nothing_had_been(config, tmp_path):
-    told = []
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_training_goes_on_as_if_nothing_had_been(config, tmp_path, optimizer):
+    told, config = [], with_(config, optimizer=optimizer)
     fit(stage_of(config), config, tmp_path / "whole", on_step=told.append)
     assert [entry["step"] for entry in told] == [1, 2, 3]
     stop = tmp_path / "stopped"

@@ -1,0 +1,83 @@
+"""Muon: near-orthogonal steps of AdamW's size, torch's own where both can, AdamW where there is no matrix."""
+
+import pytest
+import torch
+from systems import stage1_config
+from torch import nn
+
+from mrilib.optimizer import MOMENTUM, Muon, build_optimizer, is_matrix, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (5, 40), (40, 5), (1, 9), (2, 3)])
+def test_orthogonal_has_singular_values_near_1(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-4
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert values.min() > 0.5 and values.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_a_kernel_is_the_matrix_of_its_inputs_and_taps():
+    generator = torch.Generator().manual_seed(1)
+    kernel = nn.Parameter(torch.randn(6, 4, 3, 3, generator=generator).to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    one, other = (Muon([p], 0.01, (0.9, 0.95), 0.1) for p in (kernel, matrix))
+    for _ in range(3):
+        gradient = torch.randn(6, 4, 3, 3, generator=generator)
+        kernel.grad, matrix.grad = gradient, gradient.flatten(1)
+        one.step()
+        other.step()
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach())
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_matrices_go_as_with_torchs_own_muon(shape):
+    """torch computes the orthogonal matrix in bfloat16, so per cents apart."""
+    generator = torch.Generator().manual_seed(2)
+    mine = nn.Parameter(torch.randn(shape, generator=generator))
+    its = nn.Parameter(mine.detach().clone())
+    one = Muon([mine], 0.02, (0.9, 0.95), 0.1)
+    other = torch.optim.Muon([its], lr=0.02, weight_decay=0.1, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    start = mine.detach().clone()
+    for _ in range(5):
+        mine.grad = torch.randn(shape, generator=generator)
+        its.grad = mine.grad.clone()
+        one.step()
+        other.step()
+    assert (mine - its).norm() < 0.03 * (mine - start).norm()
+
+
+def test_the_rest_goes_as_with_adamw():
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(5,), (1, 8), (4, 1, 1), ()]
+    mine = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    its = [nn.Parameter(p.detach().clone()) for p in mine]
+    assert not any(is_matrix(p) for p in mine)
+    one = Muon(mine, 0.01, (0.8, 0.9), 0.0)
+    other = torch.optim.AdamW(its, lr=0.01, betas=(0.8, 0.9), weight_decay=0.0)
+    for _ in range(4):
+        for a, b in zip(mine, its, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        one.step()
+        other.step()
+    for a, b in zip(mine, its, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_is_as_large_as_adamws():
+    matrix = nn.Parameter(torch.zeros(64, 256))
+    matrix.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(4))
+    Muon([matrix], 1e-3, (0.9, 0.999), 0.0).step()
+    assert 1e-4 < float(matrix.detach().square().mean().sqrt()) < 3e-4  # 0.2 of the rate
+
+
+def test_the_parameters_choose(phantom_dir, backbone_dir):
+    weights = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))]
+    adamw = build_optimizer(weights, stage1_config(phantom_dir, backbone_dir, weight_decay=0.5))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.5, 0.0]
+    muon = build_optimizer(weights, stage1_config(phantom_dir, backbone_dir, optimizer="muon", learning_rate=0.01))
+    assert isinstance(muon, Muon) and [group["lr"] for group in muon.param_groups] == [0.01, 0.01]
+    weights[0].grad, weights[1].grad = torch.zeros(3, 3), None
+    muon.step()
+    assert (weights[1] == 1).all() and (weights[0] < 1).all(), "decay alone, and none where there is no gradient"
