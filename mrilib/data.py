@@ -7,7 +7,7 @@ attributes are for the loss and the metrics.
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -439,17 +439,19 @@ class ShapeBatchSampler(Sampler[list[int]]):
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
         self.finding_share = finding_share if shuffle else 0.0
-        self.with_finding = [i for i in range(len(dataset)) if dataset.facts(i).findings] if self.finding_share else []
+        self.found: dict[tuple[int, ...], list[int]] = defaultdict(list)  # slices with a finding, by shape
+        for index in range(len(dataset)) if self.finding_share else ():
+            if dataset.facts(index).findings:
+                self.found[dataset.shape_key(index)].append(index)
         self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
         self.skip, self.share = 0, (0, 1)
 
     def plan(self) -> list[list[int]]:
         """The batches of the dataset's epoch, of all processes."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
-        order = rng.permutation(len(self.dataset)) if self.shuffle else np.arange(len(self.dataset))
-        if self.with_finding:
-            others = rng.choice(self.with_finding, len(order))
-            order = np.where(rng.random(len(order)) < self.finding_share, others, order)
+        order: Iterable[int] = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
+        if self.finding_share:
+            order = [self._with_finding(int(index), rng) for index in order]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in order:
             groups[self.dataset.shape_key(int(index))].append(int(index))
@@ -462,6 +464,11 @@ class ShapeBatchSampler(Sampler[list[int]]):
             for batch in np.array_split(group, math.ceil(len(group) / self.batch_size))
         ]
         return [batches[i] for i in rng.permutation(len(batches))] if self.shuffle else batches
+
+    def _with_finding(self, index: int, rng: np.random.Generator) -> int:
+        """The slice, or a random one of its shape that has a finding: every epoch has as many batches."""
+        others = self.found.get(self.dataset.shape_key(index), [])
+        return int(rng.choice(others)) if others and rng.random() < self.finding_share else index
 
     def _by_length(self, group: list[int]) -> list[int]:
         width = self.WINDOW * self.batch_size
