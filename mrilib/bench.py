@@ -94,6 +94,8 @@ def _equal_varnet(one: Stage1Parameters, two: Stage2Parameters, backbone: PreTra
 METHODS: dict[str, Method] = {
     "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True),
     "trained_without_tokens": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False)),
+    # as many steps as take as long as the model's, which also has encoder and backbone to run
+    "without_tokens_equal_time": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False)),
     "tokens_alone": Method(
         lambda one, two, backbone: build_decoder(two.model_copy(update={"image_skip": False}), backbone), tokens=True
     ),

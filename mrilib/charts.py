@@ -62,8 +62,6 @@ def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     # matplotlib fills column by column: given so that, read line by line, they come in the figure's order
     names = [name for first in range(columns) for name in list(handles)[first::columns]]
-    if len(names) % columns:  # columns of unequal length are matplotlib's own affair
-        names = list(handles)
     figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns)
 
 
