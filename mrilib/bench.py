@@ -543,7 +543,7 @@ def _without_running(params: str, **changes: Any) -> BenchParameters:
 
 
 def try_rates(
-    params: str, names: Sequence[str], rates: Sequence[float] = (5e-4, 1e-3, 2e-3, 4e-3), share: float = 0.2
+    params: str, names: Sequence[str], rates: Sequence[float] = (5e-3, 1e-2, 2e-2, 4e-2), share: float = 0.2
 ) -> Iterator[tuple[str, float, float]]:
     """Validation loss of short trainings, each of `share` of a method's steps, at some learning rates.
 

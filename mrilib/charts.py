@@ -219,7 +219,7 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     legend = axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
     legend.set(frame_on=True, zorder=3)
     legend.get_frame().set(edgecolor="none", alpha=0.9)
-    share = min(0.55, 0.08 * np.ceil(len(legend.get_texts()) / 2) + 0.05)  # of the axis, for the legend
+    share = min(0.6, 0.1 * np.ceil(len(legend.get_texts()) / 2) + 0.05)  # of the axis, for the legend
     top = axis.get_ylim()[1]
     axis.set_ylim(lowest / (top / lowest) ** (share / (1 - share)), top)
 
