@@ -9,6 +9,7 @@ import multiprocessing
 import shutil
 import tempfile
 import time
+import warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -158,11 +159,13 @@ def report_apart(
 ) -> Report:
     """`report` in a fresh process, so that the peak is the stage's own; without `progress` it shows no bars."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=None if progress else _hide_bars) as executor:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=None if progress else _quietly) as executor:
         return executor.submit(report, config, keep).result()
 
 
-def _hide_bars() -> None:
+def _quietly() -> None:
+    """Neither bars nor the advice on loading processes: a notebook's record would keep both."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment,method-assign]
 
 
