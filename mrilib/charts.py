@@ -182,7 +182,7 @@ def _image_panel(axis: Axes, history: "History") -> None:
             axis.plot(steps, values, color=color, linestyle=style, label=f"{name} {statistic}")
     axis.set(title="images in a batch [volume maximum]", ylim=(0, None))
     _steps(axis)
-    axis.legend(ncols=2, fontsize=7.5)
+    axis.legend(ncols=2, fontsize=7.0, handlelength=1.5, columnspacing=0.8, loc="center")
 
 
 def plot_rate(axis: Axes, named: "Mapping[str, History]") -> None:
@@ -204,19 +204,23 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     axis.plot(steps, total, color=BLACK, label="all")
     settled = len(steps) // 20  # what starts at zero has no gradient in the first steps: the scale is that of the rest
     lowest = total[settled:].min()
-    floor = 1e-5 * lowest  # what is smaller does not matter beside the rest, and would flatten it
+    floor = 1e-3 * lowest  # what is smaller does not matter beside the rest, and would flatten it
     for number, part in enumerate(parts):
         values = _running_mean([step[prefix + part] for step in history.steps])
         if values.max() > 0:
             # told apart by marker and dash too, for those who print or do not see the colours
-            every: Any = {"marker": MARKERS[number % 6], "markevery": (number / 60, 0.2), "markersize": 3.5}
+            every: Any = {
+                "marker": MARKERS[(number + number // 6) % 6],
+                "markevery": (number / 60, 0.2),
+                "markersize": 3.5,
+            }
             style, color = DASHES[number // 6 % 3], COLORS[number % 6]
             axis.plot(steps, values, color=color, linestyle=style, linewidth=1.0, label=part, **every)
             seen = values[settled:][values[settled:] > floor]
             lowest = min(lowest, seen.min(initial=lowest))
     axis.set(yscale="log", title="gradient norms before clipping")
     _steps(axis)
-    legend = axis.legend(ncols=2, fontsize=7.0, handlelength=1.2, columnspacing=0.8, loc="lower center")
+    legend = axis.legend(ncols=2, fontsize=7.0, handlelength=2.2, columnspacing=0.8, loc="lower center")
     legend.set(frame_on=True, zorder=3)
     legend.get_frame().set(edgecolor="none", alpha=0.9)
     share = min(0.6, 0.1 * np.ceil(len(legend.get_texts()) / 2) + 0.05)  # of the axis, for the legend

@@ -63,10 +63,9 @@ def states(runs: Mapping[str, Path]) -> dict[str, str]:
         missing = [name for name in record["planned"] if record["notebooks"].get(name, {}).get("status") != "done"]
         if failed:
             name, one = failed[-1]
-            told[run] = (
-                f"failed in {NOTEBOOKS[name][0]}: {str(one.get('error', 'no error is recorded')).splitlines()[0]}"
-            )
-        elif record["status"] == "done" or missing == ["compare"]:  # comparing is a run's last step
+            error = str(one.get("error") or "no error is recorded").splitlines()[0]
+            told[run] = f"failed in {NOTEBOOKS[name][0]}: {error}"
+        elif not missing or missing == ["compare"]:  # comparing is a run's last step
             told[run] = "done"
         else:
             told[run] = f"{record['status']}, without {', '.join(NOTEBOOKS[name][0] for name in missing)}"

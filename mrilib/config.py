@@ -351,7 +351,10 @@ class Stage1Parameters(TrainingParameters):
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
     finding_share: float = P(
-        0.0, "share of an epoch that random slices with a finding take the place of; 0: every slice once", ge=0, le=1
+        0.0,
+        "share of an epoch that random slices with a finding (of the same shape) replace; 0: every slice once",
+        ge=0,
+        le=1,
     )
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 

@@ -416,7 +416,8 @@ class ShapeBatchSampler(Sampler[list[int]]):
     group_by_length : bool
         Put slices with texts of about equal length together, within every `WINDOW` batches of the shuffled order.
     finding_share : float
-        So much of a shuffled epoch, drawn anew each time, gives its place to random slices that have a finding.
+        So much of a shuffled epoch, drawn anew each time, gives its place to random slices of its shape that have a
+        finding, where there are any; some may come twice.
 
     Attributes
     ----------
@@ -443,6 +444,11 @@ class ShapeBatchSampler(Sampler[list[int]]):
         for index in range(len(dataset)) if self.finding_share else ():
             if dataset.facts(index).findings:
                 self.found[dataset.shape_key(index)].append(index)
+        if self.finding_share and not self.found:
+            raise ValueError(
+                f"finding_share: {finding_share:g}, but no training slice is known to have a finding; set it to 0, or "
+                "give annotations_dir"
+            )
         self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
         self.skip, self.share = 0, (0, 1)
 

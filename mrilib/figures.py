@@ -17,6 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
@@ -153,8 +154,12 @@ def _scale_bar(axis: Axes, shape: tuple[int, ...], pixel: tuple[float, float] | 
     if (bar := scale_bar(shape, pixel)) is None:
         return
     left, row = 0.04 * shape[1], 0.96 * shape[0]
-    axis.plot([left, left + bar[1]], [row, row], color="white", linewidth=2, solid_capstyle="butt")
-    axis.text(left, row - 0.02 * shape[0], f"{bar[0]} mm", color="white", fontsize=7.5, va="bottom")
+    outline = [withStroke(linewidth=2.5, foreground="black")]  # it may lie on bright tissue
+    rim = [withStroke(linewidth=4, foreground="black")]
+    axis.plot([left, left + bar[1]], [row, row], color="white", linewidth=2, solid_capstyle="butt", path_effects=rim)
+    axis.text(
+        left, row - 0.02 * shape[0], f"{bar[0]} mm", color="white", fontsize=7.5, va="bottom", path_effects=outline
+    )
 
 
 def _outline(box: Box, rows: int, color: str) -> Rectangle:
@@ -386,7 +391,9 @@ def mask_gallery(
         for row, name in enumerate(mask_types):
             function = kspace.make_mask_func(name, [fraction], [acceleration])
             mask, _ = kspace.sample_mask(function, width, seed, padding or (0, width))
-            start, stop = kspace.center_lines(mask)
+            low = round(width * fraction)  # fastMRI's own centre, which may be off the middle by one line
+            start = (width - low + 1) // 2
+            stop = start + low
             color = np.where(mask.numpy(), 0, 255).astype(np.uint8)[None, :, None].repeat(3, axis=2)
             color[:, start:stop] = [int(BLUE[i : i + 2], 16) for i in (1, 3, 5)]
             axis.imshow(color, extent=(0, width, row + 0.36, row - 0.36), aspect="auto", interpolation="nearest")

@@ -4,7 +4,7 @@ Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 
 the nearest orthogonal one by five Newton-Schulz steps, so that directions with small gradients move as far as those
 with large ones. A step is scaled to the size that AdamW's would have (Liu et al., "Muon is scalable for LLM training",
 2025), so learning rates mean the same for both. PyTorch's own Muon takes matrices alone; here a convolution's kernel
-counts as the matrix from its inputs and taps to its outputs.
+counts as the matrix from its inputs and taps to its outputs (a transposed one's from its inputs to outputs and taps).
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mrilib.config import TrainingParameters
 
 MOMENTUM = 0.95
+SMALLEST = 1e-30  # what is below is no gradient
 SCALE = 0.2  # times the square root of a matrix's longer side: the root mean square of AdamW's steps
 STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # the quintic's coefficients
 
@@ -38,9 +39,16 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: all singular values between about 0.7 and 1.2; (m, n) → (m, n)."""
+    """The nearest semi-orthogonal matrix, roughly: all singular values between about 0.7 and 1.2; (m, n) → (m, n).
+
+    A matrix of zeros, or of what a norm in single precision cannot hold beside them, gives zeros.
+    """
+    largest = matrix.abs().amax()
+    if largest < SMALLEST:
+        return torch.zeros_like(matrix)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    x = wide / wide.norm().clamp_min(torch.finfo(wide.dtype).tiny)
+    x = wide / largest
+    x = x / x.norm()
     for a, b, c in STEPS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -86,6 +94,8 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].mul_(MOMENTUM).add_(gradient)
+        if not gradient.any():
+            return  # what is left of the momentum would be made as large as ever, and go on for ever
         ahead = (gradient + MOMENTUM * state["momentum"]).flatten(1)  # Nesterov's
         size = SCALE * max(ahead.shape) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])

@@ -156,7 +156,7 @@ def _mark_failures(run: Run, notebook: str) -> None:
     def after_cell(result: Any) -> None:
         error = result.error_in_exec or result.error_before_exec
         if error is not None and run.record["notebooks"][notebook]["status"] == "running":
-            logger.error("%s failed: %s", notebook, str(error).splitlines()[0])
+            logger.error("%s failed: %s", notebook, (str(error).splitlines() or [type(error).__name__])[0])
             run.finish(notebook, "failed", error=f"{type(error).__name__}: {error}")
 
     shell.events.register("post_run_cell", after_cell)

@@ -108,14 +108,17 @@ def draw_scale_bar(picture: Image.Image, shape: tuple[int, ...], pixel: tuple[fl
     left = (side - round(shape[1] * scale)) // 2 + 8
     bottom = CAPTION + (side + round(shape[0] * scale)) // 2 - 10
     draw = ImageDraw.Draw(picture)
-    draw.line((left, bottom, left + round(bar[1] * scale), bottom), fill="white", width=2)
-    draw.text((left, bottom - 4), f"{bar[0]} mm", fill="white", font=_font(), anchor="ls")
+    right = left + round(bar[1] * scale)
+    draw.rectangle((left - 1, bottom - 2, right + 1, bottom + 2), fill="black")  # it may lie on bright tissue
+    draw.line((left, bottom, right, bottom), fill="white", width=2)
+    style: Any = {"font": _font(), "stroke_width": 2, "stroke_fill": "black"}
+    draw.text((left, bottom - 5), f"{bar[0]} mm", fill="white", anchor="ls", **style)
 
 
 def error_scale_strip(side: int = SIDE, error_scale: float = ERROR_SCALE) -> Image.Image:
     """The error map from 0 to its end in per cent of the grey window, as wide as a tile."""
     strip = Image.new("RGB", (side, CAPTION), "white")
-    draw, end, middle = ImageDraw.Draw(strip), f"{100 / error_scale:g} % of the grey window", CAPTION // 2
+    draw, end, middle = ImageDraw.Draw(strip), f"{100 / error_scale:g} % of the target's window", CAPTION // 2
     left, right = 20, side - 10 - round(_font().getlength(end))
     colors = _table(ERROR_MAP)[np.linspace(0, 255, right - left).round().astype(int)]
     strip.paste(Image.fromarray(np.repeat(colors[None], 10, axis=0)), (left, middle - 5))
@@ -159,7 +162,7 @@ def overview_png(one: Slice, parts: SliceParts, boxes: Sequence[Box] = (), coil:
     strip = max(1, lines.shape[0] // 32)
     lines[:strip] = np.where(parts.mask, 0.0, -4.0)  # the mask, as a strip on top
     lines[strip : 2 * strip] = -4.0
-    tiles = [tile(lines, 0, f"k-space of coil {coil + 1}; {sampled(parts.mask)}", low=-4)]
+    tiles = [tile(lines, 0, f"log k-space, coil {coil + 1}; {sampled(parts.mask)}", low=-4)]
     if parts.target is None:
         tiles += [tile(parts.zero_filled, window, "zero-filled"), tile(np.zeros(shape), 1, "no target in this file")]
     else:
@@ -169,7 +172,7 @@ def overview_png(one: Slice, parts: SliceParts, boxes: Sequence[Box] = (), coil:
         draw_scale_bar(tiles[-1], shape, one.pixel)
         draw_boxes(tiles[-1], boxes, shape)
     tiles.append(tile(montage(parts.coil_images, columns), parts.coil_window, "coil images"))
-    tiles.append(tile(montage(parts.maps, columns), 1, "coil maps from the centre lines"))
+    tiles.append(tile(montage(parts.maps, columns), 1, "coil maps from the centre lines, 0 to 1"))
     if parts.target is not None:
         error = np.abs(parts.zero_filled - parts.target)
         tiles.append(tile(error, window / ERROR_SCALE, f"|zero-filled − target| ×{ERROR_SCALE}", cmap=ERROR_MAP))

@@ -158,8 +158,11 @@ def test_states_name_what_failed_and_what_is_missing(volumes, tmp_path):
     records["unfinished"]["notebooks"]["evaluate"]["status"] = "running"
     for name, record in records.items():
         write_json(folders[name] / "run.json", record)
+    assert compare.states({"failed": folders["failed"]})["failed"] == "failed in 04_evaluate: ValueError: odd"
+    records["failed"]["notebooks"]["evaluate"]["error"] = ""
+    write_json(folders["failed"] / "run.json", records["failed"])
     assert compare.states(folders) == {
         "fine": "done",
-        "failed": "failed in 04_evaluate: ValueError: odd",
+        "failed": "failed in 04_evaluate: no error is recorded",
         "unfinished": "running, without 04_evaluate",
     }

@@ -598,6 +598,9 @@ def test_slices_with_findings_take_their_share_of_an_epoch(volumes: list[Volume]
     assert np.mean(shares(0.5)) == pytest.approx((at_most + base) / 2, abs=0.05)
     assert set(shares(0.0)) == set(shares(0.5, shuffle=False)) == {base}, "validation sees every slice once"
     assert len(set(shares(0.5))) > 3, "drawn anew each epoch"
+    unknown = FastMRIDataset(volumes, config, None, training=True)
+    with pytest.raises(ValueError, match=r"finding_share: 0\.5, but no training slice is known to have a finding"):
+        ShapeBatchSampler(unknown, 3, shuffle=True, finding_share=0.5)
 
 
 def test_a_slice_stays_as_it_is_when_the_next_is_read(volumes: list[Volume], phantom_dir: Path) -> None:

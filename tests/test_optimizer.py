@@ -78,6 +78,20 @@ def test_the_parameters_choose(phantom_dir, backbone_dir):
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.5, 0.0]
     muon = build_optimizer(weights, stage1_config(phantom_dir, backbone_dir, optimizer="muon", learning_rate=0.01))
     assert isinstance(muon, Muon) and [group["lr"] for group in muon.param_groups] == [0.01, 0.01]
-    weights[0].grad, weights[1].grad = torch.zeros(3, 3), None
+    weights[0].grad, weights[1].grad = torch.ones(3, 3), None
     muon.step()
-    assert (weights[1] == 1).all() and (weights[0] < 1).all(), "decay alone, and none where there is no gradient"
+    assert (weights[1] == 1).all() and (weights[0] < 1).all(), "no step where there is no gradient"
+
+
+def test_no_gradient_is_no_step_and_nothing_becomes_nan():
+    matrix = nn.Parameter(torch.ones(8, 8))
+    one = Muon([matrix], 1e-2, (0.9, 0.95), 0.0)
+    matrix.grad = torch.full((8, 8), 1e-3)
+    one.step()
+    after = matrix.detach().clone()
+    for _ in range(1200):
+        matrix.grad = torch.zeros(8, 8)
+        one.step()
+    assert torch.equal(matrix.detach(), after)
+    for size in (1e-25, 1e-37, 1e-44, 1e37):
+        assert torch.isfinite(orthogonal(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) * size)).all()

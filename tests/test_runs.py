@@ -77,6 +77,9 @@ def test_a_failing_cell_marks_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["status"] == "failed" and found["notebooks"]["explore"]["error"] == "ValueError: no such slice"
     hook(SimpleNamespace(error_in_exec=KeyError("later"), error_before_exec=None))
     assert record(tmp_path / "a")["notebooks"]["explore"]["error"] == "ValueError: no such slice"
+    runs.start("explore", parameters(tmp_path / "b"))
+    hooks[-1](SimpleNamespace(error_in_exec=MemoryError(), error_before_exec=None))  # it says nothing
+    assert record(tmp_path / "b")["notebooks"]["explore"]["error"] == "MemoryError: "
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
