@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mrilib.config import TrainingParameters
 
 MOMENTUM = 0.95
-SMALLEST = 1e-30  # what is below is no gradient
+SMALLEST = 1e-18  # a norm whose squares single precision still holds
 SCALE = 0.2  # times the square root of a matrix's longer side: the root mean square of AdamW's steps
 STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # the quintic's coefficients
 
@@ -43,12 +43,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
     A matrix of zeros, or of what a norm in single precision cannot hold beside them, gives zeros.
     """
-    largest = matrix.abs().amax()
-    if largest < SMALLEST:
-        return torch.zeros_like(matrix)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    x = wide / largest
-    x = x / x.norm()
+    norm = wide.norm()
+    if norm < SMALLEST:
+        return torch.zeros_like(matrix)
+    x = wide / norm
     for a, b, c in STEPS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
