@@ -8,7 +8,7 @@ import systems
 import torch
 import yaml
 
-from mrilib import bart, bench, bench_tables, model
+from mrilib import bart, bench, bench_tables
 from mrilib.config import BenchParameters, ParameterError
 from mrilib.data import FastMRIDataset
 
@@ -183,11 +183,6 @@ def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch):
     (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(one_params))
     changed = {"stage1_params": str(tmp_path / "stage1.yaml"), "stage1_start": "varnet"}
     one = bench.Bench(BenchParameters.create({**values, **changed}), tmp_path / "run")
-    built = []
-    monkeypatch.setattr(
-        bench, "build_encoder", lambda config, backbone: built.append(build(config, backbone)) or built[0]
-    )
-    build = model.build_encoder
     before = {}
     fit = bench.training.fit
 
