@@ -20,7 +20,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -398,6 +398,15 @@ def slice_facts(
 
 
 # ------------------------------------------------------------------------------------------------- text and back
+
+
+def mirrored(facts: Facts) -> Facts:
+    """Facts of a slice whose image is flipped left to right."""
+    if facts.findings is None:
+        return facts
+    swapped = dict(zip(SIDES, reversed(SIDES), strict=True))
+    findings = tuple(replace(finding, side=swapped[finding.side]) for finding in facts.findings)
+    return replace(facts, findings=findings)
 
 
 def prompt() -> str:

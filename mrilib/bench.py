@@ -164,6 +164,7 @@ class Bench:
         annotations = self.annotations
         train = FastMRIDataset(self.volumes["train"], config, annotations, training=True)
         train.masks_per_slice = config.masks_per_slice
+        train.mirror_share = self.stage1.mirror_share if texts else 0.0
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
         sampler = FixedSteps(train, batch_size, seed, steps, self.stage1.finding_share if texts else 0.0)
         generator = torch.Generator().manual_seed(seed)  # its own: the model's random numbers must not depend on it
@@ -222,13 +223,14 @@ class Bench:
             assert isinstance(baseline, VarNetBaseline)
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(baseline.varnet.state_dict(), folder / "varnet_state_dict.pt")
-            config = config.model_copy(update={"varnet_weights": display_path(folder / "varnet_state_dict.pt")})
+            weights = display_path(folder / "varnet_state_dict.pt")
+            config = config.model_copy(update={"varnet_weights": weights, "varnet_keep": self.config.stage1_keep})
         results: dict[str, Any] = {}
         for name, build in (("stage1", build_encoder), ("control", build_control)):
             training.prepare(config)
             encoder = build(config, self.backbone).to(self.device)
             system = TwoStageModel(encoder, self.backbone, self.tokenizer)
-            stage = training.AnalysisStage(system, name, config.label_smoothing)
+            stage = training.AnalysisStage(system, name, config.label_smoothing, config.finding_map_weight)
             results[name] = self._fit(stage, config, folder, self.config.stage1_steps, texts=True)
         write_json(folder / "done.json", {"made_with": made_with, **results["stage1"], "control": results["control"]})
         return read_json(folder / "done.json")
@@ -256,7 +258,7 @@ class Bench:
 
     def _stage1_made_with(self) -> dict[str, Any]:
         start = self.config.stage1_start
-        before = {"start": start, "start_plan": self._plan(start)} if start else {}
+        before = {"start": start, "start_plan": self._plan(start), "keep": self.config.stage1_keep} if start else {}
         return {"steps": self.config.stage1_steps, **before, **_kept(self.stage1)}
 
     def _needed(self, name: str) -> dict[str, Any]:
@@ -507,7 +509,8 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     encoder = build_encoder(bench.stage1, bench.backbone).to(bench.device)
     stage: training.Stage
     if name == "stage1":
-        stage = training.AnalysisStage(TwoStageModel(encoder, bench.backbone, bench.tokenizer))
+        system = TwoStageModel(encoder, bench.backbone, bench.tokenizer)
+        stage = training.AnalysisStage(system, map_weight=bench.stage1.finding_map_weight)
     else:
         module = METHODS[name].build(bench.stage1, bench.stage2, bench.backbone)
         module = module.to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -348,6 +348,7 @@ class Stage1Parameters(TrainingParameters):
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
+    varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
     finding_share: float = P(
@@ -356,6 +357,11 @@ class Stage1Parameters(TrainingParameters):
         ge=0,
         le=1,
     )
+    mirror_share: float = P(
+        0.0, "share of training slices seen flipped left to right, their text and boxes too", ge=0, le=1
+    )
+    finding_chans: int = P(0, "channels of the U-Net that maps findings for the ViT to see; 0: none", ge=0)
+    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
@@ -368,6 +374,8 @@ class Stage1Parameters(TrainingParameters):
     def _weights(self) -> Self:
         if self.varnet_weights and not self.varnet_map_network:
             raise ValueError("varnet_weights: they hold a network for the maps; set varnet_map_network: true")
+        if self.varnet_keep and not self.varnet_weights:
+            raise ValueError("varnet_keep: there is no trained VarNet to keep; name its varnet_weights")
         return self
 
 
@@ -447,6 +455,7 @@ class BenchParameters(OutputParameters):
     stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
     bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
     stage1_start: str = P("", "method from whose trained VarNet stage 1 starts, such as varnet; empty: from scratch")
+    stage1_keep: bool = P(False, "stage 1 keeps the VarNet that it starts from; only what follows it is trained")
     stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
     methods: list[str] = P(
         ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1
@@ -468,6 +477,8 @@ class BenchParameters(OutputParameters):
             raise ValueError("methods: one is named twice")
         if self.stage1_start and (self.stage1_start not in self.methods or not self.stage1_start.startswith("varnet")):
             raise ValueError(f"stage1_start: '{self.stage1_start}' is no VarNet among the methods")
+        if self.stage1_keep and not self.stage1_start:
+            raise ValueError("stage1_keep: there is no trained VarNet to keep; name the method in stage1_start")
         if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
             raise ValueError("steps must be at least 1 and learning_rates above 0")
         unknown = set(self.bench_parts) - {"stage1", "train", "score", "shifts"}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mrilib import analysis, kspace
-from mrilib.analysis import Annotations, Facts, Report
+from mrilib.analysis import Annotations, Box, Facts, Report
 from mrilib.check import h5_files, usable_volumes
 from mrilib.config import DataParameters, ParameterError, display_path, resolve
 from mrilib.volume import SMALLEST_SCALE, DataError, Volume, read_volume
@@ -42,6 +42,8 @@ class Slice(NamedTuple):
     acquired: Tensor | None = None  # bool (phase,): False on the header's padding; None: every line was acquired
     tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
     pixel: tuple[float, float] | None = None  # readout, phase [mm]; None if the file does not tell
+    boxes: tuple[Box, ...] | None = None  # of the evaluated image; None: nobody reviewed the volume
+    mirrored: bool = False  # the encoder is to see the image flipped left to right; the facts are, the rest is as read
 
 
 class Batch(NamedTuple):
@@ -200,6 +202,9 @@ class FastMRIDataset(Dataset[Slice]):
         Use this one alone (one of config.accelerations).
     max_slices : int
         Take so many slices, evenly spread; 0: all.
+    mirror_share : float
+        Chance of a training slice to be `mirrored`, drawn anew each epoch from (seed, file, slice, epoch). A slice with
+        a report of the user's own never is: its words may name sides.
 
     Raises
     ------
@@ -219,13 +224,14 @@ class FastMRIDataset(Dataset[Slice]):
         masks_per_slice: int = 0,
         acceleration: int | None = None,
         max_slices: int = 0,
+        mirror_share: float = 0.0,
     ) -> None:
         self.volumes = list(volumes)
         self.config = config
         self.annotations = annotations
         self.training = training
         self.texts_only = False
-        self.masks_per_slice = masks_per_slice
+        self.masks_per_slice, self.mirror_share = masks_per_slice, mirror_share
         self.epoch = 0
         self._buffer = np.empty((0, 0, 0), np.complex64)
         paired = zip(config.center_fractions, config.accelerations, strict=True)
@@ -277,6 +283,13 @@ class FastMRIDataset(Dataset[Slice]):
         return analysis.slice_facts(
             self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.recon
         )
+
+    def boxes(self, index: int) -> tuple[Box, ...] | None:
+        """Boxes of a slice's findings on the evaluated image; None where they are unknown."""
+        volume, slice_num = self._sample(index)
+        if self.annotations is None or not self.annotations.reviewed(volume.file):
+            return None
+        return self.annotations.boxes(volume.file, slice_num, volume.recon[0])
 
     def text_length(self, index: int) -> int:
         """Characters of a slice's prompt and analysis."""
@@ -379,6 +392,11 @@ class FastMRIDataset(Dataset[Slice]):
         if self.config.crop == "readout":  # the other crop mixes acquired lines and others
             acquired[: volume.padding[0]] = False
             acquired[volume.padding[1] :] = False
+        report = self.reports.get((volume.file, slice_num))
+        mirrored = False
+        if self.training and self.mirror_share and report is None:
+            words = [self.config.seed, slice_num, self.epoch, *volume.file.encode()]
+            mirrored = bool(np.random.default_rng(words).random() < self.mirror_share)
         return Slice(
             kspace=masked,
             mask=mask,
@@ -390,10 +408,12 @@ class FastMRIDataset(Dataset[Slice]):
             file=volume.file,
             slice_num=slice_num,
             patient=volume.patient,
-            facts=self.facts(index),
-            report=self.reports.get((volume.file, slice_num)),
+            facts=analysis.mirrored(self.facts(index)) if mirrored else self.facts(index),
+            report=report,
             acquired=acquired,
             pixel=volume.pixel,
+            boxes=self.boxes(index),
+            mirrored=mirrored,
         )
 
     def _mask_seed(self, volume: Volume, slice_num: int) -> int | tuple[int, ...]:

@@ -1,13 +1,14 @@
 """The k-space encoder: fastMRI's VarNet, then a ViT, then a linear map to the backbone's width.
 
 masked k-space (B, coil, readout, phase) → VarNet's refined coil images → one complex image, combined with VarNet's own
-sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_dim) → between a learned start and end vector
-(B, (img_size/16)² + 2, output_dim).
+sensitivity maps (→ maps of findings beside it, if asked for) → 16×16 patches → tokens (B, (img_size/16)²,
+vit_embed_dim) → between a learned start and end vector (B, (img_size/16)² + 2, output_dim).
 """
 
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from fastmri.models import VarNet
@@ -17,6 +18,8 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from mrilib import kspace as physics
+from mrilib.analysis import BOX_LABELS
+from mrilib.finding_maps import FindingMaps
 
 FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
 PATCH = 16  # [pixels]; also the U-Net's total down-sampling, so that image tokens lie on its bottleneck
@@ -51,6 +54,10 @@ class KSpaceEncoder(nn.Module):
         VarNet's sensitivity maps come out of its network. Without it they are what goes into the network, the centre
         lines' coil images over their root sum of squares: few steps on text alone do not teach a network coils, it
         changes the maps, and with them the scan, from under the rest.
+    keep_varnet : bool
+        VarNet is not trained, and runs without a graph: what it was trained to before, on images, stays.
+    finding_chans : int
+        Width of a U-Net that maps the findings on VarNet's image; the ViT sees the maps as further channels. 0: none.
     activation_checkpointing : bool
         Recompute each cascade and ViT layer in the backward pass.
     """
@@ -68,6 +75,8 @@ class KSpaceEncoder(nn.Module):
         sens_chans: int = 8,
         sens_pools: int = 4,
         map_network: bool = True,
+        keep_varnet: bool = False,
+        finding_chans: int = 0,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -75,12 +84,13 @@ class KSpaceEncoder(nn.Module):
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the ViT's patch")
         self.img_size = img_size
         self.output_dim = output_dim
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.keep_varnet = activation_checkpointing, keep_varnet
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         if map_network:
             pass_maps_through(self.varnet)
         else:
             self.varnet.sens_net.norm_unet = nn.Identity()
+        self.finding_maps = FindingMaps(finding_chans) if finding_chans else None
         vit_config = ViTConfig(
             hidden_size=vit_embed_dim,
             num_hidden_layers=vit_num_layers,
@@ -88,7 +98,7 @@ class KSpaceEncoder(nn.Module):
             intermediate_size=4 * vit_embed_dim,
             image_size=img_size,
             patch_size=PATCH,
-            num_channels=2,
+            num_channels=2 + (len(BOX_LABELS) if finding_chans else 0),
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -100,6 +110,13 @@ class KSpaceEncoder(nn.Module):
         self.projection = nn.Linear(vit_embed_dim, output_dim)
         self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
         self.end = nn.Parameter(torch.randn(output_dim) * 0.02)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module, but a VarNet that is kept asks for no gradient."""
+        super().requires_grad_(requires_grad)
+        if self.keep_varnet:
+            self.varnet.requires_grad_(False)
+        return self
 
     @property
     def num_tokens(self) -> int:
@@ -157,18 +174,34 @@ class KSpaceEncoder(nn.Module):
         Tensor, float32, shape (B, (img_size/16)² + 2, output_dim)
             start, tokens in row-major order of the patches, end.
         """
-        image = around_empty_coils(self._upright_image, kspace, mask, torch.complex64)
+        return self.tokens_and_maps(kspace, mask)[0]
+
+    def tokens_and_maps(
+        self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, and the logits of the findings' maps, float32 (B, labels, img_size, img_size), if there are any.
+
+        Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
+            image = around_empty_coils(self._upright_image, kspace, mask, torch.complex64)
         image = physics.center_crop_or_pad(image, (self.img_size, self.img_size))
+        if mirrored is not None:
+            image = torch.where(mirrored[:, None, None], image.flip(-1), image)
         # A mean has no meaning for a complex image, but its size has: VarNet's maps, and with them the image's scale,
         # depend on the number of coils.
         power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
         image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
         pixels = torch.view_as_real(image).movedim(-1, 1)
+        maps = None
+        if self.finding_maps is not None:
+            maps = self._step(self.finding_maps, pixels)
+            pixels = torch.cat([pixels, maps.sigmoid()], dim=1)
         tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
         tokens = self.projection(tokens)
         batch = tokens.shape[0]
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
-        return torch.cat([start, tokens, end], dim=1).float()
+        return torch.cat([start, tokens, end], dim=1).float(), maps
 
     def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """VarNet's refined coil images combined with its own sensitivity maps.
@@ -258,6 +291,9 @@ def initialize_vit(vit: ViTModel) -> None:
     waves = torch.cos(torch.pi * torch.arange(4)[:, None] * place) * (2**0.5 / PATCH) ** 0.5  # (wave, pixel)
     mixture = torch.randn(*projection.weight.shape[:2], 4, 4) / 4
     projection.weight.copy_(torch.einsum("dcuv,ux,vy->dcxy", mixture, waves, waves))
+    if projection.weight.shape[1] > 2:
+        # A finding's map is looked at as a whole, and a small spot on it must tell beside the image.
+        projection.weight[:, 2:] = 0.3 * torch.randn_like(projection.weight[:, 2:, :1, :1])
     assert projection.bias is not None
     nn.init.normal_(projection.bias, std=3.0)
     nn.init.normal_(vit.embeddings.position_embeddings, std=1.0)

@@ -87,13 +87,15 @@ class TwoStageModel(nn.Module):
         self.trainable = trainable
         self.requires_grad_(False)
         self.eval()
+        self.trained: set[str] = set()
         if trainable is None:
             return []
         part = getattr(self, trainable)
         if part is None:
             raise ValueError(f"this model has no {trainable} to train")
         part.requires_grad_(True)
-        return list(part.parameters())
+        self.trained = {f"{trainable}.{name}" for name, parameter in part.named_parameters() if parameter.requires_grad}
+        return [parameter for parameter in part.parameters() if parameter.requires_grad]
 
     def train(self, mode: bool = True) -> "TwoStageModel":
         """Training mode for the trainable part alone."""
@@ -103,7 +105,7 @@ class TwoStageModel(nn.Module):
         return self
 
     def check_gradients(self) -> None:
-        """Assert, after a backward pass, that exactly the trainable part received gradients.
+        """Assert, after a backward pass, that exactly what is to be trained received gradients.
 
         Raises
         ------
@@ -113,7 +115,7 @@ class TwoStageModel(nn.Module):
         wrong = [
             name
             for name, parameter in self.named_parameters()
-            if (parameter.grad is not None) != (name.split(".")[0] == self.trainable)
+            if (parameter.grad is not None) != (name in self.trained)
         ]
         if wrong:
             raise RuntimeError(f"only the {self.trainable} is to be trained, but gradients are wrong at: {wrong[:8]}")
@@ -341,12 +343,16 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
         sens_chans=config.varnet_sens_chans,
         sens_pools=config.varnet_sens_pools,
         map_network=config.varnet_map_network,
+        keep_varnet=config.varnet_keep,
+        finding_chans=config.finding_chans,
         activation_checkpointing=config.activation_checkpointing,
     )
     encoder.match_embeddings(embedding_rms(backbone))
     if config.varnet_weights:
         encoder.load_varnet(resolve(config.varnet_weights))
-    encoder.varnet.to(memory_format=torch.channels_last)  # halves the time of narrow convolutions on CPUs
+    for convolutions in (encoder.varnet, encoder.finding_maps):
+        if convolutions is not None:
+            convolutions.to(memory_format=torch.channels_last)  # halves the time of narrow convolutions on CPUs
     return encoder
 
 

@@ -40,6 +40,7 @@ def make_loaders(
     val_data = FastMRIDataset(volumes["val"], config, annotations, max_slices=config.max_val_slices)
     order: dict[str, Any] = {}
     if isinstance(config, Stage1Parameters):
+        train_data.mirror_share = config.mirror_share
         order = {"group_by_length": config.group_by_length, "finding_share": config.finding_share}
     train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, **order)
     return volumes, train_loader, make_loader(val_data, config.batch_size)
@@ -50,9 +51,8 @@ def make_stages(config: StageParameters, device: torch.device) -> Iterator[train
     backbone, tokenizer = model.build_backbone(config, device)
     if isinstance(config, Stage1Parameters):
         encoder = model.build_encoder(config, backbone).to(device)
-        yield training.AnalysisStage(
-            model.TwoStageModel(encoder, backbone, tokenizer), "stage1", config.label_smoothing
-        )
+        system = model.TwoStageModel(encoder, backbone, tokenizer)
+        yield training.AnalysisStage(system, "stage1", config.label_smoothing, config.finding_map_weight)
         if config.train_control:
             training.prepare(config)  # the same seed again: the same order of slices
             control = model.build_control(config, backbone).to(device)

@@ -21,6 +21,8 @@ from mrilib.config import TrainingParameters
 from mrilib.data import Batch
 from mrilib.decoder import VolumeSSIMLoss, positive
 from mrilib.distributed import launched
+from mrilib.encoder import KSpaceEncoder
+from mrilib.finding_maps import finding_map_losses
 from mrilib.history import History
 from mrilib.model import TwoStageModel
 from mrilib.trainer import Trainer
@@ -80,27 +82,54 @@ class Stage:
 
 
 class AnalysisStage(Stage):
-    """Stage 1: cross-entropy on the tokens of the analysis; trains the k-space encoder, or its control."""
+    """Stage 1: cross-entropy on the tokens of the analysis; trains the k-space encoder, or its control.
+
+    Parameters
+    ----------
+    model : TwoStageModel
+    name : {"stage1", "control"}
+    label_smoothing : float
+    map_weight : float
+        Of the loss of an encoder's maps of findings, beside the cross-entropy per token.
+    """
 
     trainable = "encoder"
 
-    def __init__(self, model: TwoStageModel, name: str = "stage1", label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: TwoStageModel,
+        name: str = "stage1",
+        label_smoothing: float = 0.0,
+        map_weight: float = 0.0,
+    ) -> None:
         super().__init__(model)
-        self.name, self.label_smoothing = name, label_smoothing
+        self.name, self.label_smoothing, self.map_weight = name, label_smoothing, map_weight
 
     def weight(self, batch: Batch) -> float:
         """Analysis tokens."""
         return float((self.model.tokenize(batch.slices).labels != -100).sum())
 
     def loss(self, batch: Batch) -> BatchLoss:
-        """Cross-entropy with label smoothing, summed over the analysis tokens [nats]."""
-        result = self.model.analysis_loss(batch, self.label_smoothing)
+        """Cross-entropy with label smoothing, summed over the analysis tokens [nats]; of maps of findings too."""
+        encoder, maps = self.model.encoder, None
+        if isinstance(encoder, KSpaceEncoder):
+            mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
+            prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
+        else:
+            prefix = encoder(batch.kspace, batch.mask)
+        result = self.model.analysis_loss_from_prefix(prefix, batch.slices, self.label_smoothing)
         tokens = float(result.tokens.sum())
         statistics = {
             "cross_entropy": float(result.cross_entropy.sum()) / tokens,
             "token_accuracy": float(result.correct.sum()) / tokens,
         }
-        return BatchLoss(result.loss, statistics)
+        total = result.loss
+        if maps is not None:
+            losses = finding_map_losses(maps, batch.slices, (batch.kspace.shape[-2], batch.kspace.shape[-1]))
+            map_loss = (losses * result.tokens).sum()  # a sum over tokens too, so that batches can be split
+            statistics["finding_map_loss"] = float(map_loss.detach()) / tokens
+            total = total + self.map_weight * map_loss
+        return BatchLoss(total, statistics)
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
         """Sums over each slice's analysis tokens: cross-entropy without smoothing [nats], tokens right, tokens."""

@@ -178,10 +178,11 @@ def test_every_known_method_is_built_and_gives_an_image(done):
     assert not built["tokens_alone"].decoder.image_skip
 
 
-def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch, keep):
     one_params = yaml.safe_load(Path(values["stage1_params"]).read_text()) | {"varnet_map_network": True}
     (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(one_params))
-    changed = {"stage1_params": str(tmp_path / "stage1.yaml"), "stage1_start": "varnet"}
+    changed = {"stage1_params": str(tmp_path / "stage1.yaml"), "stage1_start": "varnet", "stage1_keep": keep}
     one = bench.Bench(BenchParameters.create({**values, **changed}), tmp_path / "run")
     before = {}
     fit = bench.training.fit
@@ -196,11 +197,15 @@ def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch):
     baseline = one.trained("varnet", 0).decoder.varnet.state_dict()
     assert before.keys() == baseline.keys()
     assert all(torch.equal(before[name], baseline[name]) for name in baseline)
+    one.train_method("model", 0)
+    after = one.trained("model", 0).encoder.varnet.state_dict()
+    assert all(torch.equal(after[name], baseline[name]) for name in baseline) is keep
     assert (
         json.loads((tmp_path / "run" / "seed0" / "stage1" / "done.json").read_text())["made_with"]["start"] == "varnet"
     )
-    one.train_method("model", 0)
-    scratch = bench.Bench(BenchParameters.create({**values, **changed, "stage1_start": ""}), tmp_path / "run")
+    scratch = bench.Bench(
+        BenchParameters.create({**values, **changed, "stage1_start": "", "stage1_keep": False}), tmp_path / "run"
+    )
     with pytest.raises(ParameterError, match="stage1 was made with other values of"):
         scratch.train_stage1(0)
     with pytest.raises(ParameterError, match="model was made with other values of stage1"):
@@ -208,6 +213,8 @@ def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch):
     scratch.train_method("varnet", 0)  # which took nothing of stage 1
     with pytest.raises(ParameterError, match="stage1_start: 'unet' is no VarNet among the methods"):
         BenchParameters.create({**values, "stage1_start": "unet"})
+    with pytest.raises(ParameterError, match="stage1_keep: there is no trained VarNet to keep"):
+        BenchParameters.create({**values, "stage1_keep": True})
 
 
 def test_rates_are_tried_on_validation(values, tmp_path):

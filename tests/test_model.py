@@ -59,6 +59,23 @@ def test_an_encoder_without_a_map_network_trains_all_it_has(config, dataset):
     system.check_gradients()
 
 
+def test_a_varnet_that_is_kept_is_not_trained_and_keeps_no_graph(config, dataset):
+    system = systems.build(config)
+    kept = systems.build(config)
+    kept.encoder.keep_varnet = True
+    trained = kept.freeze("encoder")
+    assert len(trained) == len(list(kept.encoder.parameters())) - len(list(kept.encoder.varnet.parameters()))
+    kept.train()
+    batch = systems.batch_of(dataset, 2)
+    loss = kept.analysis_loss(batch).loss
+    assert torch.equal(loss.detach(), system.analysis_loss(batch).loss.detach())
+    loss.backward()
+    kept.check_gradients()
+    next(kept.encoder.varnet.parameters()).grad = torch.zeros_like(next(kept.encoder.varnet.parameters()))
+    with pytest.raises(RuntimeError, match=r"encoder\.varnet"):
+        kept.check_gradients()
+
+
 def test_labels_are_the_analysis_and_its_end_alone(system, dataset):
     slices = systems.batch_of(dataset, 3).slices
     texts = system.tokenize(slices)

@@ -1,0 +1,200 @@
+"""Maps of findings: where they lie, what their loss counts, and that the encoder's tokens see them."""
+
+import math
+
+import pytest
+import systems
+import torch
+
+from mrilib import kspace, train, training
+from mrilib.analysis import BOX_LABELS, Box, box_finding
+from mrilib.analysis import mirrored as mirrored_facts
+from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader
+from mrilib.encoder import KSpaceEncoder
+from mrilib.finding_maps import FindingMaps, ellipses, finding_map_losses
+
+
+@pytest.fixture(scope="module")
+def config(phantom_dir, tmp_path_factory):
+    backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+    return systems.stage1_config(phantom_dir, backbone, finding_chans=2, finding_map_weight=3.0, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def dataset(config):
+    return FastMRIDataset(index_volumes(config.data_dir), config, load_annotations(config))
+
+
+def batches(dataset, size=4):
+    return list(make_loader(dataset, size))
+
+
+def test_an_ellipse_fills_its_box_on_its_labels_map_alone():
+    boxes = [Box(10, 4, 12, 8, "Mass"), Box(3, 20, 5, 5, "Edema"), Box(12, 6, 4, 4, "Mass")]
+    marked = ellipses(boxes, (31, 40))
+    assert marked.shape == (len(BOX_LABELS), 31, 40) and set(marked.unique().tolist()) == {0, 1}
+    mass, edema = marked[BOX_LABELS.index("Mass")], marked[BOX_LABELS.index("Edema")]
+    assert mass.sum() == pytest.approx(math.pi / 4 * 12 * 8, rel=0.1)  # the small one lies within the large one
+    rows, columns = mass.nonzero().T
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (4, 12, 10, 22)
+    assert edema[22, 5] == 1 and marked.sum() == mass.sum() + edema.sum()
+    assert ellipses([], (9, 8)).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("matrix", "recon", "size"), [((40, 36), (40, 36), 32), ((33, 45), (27, 30), 32), ((64, 21), (32, 32), 48)]
+)
+def test_maps_lie_where_the_encoder_sees_the_finding(matrix, recon, size, dataset):
+    """A spot of the evaluated image, and its box, through all crops: odd sizes, narrower and wider than the ViT's."""
+    box = Box(recon[1] // 3, recon[0] // 2, 3, 3, "Mass")
+    evaluated = torch.zeros(recon)
+    evaluated[int(box.y) + 1, int(box.x) + 1] = 1
+    image = kspace.center_crop_or_pad(evaluated, matrix)  # what the evaluated image is cropped or padded from
+    assert torch.equal(kspace.center_crop_or_pad(image, recon), evaluated)
+    seen = kspace.center_crop_or_pad(image, (size, size))
+    one = dataset[0]._replace(boxes=(box,), recon=recon)
+    # Logits that are right at the spot alone: the loss of a marked pixel is there if the map is, and only there.
+    logits = torch.full((1, len(BOX_LABELS), size, size), -20.0)
+    logits[0, BOX_LABELS.index("Mass")] = torch.where(seen > 0, 20.0, -20.0)
+    missed = finding_map_losses(torch.full_like(logits, -20.0), [one], matrix)
+    found = finding_map_losses(logits, [one], matrix)
+    assert float(missed - found) == pytest.approx(3 * 20 / size**2, rel=1e-4)
+
+
+def test_unknown_findings_count_nothing_and_known_ones_add_up(dataset):
+    logits = torch.randn(3, len(BOX_LABELS), 32, 32, generator=torch.Generator().manual_seed(0))
+    first = dataset[0]
+    box = Box(4, 5, 6, 6, "Edema")
+    slices = [first._replace(boxes=boxes) for boxes in ((box,), None, ())]
+    losses = finding_map_losses(logits, slices, first.recon)
+    assert losses[1] == 0 and losses[0] > 0 and losses[2] > 0
+    for number, one in enumerate(slices):
+        alone = finding_map_losses(logits[number : number + 1], [one], first.recon)
+        torch.testing.assert_close(alone[0], losses[number])
+    inside = torch.nn.functional.softplus(logits[2])
+    torch.testing.assert_close(losses[2], inside.sum(0).mean())  # nothing there: every label's −log(1 − p)
+
+
+def test_slices_carry_their_boxes_and_unreviewed_ones_none(dataset, config):
+    annotations = dataset.annotations
+    seen = set()
+    for index in range(len(dataset)):
+        one = dataset[index]
+        assert (one.boxes is None) == (not annotations.reviewed(one.file)) == (one.facts.findings is None)
+        if one.boxes is not None:
+            assert {box.label for box in one.boxes} == {finding.label for finding in one.facts.findings}
+        seen.add(None if one.boxes is None else bool(one.boxes))
+    without = FastMRIDataset(index_volumes(config.data_dir), config)
+    assert without[0].boxes is None
+    assert seen == {None, False, True}
+
+
+def test_tokens_see_the_maps_and_nothing_of_the_boxes(config, dataset):
+    system = systems.build(config)
+    batch = batches(dataset)[0]
+    tokens, maps = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
+    side = config.img_size
+    assert maps.shape == (len(batch.slices), len(BOX_LABELS), side, side) and maps.dtype == torch.float32
+    assert torch.equal(tokens, system.encoder(batch.kspace, batch.mask))
+    with torch.no_grad():
+        system.encoder.finding_maps.unet.up_conv[-1][-1].bias[BOX_LABELS.index("Mass")] = 4
+    assert not torch.allclose(tokens, system.encoder(batch.kspace, batch.mask), atol=1e-6)
+
+
+def test_mirrored_slices_are_seen_and_told_flipped(config, dataset):
+    annotations = dataset.annotations
+    mirrored = FastMRIDataset(dataset.volumes, config, annotations, training=True, mirror_share=1.0)
+    plain = FastMRIDataset(dataset.volumes, config, annotations, training=True)
+    for index in range(len(plain)):
+        one, other = plain[index], mirrored[index]
+        assert other.mirrored and not one.mirrored and torch.equal(one.kspace, other.kspace)
+        assert other.facts == mirrored_facts(one.facts) and mirrored_facts(other.facts) == one.facts
+        if one.boxes:
+            flipped = [Box(one.recon[1] - b.x - b.width, b.y, b.width, b.height, b.label) for b in one.boxes]
+            assert sorted({box_finding(box, one.recon) for box in flipped}) == list(other.facts.findings)
+            matrix = (one.kspace.shape[-2], one.recon[1] + 2 * ((one.kspace.shape[-1] - one.recon[1]) // 2))
+            logits = torch.randn(1, len(BOX_LABELS), one.recon[0], one.recon[1])
+            expected = finding_map_losses(logits.flip(-1), [one], matrix)
+            torch.testing.assert_close(finding_map_losses(logits, [other], matrix), expected)
+    half = FastMRIDataset(dataset.volumes, config, annotations, training=True, mirror_share=0.5)
+    drawn = []
+    for half.epoch in range(8):
+        drawn.append([half[index].mirrored for index in range(len(half))])
+    assert 0.35 < sum(map(sum, drawn)) / sum(map(len, drawn)) < 0.65 and drawn[0] != drawn[1]
+    assert not FastMRIDataset(dataset.volumes, config, annotations, mirror_share=1.0)[0].mirrored, "not in training"
+
+
+def test_the_encoder_flips_the_image_of_a_mirrored_slice(config, dataset, monkeypatch):
+    encoder = systems.build(config).encoder
+    batch = next(b for b in batches(dataset) if len(b.slices) == 3)
+    seen = []
+    real = encoder.vit.forward
+    monkeypatch.setattr(encoder.vit, "forward", lambda pixel_values: seen.append(pixel_values) or real(pixel_values))
+    encoder.tokens_and_maps(batch.kspace, batch.mask)
+    encoder.tokens_and_maps(batch.kspace, batch.mask, torch.tensor([True, False, True]))
+    for number, flipped in enumerate((True, False, True)):
+        image = seen[0][number, :2]
+        torch.testing.assert_close(seen[1][number, :2], image.flip(-1) if flipped else image)
+
+
+def test_a_stage_trains_on_mirrored_slices_and_judges_on_none(config, dataset):
+    system = systems.build(config)
+    stage = training.AnalysisStage(system, map_weight=1.0)
+    batch = next(b for b in batches(dataset) if len(b.slices) == 3)
+    flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
+    assert not torch.allclose(stage.loss(batch).total, stage.loss(flipped).total)
+    _, train_loader, val_loader = train.make_loaders(config.model_copy(update={"mirror_share": 1.0}))
+    assert all(one.mirrored for batch in train_loader for one in batch.slices)
+    assert not any(one.mirrored for batch in val_loader for one in batch.slices)
+
+
+def test_without_maps_the_encoder_is_as_before(config):
+    plain = systems.build(config.model_copy(update={"finding_chans": 0})).encoder
+    assert plain.finding_maps is None and not any("finding" in name for name in plain.state_dict())
+    assert plain.vit.embeddings.patch_embeddings.projection.in_channels == 2
+
+
+def test_the_loss_of_parts_adds_up_to_the_batchs(config, dataset):
+    system = systems.build(config)
+    stage = training.AnalysisStage(system, map_weight=2.0)
+    batch = next(b for b in batches(dataset) if len(b.slices) == 3)
+    whole = stage.loss(batch)
+    parts = [stage.loss(part) for part in batch.chunks(1)]
+    torch.testing.assert_close(whole.total, torch.stack([part.total for part in parts]).sum(), rtol=1e-4, atol=1e-4)
+    text = training.AnalysisStage(system).loss(batch)
+    tokens = stage.weight(batch)
+    added = float((whole.total - text.total) / tokens)
+    assert added == pytest.approx(2 * whole.statistics["finding_map_loss"], rel=1e-4)
+    assert text.statistics["finding_map_loss"] == whole.statistics["finding_map_loss"] > 0
+
+
+def test_maps_learn_where_findings_are(config, dataset):
+    """After some steps a map is higher inside its boxes than outside of them, on the slices it learned from."""
+    system = systems.build(config)
+    stage = training.AnalysisStage(system, map_weight=10.0)
+    parameters = system.freeze("encoder")
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    found = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
+
+    def gap() -> float:
+        with torch.no_grad():
+            maps = system.encoder.tokens_and_maps(found.kspace, found.mask)[1]
+        wanted = torch.stack([ellipses(one.boxes or (), one.recon) for one in found.slices])
+        maps = kspace.center_crop_or_pad(maps, found.slices[0].recon)
+        return float(maps[wanted > 0].mean() - maps[wanted == 0].mean())
+
+    before = gap()
+    for _ in range(30):
+        optimizer.zero_grad()
+        stage.loss(found).total.backward()
+        system.check_gradients()
+        optimizer.step()
+    assert gap() > before + 1
+
+
+def test_the_unet_takes_every_size_of_the_vit():
+    for size in (32, 48):
+        assert FindingMaps(2)(torch.randn(1, 2, size, size)).shape == (1, len(BOX_LABELS), size, size)
+    assert KSpaceEncoder(24, 32, 16, 1, 2, 1, 2, 1, 2, 1, finding_chans=2).vit.config.num_channels == 2 + len(
+        BOX_LABELS
+    )
