@@ -360,7 +360,8 @@ class Stage1Parameters(TrainingParameters):
     mirror_share: float = P(
         0.0, "share of training slices seen flipped left to right, their text and boxes too", ge=0, le=1
     )
-    finding_chans: int = P(0, "channels of the U-Net that maps findings for the ViT to see; 0: none", ge=0)
+    finding_labels: list[str] = P([], "findings that a U-Net maps for the ViT to see (fastMRI+ labels); empty: none")
+    finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
     finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 

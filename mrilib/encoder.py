@@ -6,7 +6,7 @@ vit_embed_dim) → between a learned start and end vector (B, (img_size/16)² + 
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +18,6 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from mrilib import kspace as physics
-from mrilib.analysis import BOX_LABELS
 from mrilib.finding_maps import FindingMaps
 
 FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
@@ -56,8 +55,10 @@ class KSpaceEncoder(nn.Module):
         changes the maps, and with them the scan, from under the rest.
     keep_varnet : bool
         VarNet is not trained, and runs without a graph: what it was trained to before, on images, stays.
+    finding_labels : sequence of str
+        Findings that a U-Net maps on VarNet's image; the ViT sees the maps as further channels. Empty: no such U-Net.
     finding_chans : int
-        Width of a U-Net that maps the findings on VarNet's image; the ViT sees the maps as further channels. 0: none.
+        Its width.
     activation_checkpointing : bool
         Recompute each cascade and ViT layer in the backward pass.
     """
@@ -76,7 +77,8 @@ class KSpaceEncoder(nn.Module):
         sens_pools: int = 4,
         map_network: bool = True,
         keep_varnet: bool = False,
-        finding_chans: int = 0,
+        finding_labels: Sequence[str] = (),
+        finding_chans: int = 8,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -90,7 +92,8 @@ class KSpaceEncoder(nn.Module):
             pass_maps_through(self.varnet)
         else:
             self.varnet.sens_net.norm_unet = nn.Identity()
-        self.finding_maps = FindingMaps(finding_chans) if finding_chans else None
+        self.finding_labels = tuple(finding_labels)
+        self.finding_maps = FindingMaps(finding_labels, finding_chans) if finding_labels else None
         vit_config = ViTConfig(
             hidden_size=vit_embed_dim,
             num_hidden_layers=vit_num_layers,
@@ -98,7 +101,7 @@ class KSpaceEncoder(nn.Module):
             intermediate_size=4 * vit_embed_dim,
             image_size=img_size,
             patch_size=PATCH,
-            num_channels=2 + (len(BOX_LABELS) if finding_chans else 0),
+            num_channels=2 + len(finding_labels),
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )

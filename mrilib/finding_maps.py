@@ -16,38 +16,56 @@ from mrilib import kspace as physics
 from mrilib.analysis import BOX_LABELS, Box
 from mrilib.data import Slice
 
-RARE = -4.0  # logit of a map before training: a finding covers about one pixel in a thousand
+RARE = -4.0  # logit of a map before training: findings are rare
+START = 0.25  # size of the 3×3 kernels before training, in units of PyTorch's: instance norm takes their size off what
+# they say, but the smaller they are the faster steps of a given size turn them
 POSITIVE_WEIGHT = 3.0  # of a marked pixel's loss; the maps see a little too much rather than too little
 POOLS = 4  # 16-fold down, as a patch
 
 
 class FindingMaps(nn.Module):
-    """fastMRI's U-Net from an image to one map for each of `analysis.BOX_LABELS`.
+    """fastMRI's U-Net from an image to one map for each label.
 
     Parameters
     ----------
+    labels : sequence of str
+        Of `analysis.BOX_LABELS`.
     chans : int
         Width of its finest level.
+
+    Raises
+    ------
+    ValueError
+        A label that fastMRI+ has no boxes of, or one that is named twice.
     """
 
-    def __init__(self, chans: int) -> None:
+    def __init__(self, labels: Sequence[str], chans: int) -> None:
         super().__init__()
-        self.unet = Unet(2, len(BOX_LABELS), chans=chans, num_pool_layers=POOLS)
-        bias = self.unet.up_conv[-1][-1].bias
-        nn.init.constant_(bias, RARE)
+        for number, label in enumerate(labels):
+            if label not in BOX_LABELS:
+                raise ValueError(f"finding_labels: '{label}' is none of the labels with boxes: {', '.join(BOX_LABELS)}")
+            if label in labels[:number]:
+                raise ValueError(f"finding_labels: '{label}' is named twice")
+        self.unet = Unet(2, len(labels), chans=chans, num_pool_layers=POOLS)
+        nn.init.constant_(self.unet.up_conv[-1][-1].bias, RARE)
+        with torch.no_grad():
+            for kernel in self.unet.parameters():
+                if kernel.ndim == 4 and kernel.shape[-1] > 1:
+                    kernel.mul_(START)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 2, img_size, img_size), real and imaginary part → logits, float32 (B, labels, img_size, img_size)."""
         return self.unet(pixels).float()
 
 
-def ellipses(boxes: Sequence[Box], recon: tuple[int, int]) -> Tensor:
+def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]) -> Tensor:
     """What the maps of a slice should be: for each label the ellipses that its boxes enclose.
 
     Parameters
     ----------
     boxes : sequence of Box
-        In array coordinates of the evaluated image.
+        In array coordinates of the evaluated image; those with other labels are left out.
+    labels : sequence of str
     recon : (h, w) [pixels]
 
     Returns
@@ -56,23 +74,27 @@ def ellipses(boxes: Sequence[Box], recon: tuple[int, int]) -> Tensor:
         1 where a pixel's centre lies inside, 0 elsewhere.
     """
     rows, columns = torch.arange(recon[0]) + 0.5, torch.arange(recon[1]) + 0.5
-    marked = torch.zeros(len(BOX_LABELS), *recon)
-    for box in boxes:
+    marked = torch.zeros(len(labels), *recon)
+    for box in (one for one in boxes if one.label in labels):
         down = (rows - box.y - box.height / 2) / (box.height / 2)
         across = (columns - box.x - box.width / 2) / (box.width / 2)
         inside = (down[:, None].square() + across.square() < 1).float()
-        place = BOX_LABELS.index(box.label)
+        place = labels.index(box.label)
         marked[place] = torch.maximum(marked[place], inside)
     return marked
 
 
-def finding_map_losses(logits: Tensor, slices: Sequence[Slice], matrix: tuple[int, int]) -> Tensor:
+def finding_map_losses(
+    logits: Tensor, slices: Sequence[Slice], labels: Sequence[str], matrix: tuple[int, int]
+) -> Tensor:
     """Binary cross-entropy of each slice's maps, summed over labels and averaged over pixels [nats].
 
     Parameters
     ----------
     logits : Tensor, float32, shape (B, labels, img_size, img_size)
     slices : sequence of Slice
+    labels : sequence of str
+        What the maps are of.
     matrix : (readout, phase) [pixels]
         Of the image that the maps' input was cropped or padded from.
 
@@ -84,7 +106,7 @@ def finding_map_losses(logits: Tensor, slices: Sequence[Slice], matrix: tuple[in
     size = logits.shape[-2:]
     targets = []
     for one in slices:
-        marked = physics.center_crop_or_pad(ellipses(one.boxes or (), one.recon), matrix)
+        marked = physics.center_crop_or_pad(ellipses(one.boxes or (), labels, one.recon), matrix)
         marked = physics.center_crop_or_pad(marked, size)
         targets.append(marked.flip(-1) if one.mirrored else marked)
     known = torch.tensor([float(one.boxes is not None) for one in slices], device=logits.device)

@@ -344,6 +344,7 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
         sens_pools=config.varnet_sens_pools,
         map_network=config.varnet_map_network,
         keep_varnet=config.varnet_keep,
+        finding_labels=config.finding_labels,
         finding_chans=config.finding_chans,
         activation_checkpointing=config.activation_checkpointing,
     )

@@ -124,8 +124,9 @@ class AnalysisStage(Stage):
             "token_accuracy": float(result.correct.sum()) / tokens,
         }
         total = result.loss
-        if maps is not None:
-            losses = finding_map_losses(maps, batch.slices, (batch.kspace.shape[-2], batch.kspace.shape[-1]))
+        if isinstance(encoder, KSpaceEncoder) and maps is not None:
+            matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
+            losses = finding_map_losses(maps, batch.slices, encoder.finding_labels, matrix)
             map_loss = (losses * result.tokens).sum()  # a sum over tokens too, so that batches can be split
             statistics["finding_map_loss"] = float(map_loss.detach()) / tokens
             total = total + self.map_weight * map_loss

@@ -7,17 +7,21 @@ import systems
 import torch
 
 from mrilib import kspace, train, training
-from mrilib.analysis import BOX_LABELS, Box, box_finding
+from mrilib.analysis import Box, box_finding
 from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader
 from mrilib.encoder import KSpaceEncoder
 from mrilib.finding_maps import FindingMaps, ellipses, finding_map_losses
 
+LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion")
+
 
 @pytest.fixture(scope="module")
 def config(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-    return systems.stage1_config(phantom_dir, backbone, finding_chans=2, finding_map_weight=3.0, learning_rate=3e-3)
+    return systems.stage1_config(
+        phantom_dir, backbone, finding_labels=list(LABELS), finding_chans=2, finding_map_weight=3.0, learning_rate=3e-3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +35,14 @@ def batches(dataset, size=4):
 
 def test_an_ellipse_fills_its_box_on_its_labels_map_alone():
     boxes = [Box(10, 4, 12, 8, "Mass"), Box(3, 20, 5, 5, "Edema"), Box(12, 6, 4, 4, "Mass")]
-    marked = ellipses(boxes, (31, 40))
-    assert marked.shape == (len(BOX_LABELS), 31, 40) and set(marked.unique().tolist()) == {0, 1}
-    mass, edema = marked[BOX_LABELS.index("Mass")], marked[BOX_LABELS.index("Edema")]
+    marked = ellipses(boxes, LABELS, (31, 40))
+    assert marked.shape == (len(LABELS), 31, 40) and set(marked.unique().tolist()) == {0, 1}
+    mass, edema = marked[LABELS.index("Mass")], marked[LABELS.index("Edema")]
     assert mass.sum() == pytest.approx(math.pi / 4 * 12 * 8, rel=0.1)  # the small one lies within the large one
     rows, columns = mass.nonzero().T
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (4, 12, 10, 22)
     assert edema[22, 5] == 1 and marked.sum() == mass.sum() + edema.sum()
-    assert ellipses([], (9, 8)).sum() == 0
+    assert ellipses([], LABELS, (9, 8)).sum() == 0 and ellipses(boxes, ["Edema"], (31, 40)).sum() == edema.sum()
 
 
 @pytest.mark.parametrize(
@@ -54,22 +58,22 @@ def test_maps_lie_where_the_encoder_sees_the_finding(matrix, recon, size, datase
     seen = kspace.center_crop_or_pad(image, (size, size))
     one = dataset[0]._replace(boxes=(box,), recon=recon)
     # Logits that are right at the spot alone: the loss of a marked pixel is there if the map is, and only there.
-    logits = torch.full((1, len(BOX_LABELS), size, size), -20.0)
-    logits[0, BOX_LABELS.index("Mass")] = torch.where(seen > 0, 20.0, -20.0)
-    missed = finding_map_losses(torch.full_like(logits, -20.0), [one], matrix)
-    found = finding_map_losses(logits, [one], matrix)
+    logits = torch.full((1, len(LABELS), size, size), -20.0)
+    logits[0, LABELS.index("Mass")] = torch.where(seen > 0, 20.0, -20.0)
+    missed = finding_map_losses(torch.full_like(logits, -20.0), [one], LABELS, matrix)
+    found = finding_map_losses(logits, [one], LABELS, matrix)
     assert float(missed - found) == pytest.approx(3 * 20 / size**2, rel=1e-4)
 
 
 def test_unknown_findings_count_nothing_and_known_ones_add_up(dataset):
-    logits = torch.randn(3, len(BOX_LABELS), 32, 32, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, len(LABELS), 32, 32, generator=torch.Generator().manual_seed(0))
     first = dataset[0]
     box = Box(4, 5, 6, 6, "Edema")
     slices = [first._replace(boxes=boxes) for boxes in ((box,), None, ())]
-    losses = finding_map_losses(logits, slices, first.recon)
+    losses = finding_map_losses(logits, slices, LABELS, first.recon)
     assert losses[1] == 0 and losses[0] > 0 and losses[2] > 0
     for number, one in enumerate(slices):
-        alone = finding_map_losses(logits[number : number + 1], [one], first.recon)
+        alone = finding_map_losses(logits[number : number + 1], [one], LABELS, first.recon)
         torch.testing.assert_close(alone[0], losses[number])
     inside = torch.nn.functional.softplus(logits[2])
     torch.testing.assert_close(losses[2], inside.sum(0).mean())  # nothing there: every label's −log(1 − p)
@@ -94,10 +98,10 @@ def test_tokens_see_the_maps_and_nothing_of_the_boxes(config, dataset):
     batch = batches(dataset)[0]
     tokens, maps = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
     side = config.img_size
-    assert maps.shape == (len(batch.slices), len(BOX_LABELS), side, side) and maps.dtype == torch.float32
+    assert maps.shape == (len(batch.slices), len(LABELS), side, side) and maps.dtype == torch.float32
     assert torch.equal(tokens, system.encoder(batch.kspace, batch.mask))
     with torch.no_grad():
-        system.encoder.finding_maps.unet.up_conv[-1][-1].bias[BOX_LABELS.index("Mass")] = 4
+        system.encoder.finding_maps.unet.up_conv[-1][-1].bias[LABELS.index("Mass")] = 4
     assert not torch.allclose(tokens, system.encoder(batch.kspace, batch.mask), atol=1e-6)
 
 
@@ -113,9 +117,9 @@ def test_mirrored_slices_are_seen_and_told_flipped(config, dataset):
             flipped = [Box(one.recon[1] - b.x - b.width, b.y, b.width, b.height, b.label) for b in one.boxes]
             assert sorted({box_finding(box, one.recon) for box in flipped}) == list(other.facts.findings)
             matrix = (one.kspace.shape[-2], one.recon[1] + 2 * ((one.kspace.shape[-1] - one.recon[1]) // 2))
-            logits = torch.randn(1, len(BOX_LABELS), one.recon[0], one.recon[1])
-            expected = finding_map_losses(logits.flip(-1), [one], matrix)
-            torch.testing.assert_close(finding_map_losses(logits, [other], matrix), expected)
+            logits = torch.randn(1, len(LABELS), one.recon[0], one.recon[1])
+            expected = finding_map_losses(logits.flip(-1), [one], LABELS, matrix)
+            torch.testing.assert_close(finding_map_losses(logits, [other], LABELS, matrix), expected)
     half = FastMRIDataset(dataset.volumes, config, annotations, training=True, mirror_share=0.5)
     drawn = []
     for half.epoch in range(8):
@@ -149,7 +153,7 @@ def test_a_stage_trains_on_mirrored_slices_and_judges_on_none(config, dataset):
 
 
 def test_without_maps_the_encoder_is_as_before(config):
-    plain = systems.build(config.model_copy(update={"finding_chans": 0})).encoder
+    plain = systems.build(config.model_copy(update={"finding_labels": []})).encoder
     assert plain.finding_maps is None and not any("finding" in name for name in plain.state_dict())
     assert plain.vit.embeddings.patch_embeddings.projection.in_channels == 2
 
@@ -179,7 +183,7 @@ def test_maps_learn_where_findings_are(config, dataset):
     def gap() -> float:
         with torch.no_grad():
             maps = system.encoder.tokens_and_maps(found.kspace, found.mask)[1]
-        wanted = torch.stack([ellipses(one.boxes or (), one.recon) for one in found.slices])
+        wanted = torch.stack([ellipses(one.boxes or (), LABELS, one.recon) for one in found.slices])
         maps = kspace.center_crop_or_pad(maps, found.slices[0].recon)
         return float(maps[wanted > 0].mean() - maps[wanted == 0].mean())
 
@@ -194,7 +198,13 @@ def test_maps_learn_where_findings_are(config, dataset):
 
 def test_the_unet_takes_every_size_of_the_vit():
     for size in (32, 48):
-        assert FindingMaps(2)(torch.randn(1, 2, size, size)).shape == (1, len(BOX_LABELS), size, size)
-    assert KSpaceEncoder(24, 32, 16, 1, 2, 1, 2, 1, 2, 1, finding_chans=2).vit.config.num_channels == 2 + len(
-        BOX_LABELS
-    )
+        assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size)).shape == (1, len(LABELS), size, size)
+    assert KSpaceEncoder(
+        24, 32, 16, 1, 2, 1, 2, 1, 2, 1, finding_labels=LABELS, finding_chans=2
+    ).vit.config.num_channels == 2 + len(LABELS)
+
+
+@pytest.mark.parametrize(("labels", "told"), [(("Mass", "Mas"), "'Mas' is none of"), (("Mass", "Mass"), "named twice")])
+def test_labels_without_boxes_are_refused(labels, told):
+    with pytest.raises(ValueError, match=told):
+        FindingMaps(labels, 2)
