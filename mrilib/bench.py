@@ -178,7 +178,7 @@ class Bench:
         path = folder / "done.json"
         if not path.exists():
             return False
-        before = read_json(path)["made_with"]
+        before = _with_defaults(read_json(path)["made_with"], made_with)
         if before != json.loads(json.dumps(made_with)):
             names = {**before, **made_with}  # in order
             changed = [name for name in names if made_with.get(name) != before.get(name)]
@@ -230,7 +230,9 @@ class Bench:
             training.prepare(config)
             encoder = build(config, self.backbone).to(self.device)
             system = TwoStageModel(encoder, self.backbone, self.tokenizer)
-            stage = training.AnalysisStage(system, name, config.label_smoothing, config.finding_map_weight)
+            stage = training.AnalysisStage(
+                system, name, config.label_smoothing, config.finding_map_weight, config.recon_weight
+            )
             results[name] = self._fit(stage, config, folder, self.config.stage1_steps, texts=True)
         write_json(folder / "done.json", {"made_with": made_with, **results["stage1"], "control": results["control"]})
         return read_json(folder / "done.json")
@@ -497,6 +499,18 @@ def _kept(config: Stage1Parameters | Stage2Parameters) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in unread}
 
 
+def _with_defaults(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What something was made with, and what was added to the code since then at its default, which changes nothing."""
+    known = {**Stage1Parameters.model_fields, **Stage2Parameters.model_fields}
+    filled = dict(before)
+    for name, value in now.items():
+        if name not in before and name in known:
+            filled[name] = known[name].default
+        elif name in before and isinstance(value, dict):
+            filled[name] = _with_defaults(before[name], value)
+    return filled
+
+
 def _plain(epoch: dict[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in epoch.items() if name != "epoch"}
 
@@ -510,7 +524,9 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     stage: training.Stage
     if name == "stage1":
         system = TwoStageModel(encoder, bench.backbone, bench.tokenizer)
-        stage = training.AnalysisStage(system, map_weight=bench.stage1.finding_map_weight)
+        stage = training.AnalysisStage(
+            system, "stage1", 0.0, bench.stage1.finding_map_weight, bench.stage1.recon_weight
+        )
     else:
         module = METHODS[name].build(bench.stage1, bench.stage2, bench.backbone)
         module = module.to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

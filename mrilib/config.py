@@ -363,6 +363,9 @@ class Stage1Parameters(TrainingParameters):
     finding_labels: list[str] = P([], "findings that a U-Net maps for the ViT to see (fastMRI+ labels); empty: none")
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
     finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
+    recon_weight: float = P(
+        0.0, "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none", ge=0
+    )
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
@@ -393,6 +396,7 @@ class Stage2Parameters(TrainingParameters):
     decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
+    token_pixels: bool = P(False, "each image token is also mapped to its patch's pixels, an input beside the data")
     token_modulation: bool = P(False, "image tokens also scale and shift every level of the U-Net's way up")
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"

@@ -93,6 +93,9 @@ class ImageDecoder(nn.Module):
     token_modulation : bool
         Image tokens also scale and shift the features at every level of the way up (Perez et al., AAAI 2018), each
         where it lies; at the start by nothing. Without it they join at the bottleneck alone, 16-fold down.
+    token_pixels : bool
+        Each image token is also mapped to the 16×16 pixels of its patch, and the image that they make is one more
+        input beside the measured data (without `image_skip`: added to the output).
     activation_checkpointing : bool
         Recompute each level in the backward pass.
     """
@@ -106,6 +109,7 @@ class ImageDecoder(nn.Module):
         use_bilinear_upsample: bool = True,
         image_skip: bool = True,
         token_modulation: bool = False,
+        token_pixels: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -127,8 +131,9 @@ class ImageDecoder(nn.Module):
         if token_dim:
             self.token_norm = nn.LayerNorm(token_dim)
             self.token_projection = nn.Linear(token_dim, hidden)
+        self.token_pixels = nn.Linear(token_dim, PATCH * PATCH) if token_pixels and token_dim else None
         if image_skip:
-            self.stem = nn.Conv2d(2, widths[0], 3, padding=1)
+            self.stem = nn.Conv2d(2 + (self.token_pixels is not None), widths[0], 3, padding=1)
             self.down = nn.ModuleList()
             self.shrink = nn.ModuleList()
             for width, blocks in zip(widths, depth.levels, strict=True):
@@ -182,8 +187,13 @@ class ImageDecoder(nn.Module):
         -------
         Tensor, float32, shape (B, h, w) [file units]
         """
+        self._check(tokens)
+        normed = None if tokens is None else self.token_norm(tokens.to(self.token_norm.weight.dtype))
         if not self.image_skip:
-            features = self._unet(None, self._token_map(tokens, kspace, (self.img_size, self.img_size)))
+            square = (self.img_size, self.img_size)
+            features = self._unet(None, self._token_map(normed, kspace, square))
+            if self.token_pixels is not None:
+                features = features + self._token_image(normed, kspace, square)
             image = F.softplus(features[:, 0].float())
             return physics.center_crop_or_pad(image, recon) * scale[:, None, None]
         maps = physics.center_coil_maps(kspace, mask)
@@ -193,9 +203,10 @@ class ImageDecoder(nn.Module):
         pixels = torch.view_as_real(zero_filled).movedim(-1, 1) / size
         height, width = zero_filled.shape[-2:]
         padded = (self._padded(height), self._padded(width))
-        residual = self._unet(
-            physics.center_crop_or_pad(pixels, padded), self._token_map(tokens, kspace, padded)
-        ).float()
+        inputs = physics.center_crop_or_pad(pixels, padded)
+        if self.token_pixels is not None:
+            inputs = torch.cat([inputs, self._token_image(normed, kspace, padded).to(inputs.dtype)], dim=1)
+        residual = self._unet(inputs, self._token_map(normed, kspace, padded)).float()
         pixels = (pixels + physics.center_crop_or_pad(residual, (height, width))) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
         coil_images = physics.data_consistency(image, maps, kspace, mask, acquired)
@@ -205,20 +216,34 @@ class ImageDecoder(nn.Module):
         # img_size plus a multiple of 32: the ViT's crop then starts on a token's edge; tokens meet their own pixels.
         return self.img_size + max(0, -(-(length - self.img_size) // (2 * PATCH))) * 2 * PATCH
 
-    def _token_map(self, tokens: Tensor | None, kspace: Tensor, padded: tuple[int, int]) -> Tensor | None:
+    def _check(self, tokens: Tensor | None) -> None:
+        if tokens is None:
+            return
         if not self.token_dim:
-            if tokens is not None:
-                raise ValueError("this decoder was built without image tokens (token_dim 0); give it none")
+            raise ValueError("this decoder was built without image tokens (token_dim 0); give it none")
+        count = (self.img_size // PATCH) ** 2
+        if tokens.shape[1:] != (count, self.token_dim):
+            raise ValueError(f"image tokens {tuple(tokens.shape)} are not (B, {count}, {self.token_dim})")
+
+    def _token_map(self, normed: Tensor | None, kspace: Tensor, padded: tuple[int, int]) -> Tensor | None:
+        """Normalised tokens as a map (B, hidden, padded/16); zeros in the place of none."""
+        if not self.token_dim:
             return None
         side = self.img_size // PATCH
-        if tokens is None:
+        if normed is None:
             projected = kspace.real.new_zeros(kspace.shape[0], side * side, self.token_projection.out_features)
         else:
-            if tokens.shape[1:] != (side * side, self.token_dim):
-                raise ValueError(f"image tokens {tuple(tokens.shape)} are not (B, {side * side}, {self.token_dim})")
-            projected = self.token_projection(self.token_norm(tokens.to(self.token_norm.weight.dtype)))
+            projected = self.token_projection(normed)
         grid = projected.transpose(1, 2).unflatten(2, (side, side))
         return physics.center_crop_or_pad(grid, (padded[0] // PATCH, padded[1] // PATCH))
+
+    def _token_image(self, normed: Tensor | None, kspace: Tensor, padded: tuple[int, int]) -> Tensor:
+        """Normalised tokens as an image (B, 1, padded); zeros in the place of none."""
+        if normed is None:
+            return kspace.real.new_zeros(kspace.shape[0], 1, *padded)
+        assert self.token_pixels is not None
+        image = from_patches(self.token_pixels(normed), self.img_size)
+        return physics.center_crop_or_pad(image[:, None], padded)
 
     def _unet(self, pixels: Tensor | None, token_map: Tensor | None) -> Tensor:
         skips: list[Tensor] = []
@@ -248,6 +273,13 @@ class ImageDecoder(nn.Module):
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(module, x, use_reentrant=False)
         return module(x)
+
+
+def from_patches(pixels: Tensor, img_size: int) -> Tensor:
+    """The pixels of 16×16 patches in row-major order, (B, (img_size/16)², 256) → (B, img_size, img_size)."""
+    side = img_size // PATCH
+    grid = pixels.unflatten(1, (side, side)).unflatten(3, (PATCH, PATCH))  # (B, row, column, row in it, column in it)
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def zero_filled(kspace: Tensor, scale: Tensor, recon: tuple[int, int]) -> Tensor:

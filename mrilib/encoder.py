@@ -59,6 +59,9 @@ class KSpaceEncoder(nn.Module):
         Findings that a U-Net maps on VarNet's image; the ViT sees the maps as further channels. Empty: no such U-Net.
     finding_chans : int
         Its width.
+    pixel_head : bool
+        With a linear map from the backbone's image tokens to the pixels of their patches, for stage 1's reconstruction
+        term (`recon_weight`); tokens are the same without it.
     activation_checkpointing : bool
         Recompute each cascade and ViT layer in the backward pass.
     """
@@ -79,6 +82,7 @@ class KSpaceEncoder(nn.Module):
         keep_varnet: bool = False,
         finding_labels: Sequence[str] = (),
         finding_chans: int = 8,
+        pixel_head: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -111,6 +115,7 @@ class KSpaceEncoder(nn.Module):
         if activation_checkpointing:
             self.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.projection = nn.Linear(vit_embed_dim, output_dim)
+        self.pixel_head = nn.Linear(output_dim, PATCH * PATCH) if pixel_head else None
         self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
         self.end = nn.Parameter(torch.randn(output_dim) * 0.02)
 

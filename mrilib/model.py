@@ -346,6 +346,7 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
         keep_varnet=config.varnet_keep,
         finding_labels=config.finding_labels,
         finding_chans=config.finding_chans,
+        pixel_head=config.recon_weight > 0,
         activation_checkpointing=config.activation_checkpointing,
     )
     encoder.match_embeddings(embedding_rms(backbone))
@@ -372,6 +373,7 @@ def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_token
         use_bilinear_upsample=config.use_bilinear_upsample,
         image_skip=config.image_skip,
         token_modulation=config.token_modulation,
+        token_pixels=config.token_pixels,
         activation_checkpointing=config.activation_checkpointing,
     )
     return decoder.to(memory_format=torch.channels_last)

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 from mrilib import evaluation
 from mrilib.config import TrainingParameters
 from mrilib.data import Batch
-from mrilib.decoder import VolumeSSIMLoss, positive
+from mrilib.decoder import VolumeSSIMLoss, from_patches, positive
 from mrilib.distributed import launched
 from mrilib.encoder import KSpaceEncoder
 from mrilib.finding_maps import finding_map_losses
 from mrilib.history import History
+from mrilib.kspace import center_crop_or_pad
 from mrilib.model import TwoStageModel
 from mrilib.trainer import Trainer
 
@@ -91,6 +92,9 @@ class AnalysisStage(Stage):
     label_smoothing : float
     map_weight : float
         Of the loss of an encoder's maps of findings, beside the cross-entropy per token.
+    recon_weight : float
+        Of the reconstruction term, for an encoder with a `pixel_head`: the mean absolute difference between what it
+        reads off the image tokens and the target, both in units of the target's root mean square.
     """
 
     trainable = "encoder"
@@ -101,9 +105,11 @@ class AnalysisStage(Stage):
         name: str = "stage1",
         label_smoothing: float = 0.0,
         map_weight: float = 0.0,
+        recon_weight: float = 0.0,
     ) -> None:
         super().__init__(model)
-        self.name, self.label_smoothing, self.map_weight = name, label_smoothing, map_weight
+        self.name, self.label_smoothing = name, label_smoothing
+        self.map_weight, self.recon_weight = map_weight, recon_weight
 
     def weight(self, batch: Batch) -> float:
         """Analysis tokens."""
@@ -130,7 +136,24 @@ class AnalysisStage(Stage):
             map_loss = (losses * result.tokens).sum()  # a sum over tokens too, so that batches can be split
             statistics["finding_map_loss"] = float(map_loss.detach()) / tokens
             total = total + self.map_weight * map_loss
+        if isinstance(encoder, KSpaceEncoder) and encoder.pixel_head is not None:
+            recon_loss = (self._recon_losses(batch, prefix, encoder) * result.tokens).sum()
+            statistics["recon_loss"] = float(recon_loss.detach()) / tokens
+            total = total + self.recon_weight * recon_loss
         return BatchLoss(total, statistics)
+
+    def _recon_losses(self, batch: Batch, prefix: Tensor, encoder: KSpaceEncoder) -> Tensor:
+        """The reconstruction term of each slice (B,)."""
+        if batch.target is None:
+            raise ValueError(f"recon_weight: {batch.slices[0].file} has no reconstruction_rss; set it to 0")
+        assert encoder.pixel_head is not None
+        size = encoder.img_size
+        target = center_crop_or_pad(batch.target, (size, size))
+        mirrored = torch.tensor([one.mirrored for one in batch.slices], device=target.device)[:, None, None]
+        target = torch.where(mirrored, target.flip(-1), target)
+        image = from_patches(encoder.pixel_head(self.model.image_tokens_from_prefix(prefix)), size).float()
+        unit = target.square().mean((-2, -1), keepdim=True).sqrt()
+        return (image - target / positive(unit)).abs().mean((-2, -1))
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
         """Sums over each slice's analysis tokens: cross-entropy without smoothing [nats], tokens right, tokens."""

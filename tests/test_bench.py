@@ -72,6 +72,38 @@ def test_what_is_done_is_not_done_again(done, values, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in done.directory.rglob("*") if path.is_file()} == times
 
 
+@pytest.mark.parametrize(
+    ("name", "attribute", "new"),
+    [
+        ("unet", "stage2", {"token_pixels": True}),
+        ("stage1", "stage1", {"recon_weight": 1.0}),
+        ("model", "stage1", {"recon_weight": 1.0}),  # of the stage 1 that its tokens come from
+    ],
+)
+def test_a_parameter_newer_than_a_training_counts_as_its_default(done, monkeypatch, name, attribute, new):
+    monkeypatch.setattr(bench.training, "fit", None)  # nothing is trained again
+    path = done.directory / "seed0" / name / "done.json"
+    kept = path.read_text()
+    record = json.loads(kept)
+    (made_with,) = [
+        part for part in (record["made_with"], record["made_with"].get("stage1", {})) if set(new) <= set(part)
+    ]
+    for parameter in new:
+        del made_with[parameter]
+    path.write_text(json.dumps(record))
+
+    def again():
+        return done.train_stage1(0) if name == "stage1" else done.train_method(name, 0)
+
+    try:
+        assert again()["steps"] > 0
+        monkeypatch.setattr(done, attribute, getattr(done, attribute).model_copy(update=new))
+        with pytest.raises(ParameterError, match=f"{name} was made with other values of"):
+            again()
+    finally:
+        path.write_text(kept)
+
+
 def test_other_parameters_are_refused_rather_than_mixed(done, values):
     changed = BenchParameters.create({**values, "steps": [4, 6, 4, 4]})
     with pytest.raises(ParameterError, match=r"trained_without_tokens was made with other values of steps"):

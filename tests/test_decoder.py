@@ -10,7 +10,8 @@ from fastmri.losses import SSIMLoss
 from torch import Tensor, nn
 
 from mrilib import kspace
-from mrilib.decoder import ImageDecoder, VolumeSSIMLoss, zero_filled
+from mrilib.decoder import ImageDecoder, VolumeSSIMLoss, from_patches, zero_filled
+from mrilib.encoder import PATCH
 
 
 def decoder(decoder_type: str = "lightweight", trained: bool = True, **changes: Any) -> ImageDecoder:
@@ -174,6 +175,43 @@ def test_without_the_skip_only_tokens_matter() -> None:
         other = model(some_tokens(), **{**measured(width=45, seed=9), "scale": data["scale"]}, recon=(40, 30))
         assert image.shape == (2, 40, 30) and torch.equal(image, other) and (image >= 0).all()
         assert not torch.equal(image, model(some_tokens().flip(1), **data, recon=(40, 30)))
+
+
+def test_patches_lie_where_the_vit_took_them() -> None:
+    """The inverse of cutting an image into patches, as the ViT's embedding does: rows of patches, rows in each."""
+    image = torch.randn(2, 48, 48)
+    cut = torch.nn.functional.unfold(image[:, None], PATCH, stride=PATCH).mT  # (B, patches, 256)
+    assert torch.equal(from_patches(cut, 48), image)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 45), (20, 70)])
+def test_pixels_of_the_tokens_meet_their_own_place(height: int, width: int) -> None:
+    """A token's pixels reach the U-Net where its patch lies on the measured image, cropped, padded, odd."""
+    model, data = decoder(token_pixels=True).eval(), measured(height=height, width=width)
+    assert model.token_pixels is not None and model.stem.in_channels == 3
+    recon, seen = (16, 16), []
+    model.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(some_tokens(), **data, recon=recon)
+        model(None, **data, recon=recon)
+    plane = model.token_pixels(model.token_norm(some_tokens()))
+    padded = seen[0].shape[-2:]
+    expected = kspace.center_crop_or_pad(from_patches(plane, 32), padded)
+    torch.testing.assert_close(seen[0][:, 2], expected)
+    # the ViT's crop of the measured image is the same crop of what the U-Net sees
+    inner = kspace.center_crop_or_pad(seen[0][:, :2], (32, 32))
+    direct = kspace.center_crop_or_pad(seen[1][:, :2], (32, 32))
+    assert torch.equal(inner, direct) and not seen[1][:, 2].any()
+
+
+def test_pixels_of_the_tokens_are_added_where_there_is_no_skip() -> None:
+    model, data = decoder(image_skip=False, token_pixels=True).eval(), measured()
+    with torch.no_grad():
+        before = model(some_tokens(), **data, recon=(32, 32))
+        model.token_pixels.bias[0] += 5  # the first pixel of every patch
+        after = model(some_tokens(), **data, recon=(32, 32))
+    changed = (after - before).abs() > 1e-12
+    assert changed[:, ::16, ::16].all() and changed.sum() == 2 * 4
 
 
 def test_without_tokens_the_measured_data_is_enough() -> None:

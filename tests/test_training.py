@@ -205,3 +205,37 @@ def test_activation_checkpointing_reaches_the_frozen_backbone(stage1):
         gradients.append(system.encoder.projection.weight.grad)
     assert calls.count(False) == 1 and calls.count(True) == 2  # once more in the backward pass
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_reconstruction_term_reads_the_image_off_the_tokens(stage1, monkeypatch):
+    """Off by default; with it the image tokens come to hold the image, slice by slice, mirrored ones mirrored."""
+    config, _, _, _ = stage1
+    plain = systems.build(config)
+    assert plain.encoder.pixel_head is None
+    system = systems.build(config.model_copy(update={"recon_weight": 2.0}))
+    stage = training.AnalysisStage(system, recon_weight=2.0)
+    batch = max(loaders(config)[1], key=lambda one: len(one.slices))
+    result = stage.loss(batch)
+    tokens = stage.weight(batch)
+    text = training.AnalysisStage(system).loss(batch)
+    assert float(result.total - text.total) / tokens == pytest.approx(2 * result.statistics["recon_loss"], rel=1e-4)
+    parts = torch.stack([stage.loss(part).total for part in batch.chunks(1)])
+    torch.testing.assert_close(parts.sum(), result.total, rtol=1e-4, atol=1e-3)
+    parameters = system.freeze("encoder")
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        stage.loss(batch).total.backward()
+        system.check_gradients()
+        optimizer.step()
+    learned = stage.loss(batch).statistics["recon_loss"]
+    assert learned < 0.8 * result.statistics["recon_loss"]
+    with torch.no_grad():  # the same tokens whatever is measured: a mirrored slice is held against a mirrored target
+        fixed = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
+        monkeypatch.setattr(system.encoder, "tokens_and_maps", lambda *measured: fixed)
+        flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
+        turned = flipped._replace(target=batch.target.flip(-1))
+        losses = [stage.loss(one).statistics["recon_loss"] for one in (batch, flipped, turned)]
+    assert losses[0] == losses[2] != losses[1]
+    with pytest.raises(ValueError, match=r"recon_weight: .* has no reconstruction_rss"):
+        stage.loss(batch._replace(target=None))
