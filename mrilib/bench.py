@@ -4,6 +4,7 @@ Parts run by themselves and in any number of calls: what a part has made lies in
 whose files are there is not run again. ``done.json`` of a trained method is written last and holds what it was made
 with; a call with other parameters is refused rather than mixed in.
 
+    <run>/costs.json               seconds a step of every method, measured side by side
     <run>/seed0/stage1/            the k-space encoder and its control without k-space
     <run>/seed0/<method>/          checkpoints, logs, done.json
     <run>/seed0/reconstructions/<method>/<acceleration>/<file>.h5
@@ -158,6 +159,17 @@ class Bench:
         self.backbone, self.tokenizer = build_backbone(self.stage2, self.device)
 
     # ---------------------------------------------------------------------------------------- training
+
+    def measure_costs(self) -> dict[str, float]:
+        """Seconds of an optimizer step of stage 1 and of every method, measured one after the other, once.
+
+        What a training took (``done.json``) depends on what else the machine did; this says what the steps are worth.
+        """
+        path = self.directory / "costs.json"
+        if not path.exists():
+            names = ["stage1", *self.config.methods]
+            write_json(path, {name: seconds_per_step(self, name) for name in names})
+        return read_json(path)
 
     def _loaders(self, batch_size: int, seed: int, steps: int, texts: bool) -> tuple[DataLoader, DataLoader]:
         config: Any = (self.stage1 if texts else self.stage2).model_copy(update={"seed": seed})
@@ -435,6 +447,8 @@ class Bench:
         """Every job of the parts that the parameters name, in order: what it is, and a call that does it."""
         config = self.config
         scored = [name for name in UNLEARNED if name != "bart" or bart.version()] + config.methods
+        if "costs" in config.bench_parts:
+            yield "costs", self.measure_costs
         for seed in config.bench_seeds:
             for part in ("stage1", "train"):
                 if part not in config.bench_parts:
@@ -520,7 +534,8 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
 
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
-    encoder = build_encoder(bench.stage1, bench.backbone).to(bench.device)
+    one = bench.stage1.model_copy(update={"varnet_keep": bench.config.stage1_keep})
+    encoder = build_encoder(one, bench.backbone).to(bench.device)
     stage: training.Stage
     if name == "stage1":
         system = TwoStageModel(encoder, bench.backbone, bench.tokenizer)

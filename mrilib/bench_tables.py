@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mrilib import bart, charts, figures
+from mrilib.bench import METHODS as bench_methods
 from mrilib.bench import Bench, shift_name
 from mrilib.data import Volume
 from mrilib.evaluation import METRICS, VolumeScore, evaluate_volumes, pick_slices
@@ -84,6 +85,36 @@ def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
     done = [bench.directory / f"seed{seed}" / name / "done.json" for seed in bench.config.bench_seeds]
     found = [read_json(path) for path in done if path.exists()]
     return {**found[0], "seconds": np.mean([one["seconds"] for one in found])} if found else None
+
+
+def cost_table(bench: Bench) -> pd.DataFrame:
+    """What the trainings cost: seconds a step, measured side by side, times steps.
+
+    What is needed before: stage 1 by methods with tokens, and by stage 1 the VarNet that it starts from.
+    """
+    path = bench.directory / "costs.json"
+    if not path.exists():
+        return pd.DataFrame()
+    each, config = read_json(path), bench.config
+    steps = dict(zip(config.methods, config.steps, strict=True))
+    before = config.stage1_steps * each["stage1"]
+    if config.stage1_start:
+        before += steps[config.stage1_start] * each[config.stage1_start]
+    rows = []
+    for name in ("stage1", *_ordered(config.methods)):
+        count = config.stage1_steps if name == "stage1" else steps[name]
+        own = count * each[name]
+        both = before if name == "stage1" else own + before if bench_methods[name].tokens else own
+        rows.append(
+            {
+                "training": "stage 1" if name == "stage1" else method_label(name),
+                "steps": count,
+                "a step [s]": f"{each[name]:.3f}",
+                "all steps [s]": f"{own:.0f}",
+                "with what it needs before [s]": f"{both:.0f}",
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def differences(scores: Scores, own: str = "model") -> pd.DataFrame:

@@ -454,7 +454,7 @@ class BenchParameters(OutputParameters):
 
     existing_paths = ("stage1_params", "stage2_params")
 
-    bench_parts: list[str] = P([], "parts of the comparison to run: stage1, train, score, shifts; empty: none")
+    bench_parts: list[str] = P([], "parts of the comparison to run: costs, stage1, train, score, shifts; empty: none")
     bench_seconds: int = P(3000, "begin no further job of the comparison after so many seconds; 0: no limit", ge=0)
     stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
     stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
@@ -486,11 +486,10 @@ class BenchParameters(OutputParameters):
             raise ValueError("stage1_keep: there is no trained VarNet to keep; name the method in stage1_start")
         if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
             raise ValueError("steps must be at least 1 and learning_rates above 0")
-        unknown = set(self.bench_parts) - {"stage1", "train", "score", "shifts"}
+        parts = ("costs", "stage1", "train", "score", "shifts")
+        unknown = set(self.bench_parts) - set(parts)
         if unknown:
-            raise ValueError(
-                f"bench_parts: {', '.join(sorted(unknown))} is not known; stage1, train, score, shifts are"
-            )
+            raise ValueError(f"bench_parts: {', '.join(sorted(unknown))} is not known; {', '.join(parts)} are")
         return self
 
 

@@ -25,7 +25,7 @@ def values(phantom_dir, tmp_path_factory):
     for name, content in (("stage1", one), ("stage2", two)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return {
-        "bench_parts": ["stage1", "train", "score", "shifts"],
+        "bench_parts": ["costs", "stage1", "train", "score", "shifts"],
         "stage1_params": str(folder / "stage1.yaml"),
         "stage2_params": str(folder / "stage2.yaml"),
         "bench_seeds": [0, 1],
@@ -136,6 +136,29 @@ def test_methods_see_the_same_batches(done):
         assert first == second and len(first) == 11
     data.epoch = 0
     assert first != list(bench.FixedSteps(data, 3, seed=5, steps=11)) != list(bench.FixedSteps(data, 3, 6, 11))
+
+
+def test_costs_are_measured_once_side_by_side(done, monkeypatch):
+    each = json.loads((done.directory / "costs.json").read_text())
+    assert set(each) == {"stage1", *METHODS} and all(seconds > 0 for seconds in each.values())
+    monkeypatch.setattr(bench, "seconds_per_step", None)
+    assert done.measure_costs() == each
+    path, kept = done.directory / "costs.json", (done.directory / "costs.json").read_text()
+    own, both = "all steps [s]", "with what it needs before [s]"
+    try:
+        path.write_text(json.dumps({name: 10.0 * number for number, name in enumerate(("stage1", *METHODS), 1)}))
+        stage1, model, varnet = 10, 10 * (2 + METHODS.index("model")), 10 * (2 + METHODS.index("varnet"))
+        table = bench_tables.cost_table(done).set_index("training").astype(float)
+        assert table.loc["stage 1", "steps"] == 2 and table.loc["two-stage model", "steps"] == 4
+        assert table.loc["fastMRI's VarNet", own] == table.loc["fastMRI's VarNet", both] == 4 * varnet
+        assert table.loc["two-stage model", own] == 4 * model
+        assert table.loc["two-stage model", both] == 4 * model + 2 * stage1
+        monkeypatch.setattr(done, "config", done.config.model_copy(update={"stage1_start": "varnet"}))
+        table = bench_tables.cost_table(done).set_index("training").astype(float)
+        assert table.loc["stage 1", both] == 2 * stage1 + 4 * varnet
+        assert table.loc["two-stage model", both] == 4 * model + 2 * stage1 + 4 * varnet
+    finally:
+        path.write_text(kept)
 
 
 def test_tables_hold_every_method_at_every_acceleration(done):
