@@ -49,6 +49,7 @@ from mrilib.data import (
     index_volumes,
     load_annotations,
     make_loader,
+    require_boxes,
     split_volumes,
 )
 from mrilib.decoder import zero_filled
@@ -149,6 +150,11 @@ class Bench:
     def __init__(self, config: BenchParameters, directory: Path) -> None:
         self.config, self.directory = config, directory
         self.stage1 = Stage1Parameters.from_yaml(resolve(config.stage1_params))
+        if config.stage1_start and (self.stage1.varnet_weights or self.stage1.varnet_keep):
+            raise ParameterError(
+                f"stage1_start: {config.stage1_params} names varnet_weights or varnet_keep itself; leave one or the "
+                "other out"
+            )
         # its stage1_checkpoint is not read: the bench has one a seed, made by its first part
         values = read_yaml(resolve(config.stage2_params))
         self.stage2 = Stage2Parameters.create(values, written_later=("stage1_checkpoint",))
@@ -176,7 +182,9 @@ class Bench:
         annotations = self.annotations
         train = FastMRIDataset(self.volumes["train"], config, annotations, training=True)
         train.masks_per_slice = config.masks_per_slice
-        train.mirror_share = self.stage1.mirror_share if texts else 0.0
+        if texts:
+            train.mirror_share = self.stage1.mirror_share
+            require_boxes(train, self.stage1.finding_labels)
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
         sampler = FixedSteps(train, batch_size, seed, steps, self.stage1.finding_share if texts else 0.0)
         generator = torch.Generator().manual_seed(seed)  # its own: the model's random numbers must not depend on it
@@ -272,7 +280,9 @@ class Bench:
 
     def _stage1_made_with(self) -> dict[str, Any]:
         start = self.config.stage1_start
-        before = {"start": start, "start_plan": self._plan(start), "keep": self.config.stage1_keep} if start else {}
+        before: dict[str, Any] = {"start": start, "start_plan": list(self._plan(start))} if start else {}
+        if self.config.stage1_keep:
+            before["stage1_keep"] = True
         return {"steps": self.config.stage1_steps, **before, **_kept(self.stage1)}
 
     def _needed(self, name: str) -> dict[str, Any]:
@@ -534,7 +544,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
 
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
-    one = bench.stage1.model_copy(update={"varnet_keep": bench.config.stage1_keep})
+    one = bench.stage1.model_copy(update={"varnet_keep": bench.config.stage1_keep or bench.stage1.varnet_keep})
     encoder = build_encoder(one, bench.backbone).to(bench.device)
     stage: training.Stage
     if name == "stage1":

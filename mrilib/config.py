@@ -375,6 +375,14 @@ class Stage1Parameters(TrainingParameters):
         return self
 
     @model_validator(mode="after")
+    def _maps(self) -> Self:
+        if self.finding_labels and self.img_size < 32:
+            raise ValueError(
+                "finding_labels: the U-Net that maps them halves the image four times; img_size is below 32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights(self) -> Self:
         if self.varnet_weights and not self.varnet_map_network:
             raise ValueError("varnet_weights: they hold a network for the maps; set varnet_map_network: true")

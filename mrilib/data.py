@@ -8,6 +8,8 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,14 +171,37 @@ def load_annotations(config: DataParameters) -> Annotations | None:
     return analysis.read_annotations(*tables)
 
 
-def require_targets(volumes: Sequence[Volume]) -> None:
-    """Refuse volumes that the image decoder cannot be trained on; DataError naming them."""
+def require_targets(volumes: Sequence[Volume], what: str = "training the image decoder") -> None:
+    """Refuse volumes that `what` needs the images of; DataError naming them."""
     without = [volume.path.name for volume in volumes if not volume.has_target]
     if without:
         raise DataError(
-            f"{len(without)} files have no reconstruction_rss, which training the image decoder needs: "
+            f"{len(without)} files have no reconstruction_rss, which {what} needs: "
             f"{', '.join(without[:5])}{', …' if len(without) > 5 else ''}; give test files as test_dir"
         )
+
+
+def require_boxes(dataset: "FastMRIDataset", labels: Sequence[str]) -> None:
+    """Refuse findings to be mapped that no slice of the training volumes has a box of.
+
+    Raises
+    ------
+    ParameterError
+        Naming the label, the nearest of those that are there, and all of them.
+    """
+    there: set[str] = set()
+    if dataset.annotations is not None:
+        for volume in dataset.volumes:
+            for number in range(volume.slices if dataset.annotations.reviewed(volume.file) else 0):
+                there |= {box.label for box in dataset.annotations.boxes(volume.file, number, volume.recon[0])}
+    for label in labels:
+        if label not in there:
+            near = get_close_matches(label, there, n=1)
+            raise ParameterError(
+                f"finding_labels: no training slice has a box of '{label}'"
+                + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(sorted(there)) or 'none'}")
+                + ("" if there else ". Boxes come with annotations_dir")
+            )
 
 
 def _norm(lines: Tensor) -> float:
@@ -289,7 +314,12 @@ class FastMRIDataset(Dataset[Slice]):
         volume, slice_num = self._sample(index)
         if self.annotations is None or not self.annotations.reviewed(volume.file):
             return None
-        return self.annotations.boxes(volume.file, slice_num, volume.recon[0])
+        boxes = self.annotations.boxes(volume.file, slice_num, volume.recon[0])
+        if self.config.crop == "image":  # as `kspace.center_crop_or_pad` crops and pads
+            size = self.config.img_size
+            down, across = ((size - n) // 2 if n < size else -((n - size) // 2) for n in volume.recon)
+            boxes = tuple(replace(box, x=box.x + across, y=box.y + down) for box in boxes)
+        return boxes
 
     def text_length(self, index: int) -> int:
         """Characters of a slice's prompt and analysis."""

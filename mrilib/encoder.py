@@ -32,7 +32,7 @@ class NormalizedPatchEmbeddings(ViTPatchEmbeddings):
         self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 2, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
+        """(B, channels, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
         return self.norm(super().forward(pixel_values))
 
 
@@ -124,6 +124,13 @@ class KSpaceEncoder(nn.Module):
         super().requires_grad_(requires_grad)
         if self.keep_varnet:
             self.varnet.requires_grad_(False)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but a VarNet that is kept stays in eval mode."""
+        super().train(mode)
+        if self.keep_varnet:
+            self.varnet.eval()
         return self
 
     @property

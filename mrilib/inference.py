@@ -43,10 +43,13 @@ from mrilib.runs import progress_bar
 
 
 def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
-    """Parameters as a checkpoint holds them. Not validated anew: its data may lie elsewhere today."""
-    different = set(content["config"]) ^ set(cls.model_fields)
-    if different:
-        raise CheckpointError(f"{display_path(path)}: its parameters are another version's: {', '.join(different)}")
+    """Parameters as a checkpoint holds them. Not validated anew: its data may lie elsewhere today.
+
+    What is newer than the checkpoint has its default, which leaves everything as it was before.
+    """
+    unknown = set(content["config"]) - set(cls.model_fields)
+    if unknown:
+        raise CheckpointError(f"{display_path(path)}: its parameters are another version's: {', '.join(unknown)}")
     return cls.model_construct(**content["config"])
 
 

@@ -393,6 +393,12 @@ def count_parameters(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
+def count_trained(part: nn.Module) -> int:
+    """Parameters that a stage trains of its part: all of them but those of a VarNet that is kept."""
+    kept = part.varnet if isinstance(part, KSpaceEncoder) and part.keep_varnet else None
+    return count_parameters(part) - count_parameters(kept)
+
+
 @torch.no_grad()
 def fingerprint(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """SHA-256 of the backbone's tensors, and of the logits that it gives for the prompt alone; bitwise."""

@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mrilib import data, delta_rule, encoder, kernels, kspace, nirvana, nirvana_cache, trigger
+from mrilib import data, delta_rule, encoder, finding_maps, kernels, kspace, nirvana, nirvana_cache, trigger
 from mrilib import model as model_module
 from mrilib import volume as volume_module
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
@@ -45,7 +45,8 @@ FORMAT = 1  # of a shard; raised when one holds other things than before
 SLICES = 4  # in a shard at most
 SPARE_BYTES = 1 << 30  # left free on the disk for checkpoints and logs
 COMPUTING_CODE = (
-    kspace, volume_module, data, encoder, model_module, nirvana, nirvana_cache, delta_rule, kernels, trigger
+    kspace, volume_module, data, encoder, finding_maps, model_module, nirvana, nirvana_cache, delta_rule,
+    kernels, trigger,
 )  # fmt: skip
 logger = logging.getLogger("mrilib")
 

@@ -15,7 +15,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from mrilib import inference, model, runs, token_cache, training
 from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
-from mrilib.data import Batch, FastMRIDataset, Split, load_annotations, make_loader, require_targets, split_volumes
+from mrilib.data import (
+    Batch,
+    FastMRIDataset,
+    Split,
+    load_annotations,
+    make_loader,
+    require_boxes,
+    require_targets,
+    split_volumes,
+)
 from mrilib.distributed import launched
 
 StageParameters = Stage1Parameters | Stage2Parameters
@@ -41,6 +50,9 @@ def make_loaders(
     order: dict[str, Any] = {}
     if isinstance(config, Stage1Parameters):
         train_data.mirror_share = config.mirror_share
+        require_boxes(train_data, config.finding_labels)
+        if config.recon_weight:
+            require_targets(volumes["train"], "recon_weight")
         order = {"group_by_length": config.group_by_length, "finding_share": config.finding_share}
     train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, **order)
     return volumes, train_loader, make_loader(val_data, config.batch_size)
@@ -139,7 +151,7 @@ def _train_stages(config: StageParameters, directory: Path, run: runs.Run | None
                 "best_val_loss": history.best_loss,
                 "seconds": history.seconds,
                 "peak_memory_bytes": runs.peak_memory_bytes(),
-                "trainable_parameters": model.count_parameters(stage.part),
+                "trainable_parameters": model.count_trained(stage.part),
             }
             run.note(notebook, **facts)
     if run is not None:

@@ -33,7 +33,7 @@ from mrilib.history import (
     steps_path,
     write_epochs,
 )
-from mrilib.model import count_parameters, tensor_hash
+from mrilib.model import count_parameters, count_trained, tensor_hash
 from mrilib.optimizer import build_optimizer
 from mrilib.resume import check_same_training, data_hash
 
@@ -160,7 +160,7 @@ class Trainer:
                 "seconds": self.history.seconds + time.perf_counter() - self.begin,
                 "epoch_seconds": self.epoch_seconds,
                 "peak_memory_bytes": runs.peak_memory_bytes(),
-                "trainable_parameters": count_parameters(self.stage.part),
+                "trainable_parameters": count_trained(self.stage.part),
             },
         }
 
@@ -252,7 +252,7 @@ class Trainer:
         return self.history
 
     def _train(self) -> None:
-        trained = count_parameters(self.stage.part)
+        trained = count_trained(self.stage.part)
         logger.info(
             "%s: %d epochs of %d steps, %d trainable parameters, %d frozen",
             *(self.stage.name, self.config.epochs, self.steps_per_epoch),

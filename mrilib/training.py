@@ -148,7 +148,8 @@ class AnalysisStage(Stage):
             raise ValueError(f"recon_weight: {batch.slices[0].file} has no reconstruction_rss; set it to 0")
         assert encoder.pixel_head is not None
         size = encoder.img_size
-        target = center_crop_or_pad(batch.target, (size, size))
+        # by way of the matrix, as the encoder's image: at odd sizes a direct crop may lie a pixel beside it
+        target = center_crop_or_pad(center_crop_or_pad(batch.target, batch.kspace.shape[-2:]), (size, size))
         mirrored = torch.tensor([one.mirrored for one in batch.slices], device=target.device)[:, None, None]
         target = torch.where(mirrored, target.flip(-1), target)
         image = from_patches(encoder.pixel_head(self.model.image_tokens_from_prefix(prefix)), size).float()

@@ -91,17 +91,28 @@ def test_a_parameter_newer_than_a_training_counts_as_its_default(done, monkeypat
     for parameter in new:
         del made_with[parameter]
     path.write_text(json.dumps(record))
+    backup: list[tuple[Path, bytes]] = []
 
     def again():
         return done.train_stage1(0) if name == "stage1" else done.train_method(name, 0)
 
     try:
         assert again()["steps"] > 0
+        if name == "model":  # and is loaded: its checkpoint and stage 1's know nothing of them either
+            for checkpoint in done.directory.glob("seed0/*/stage?_checkpoints/*_model.pt"):
+                content = torch.load(checkpoint, weights_only=True)
+                backup.append((checkpoint, checkpoint.read_bytes()))
+                for parameter in ("recon_weight", "mirror_share", "token_pixels"):
+                    content["config"].pop(parameter, None)
+                torch.save(content, checkpoint)
+            assert done.trained("model", 0).encoder.pixel_head is None
         monkeypatch.setattr(done, attribute, getattr(done, attribute).model_copy(update=new))
         with pytest.raises(ParameterError, match=f"{name} was made with other values of"):
             again()
     finally:
         path.write_text(kept)
+        for checkpoint, content in backup:
+            checkpoint.write_bytes(content)
 
 
 def test_other_parameters_are_refused_rather_than_mixed(done, values):
@@ -268,6 +279,10 @@ def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch, 
     scratch.train_method("varnet", 0)  # which took nothing of stage 1
     with pytest.raises(ParameterError, match="stage1_start: 'unet' is no VarNet among the methods"):
         BenchParameters.create({**values, "stage1_start": "unet"})
+    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(one_params | {"varnet_weights": str(tmp_path / "w.pt")}))
+    (tmp_path / "w.pt").touch()
+    with pytest.raises(ParameterError, match=r"stage1_start: .* names varnet_weights or varnet_keep itself"):
+        bench.Bench(BenchParameters.create({**values, **changed}), tmp_path / "run")
     with pytest.raises(ParameterError, match="stage1_keep: there is no trained VarNet to keep"):
         BenchParameters.create({**values, "stage1_keep": True})
 

@@ -9,7 +9,8 @@ import torch
 from mrilib import kspace, train, training
 from mrilib.analysis import Box, box_finding
 from mrilib.analysis import mirrored as mirrored_facts
-from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader
+from mrilib.config import ParameterError, Stage1Parameters
+from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_boxes
 from mrilib.encoder import KSpaceEncoder
 from mrilib.finding_maps import FindingMaps, ellipses, finding_map_losses
 
@@ -93,6 +94,33 @@ def test_slices_carry_their_boxes_and_unreviewed_ones_none(dataset, config):
     assert seen == {None, False, True}
 
 
+@pytest.mark.parametrize("img_size", [32, 48, 96])
+def test_boxes_go_with_a_crop_of_the_image(config, dataset, img_size):
+    """Cropped or padded before masking, the evaluated image is the cropped one, and so are its boxes."""
+    changed = config.model_copy(update={"crop": "image", "img_size": img_size})
+    cropped = FastMRIDataset(dataset.volumes, changed, dataset.annotations)
+    seen = 0
+    for index in range(len(dataset)):
+        one, other = dataset[index], cropped[index]
+        for whole, part in zip(one.boxes or (), other.boxes or (), strict=True):
+            spot = ellipses([whole], LABELS, one.recon).amax(0)
+            expected = kspace.center_crop_or_pad(spot, (img_size, img_size))
+            assert torch.equal(ellipses([part], LABELS, other.recon).amax(0), expected)
+            seen += int(expected.any())
+        assert (one.boxes is None) == (other.boxes is None) and one.facts == other.facts
+    assert seen > 3
+
+
+def test_findings_without_a_box_to_learn_from_are_refused(config, dataset):
+    require_boxes(dataset, LABELS[:1])
+    with pytest.raises(ParameterError, match="finding_labels: no training slice has a box of 'Edma'; did you mean 'Ed"):
+        require_boxes(dataset, ["Edma"])
+    with pytest.raises(ParameterError, match="Boxes come with annotations_dir"):
+        require_boxes(FastMRIDataset(dataset.volumes, config), ["Edema"])
+    with pytest.raises(ParameterError, match=r"finding_labels: the U-Net .* img_size is below 32"):
+        Stage1Parameters.create({**config.to_dict(), "img_size": 16})
+
+
 def test_tokens_see_the_maps_and_nothing_of_the_boxes(config, dataset):
     system = systems.build(config)
     batch = batches(dataset)[0]
@@ -147,7 +175,9 @@ def test_a_stage_trains_on_mirrored_slices_and_judges_on_none(config, dataset):
     batch = next(b for b in batches(dataset) if len(b.slices) == 3)
     flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
     assert not torch.allclose(stage.loss(batch).total, stage.loss(flipped).total)
-    _, train_loader, val_loader = train.make_loaders(config.model_copy(update={"mirror_share": 1.0}))
+    _, train_loader, val_loader = train.make_loaders(
+        config.model_copy(update={"mirror_share": 1.0, "finding_labels": []})
+    )
     assert all(one.mirrored for batch in train_loader for one in batch.slices)
     assert not any(one.mirrored for batch in val_loader for one in batch.slices)
 

@@ -66,6 +66,9 @@ def test_a_varnet_that_is_kept_is_not_trained_and_keeps_no_graph(config, dataset
     trained = kept.freeze("encoder")
     assert len(trained) == len(list(kept.encoder.parameters())) - len(list(kept.encoder.varnet.parameters()))
     kept.train()
+    assert not kept.encoder.varnet.training and kept.encoder.vit.training
+    assert model.count_trained(kept.encoder) == sum(parameter.numel() for parameter in trained)
+    assert model.count_trained(system.encoder) == model.count_parameters(system.encoder)
     batch = systems.batch_of(dataset, 2)
     loss = kept.analysis_loss(batch).loss
     assert torch.equal(loss.detach(), system.analysis_loss(batch).loss.detach())

@@ -7,7 +7,7 @@ import pytest
 import systems
 import torch
 
-from mrilib import inference, model, training
+from mrilib import inference, model, train, training
 from mrilib.checkpoint import CheckpointError, load_checkpoint
 from mrilib.data import FastMRIDataset, load_annotations, make_loader, split_volumes
 
@@ -237,5 +237,9 @@ def test_the_reconstruction_term_reads_the_image_off_the_tokens(stage1, monkeypa
         turned = flipped._replace(target=batch.target.flip(-1))
         losses = [stage.loss(one).statistics["recon_loss"] for one in (batch, flipped, turned)]
     assert losses[0] == losses[2] != losses[1]
+    monkeypatch.setattr(train, "require_targets", lambda volumes, what: told.append((len(volumes), what)))
+    told: list = []
+    train.make_loaders(config.model_copy(update={"recon_weight": 1.0}))
+    assert told == [(len(split_volumes(config)["train"]), "recon_weight")]
     with pytest.raises(ValueError, match=r"recon_weight: .* has no reconstruction_rss"):
         stage.loss(batch._replace(target=None))
