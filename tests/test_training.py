@@ -237,8 +237,8 @@ def test_the_reconstruction_term_reads_the_image_off_the_tokens(stage1, monkeypa
         turned = flipped._replace(target=batch.target.flip(-1))
         losses = [stage.loss(one).statistics["recon_loss"] for one in (batch, flipped, turned)]
     assert losses[0] == losses[2] != losses[1]
-    monkeypatch.setattr(train, "require_targets", lambda volumes, what: told.append((len(volumes), what)))
     told: list = []
+    monkeypatch.setattr(train, "require_targets", lambda volumes, what: told.append((len(volumes), what)))
     train.make_loaders(config.model_copy(update={"recon_weight": 1.0}))
     assert told == [(len(split_volumes(config)["train"]), "recon_weight")]
     with pytest.raises(ValueError, match=r"recon_weight: .* has no reconstruction_rss"):
