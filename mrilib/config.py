@@ -406,6 +406,7 @@ class Stage2Parameters(TrainingParameters):
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
     token_pixels: bool = P(False, "each image token is also mapped to its patch's pixels, an input beside the data")
     token_modulation: bool = P(False, "image tokens also scale and shift every level of the U-Net's way up")
+    sense: bool = P(False, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
     )
@@ -419,6 +420,12 @@ class Stage2Parameters(TrainingParameters):
                 "token_cache: with masks_per_slice 0 every epoch has new masks and nothing to read back; "
                 "set masks_per_slice to 1 or more, or token_cache: off"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sense_has_input(self) -> Self:
+        if self.sense and not self.image_skip:
+            raise ValueError("sense: it works on the measured data; set image_skip: true")
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ class Depth(NamedTuple):
     levels: tuple[int, int, int, int]
 
 
+SENSE_WEIGHT, SENSE_ITERATIONS = 0.1, 3  # how the U-Net's image is brought into line with the coils
 # Found by counting: 160M and 80M parameters at token_dim 2048, decoder_hidden_dim 512 (a test holds them to 2%).
 DEPTHS = {"full": Depth(6, (1, 2, 3, 2)), "lightweight": Depth(2, (1, 1, 1, 2))}
 
@@ -96,6 +97,10 @@ class ImageDecoder(nn.Module):
     token_pixels : bool
         Each image token is also mapped to the 16×16 pixels of its patch, and the image that they make is one more
         input beside the measured data (without `image_skip`: added to the output).
+    sense : bool
+        The U-Net also sees a regularised SENSE image and starts from it instead of the zero-filled one, and what it
+        makes is brought into line with all coils' measured lines (`physics.sense`, as in MoDL: Aggarwal et al., IEEE
+        TMI 38:394, 2019) before these are put back. Physics alone: no parameter more but the stem's two inputs.
     activation_checkpointing : bool
         Recompute each level in the backward pass.
     """
@@ -110,6 +115,7 @@ class ImageDecoder(nn.Module):
         image_skip: bool = True,
         token_modulation: bool = False,
         token_pixels: bool = False,
+        sense: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -119,9 +125,11 @@ class ImageDecoder(nn.Module):
             raise ValueError(f"decoder_hidden_dim {decoder_hidden_dim} is not a multiple of 8")
         if img_size % PATCH:
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}")
+        if sense and not image_skip:
+            raise ValueError("sense works on the measured data; set image_skip: true")
         if not token_dim and not image_skip:
             raise ValueError("a decoder needs image tokens, the measured data (image_skip), or both")
-        self.token_dim, self.img_size, self.image_skip = token_dim, img_size, image_skip
+        self.token_dim, self.img_size, self.image_skip, self.sense = token_dim, img_size, image_skip, sense
         self.activation_checkpointing = activation_checkpointing
         depth = DEPTHS[decoder_type]
         hidden = decoder_hidden_dim
@@ -133,7 +141,8 @@ class ImageDecoder(nn.Module):
             self.token_projection = nn.Linear(token_dim, hidden)
         self.token_pixels = nn.Linear(token_dim, PATCH * PATCH) if token_pixels and token_dim else None
         if image_skip:
-            self.stem = nn.Conv2d(2 + (self.token_pixels is not None), widths[0], 3, padding=1)
+            inputs = 2 + 2 * sense + (self.token_pixels is not None)
+            self.stem = nn.Conv2d(inputs, widths[0], 3, padding=1)
             self.down = nn.ModuleList()
             self.shrink = nn.ModuleList()
             for width, blocks in zip(widths, depth.levels, strict=True):
@@ -200,15 +209,18 @@ class ImageDecoder(nn.Module):
         zero_filled = physics.combine(physics.ifft2c(kspace), maps)
         power = torch.view_as_real(zero_filled).square().sum(-1).mean((-2, -1))
         size = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()[:, None, None, None]
-        pixels = torch.view_as_real(zero_filled).movedim(-1, 1) / size
         height, width = zero_filled.shape[-2:]
         padded = (self._padded(height), self._padded(width))
-        inputs = physics.center_crop_or_pad(pixels, padded)
+        seen = [zero_filled] + ([physics.sense(kspace, mask, maps)] if self.sense else [])
+        channels = [torch.view_as_real(image).movedim(-1, 1) / size for image in seen]
+        inputs = physics.center_crop_or_pad(torch.cat(channels, dim=1), padded)
         if self.token_pixels is not None:
             inputs = torch.cat([inputs, self._token_image(normed, kspace, padded).to(inputs.dtype)], dim=1)
         residual = self._unet(inputs, self._token_map(normed, kspace, padded)).float()
-        pixels = (pixels + physics.center_crop_or_pad(residual, (height, width))) * size
+        pixels = (channels[-1] + physics.center_crop_or_pad(residual, (height, width))) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
+        if self.sense:
+            image = physics.sense(kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image)
         coil_images = physics.data_consistency(image, maps, kspace, mask, acquired)
         return physics.center_crop_or_pad(physics.rss(coil_images), recon) * scale[:, None, None]
 

@@ -374,6 +374,7 @@ def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_token
         image_skip=config.image_skip,
         token_modulation=config.token_modulation,
         token_pixels=config.token_pixels,
+        sense=config.sense,
         activation_checkpointing=config.activation_checkpointing,
     )
     return decoder.to(memory_format=torch.channels_last)

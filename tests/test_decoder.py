@@ -10,7 +10,7 @@ from fastmri.losses import SSIMLoss
 from torch import Tensor, nn
 
 from mrilib import kspace
-from mrilib.decoder import ImageDecoder, VolumeSSIMLoss, from_patches, zero_filled
+from mrilib.decoder import SENSE_ITERATIONS, SENSE_WEIGHT, ImageDecoder, VolumeSSIMLoss, from_patches, zero_filled
 from mrilib.encoder import PATCH
 
 
@@ -168,6 +168,41 @@ def test_slices_of_a_batch_do_not_matter_to_each_other() -> None:
     torch.testing.assert_close(together[1:2], one, rtol=1e-4, atol=1e-8)
 
 
+def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untrained, the decoder is SENSE twice; trained, its image is what the last one makes of the U-Net's."""
+    data = measured(height=33, width=45)
+    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
+    start = kspace.sense(data["kspace"], data["mask"], maps)
+    calls: list[Tensor | None] = []
+    original = kspace.sense
+
+    def keep(*inputs: Any, prior: Tensor | None = None) -> Tensor:
+        calls.append(prior)
+        return original(*inputs, prior=prior)
+
+    monkeypatch.setattr(kspace, "sense", keep)
+    model = decoder(sense=True, trained=False).eval()
+    assert model.stem.in_channels == 4
+    with torch.no_grad():
+        image = model(some_tokens(), **data, recon=(33, 45))
+        torch.testing.assert_close(calls[1], start, rtol=1e-4, atol=1e-5)
+        again = original(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=start)
+        coils = kspace.data_consistency(again, maps, data["kspace"], data["mask"])
+        torch.testing.assert_close(image, kspace.rss(coils) * data["scale"][:, None, None], rtol=1e-4, atol=1e-8)
+        trained = decoder(sense=True).eval()
+        together = trained(some_tokens(), **data, recon=(32, 32))
+        one = trained(some_tokens()[1:], **{name: value[1:] for name, value in data.items()}, recon=(32, 32))
+    torch.testing.assert_close(together[1:], one, rtol=1e-3, atol=1e-8)
+    assert not torch.allclose(calls[-1], start[1:])
+
+
+def test_sense_learns_through_its_steps() -> None:
+    model, data = decoder(sense=True), measured()
+    model(some_tokens(), **data, recon=(32, 32)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.stem.weight.grad[:, 2:].abs().max() > 0  # type: ignore[index]
+
+
 def test_without_the_skip_only_tokens_matter() -> None:
     model, data = decoder(image_skip=False).eval(), measured(width=45)
     with torch.no_grad():
@@ -257,6 +292,7 @@ def test_autocast_keeps_images_in_float32() -> None:
         ({"decoder_hidden_dim": 20}, "decoder_hidden_dim 20 is not a multiple of 8"),
         ({"img_size": 100}, "img_size 100 is not a multiple of 16"),
         ({"token_dim": 0, "image_skip": False}, "needs image tokens, the measured data"),
+        ({"sense": True, "image_skip": False}, "sense works on the measured data"),
     ],
 )
 def test_what_cannot_be_built_is_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -313,9 +349,9 @@ def test_the_loss_stays_in_float32_under_autocast() -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, loss(target * 1.01, target, torch.ones(1)))
 
 
-@pytest.mark.parametrize("image_skip", [True, False])
-def test_gradients_are_finite_for_empty_slices(image_skip: bool) -> None:
-    model, data = decoder(image_skip=image_skip).train(), measured()
+@pytest.mark.parametrize(("image_skip", "sense"), [(True, False), (True, True), (False, False)])
+def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool) -> None:
+    model, data = decoder(image_skip=image_skip, sense=sense).train(), measured()
     data["kspace"][0] = 0
     data["scale"][0] = 1.0
     image = model(some_tokens(), **data, recon=(32, 32))

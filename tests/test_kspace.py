@@ -285,6 +285,61 @@ def test_lines_that_no_scan_has_stay_zero() -> None:
         torch.testing.assert_close(padded[one][..., acquired[one]], whole[one][..., acquired[one]])
 
 
+@quick
+@given(st.integers(2, 7), st.integers(2, 9), st.integers(1, 4), seeds)
+def test_sense_solves_its_least_squares_problem(height: int, width: int, coils: int, seed: int) -> None:
+    """Against the problem written out as a matrix and solved by LAPACK; odd sizes, with a prior and without."""
+    maps = noise(2, coils, height, width, seed=seed)
+    maps = maps / kspace.rss(maps).unsqueeze(-3)
+    mask = torch.rand(2, width, generator=torch.Generator().manual_seed(seed)) < 0.5
+    measured = noise(2, coils, height, width, seed=seed + 1) * mask[:, None, None]
+    prior, weight = noise(2, height, width, seed=seed + 2), 0.2
+    for one in range(2):
+        unit = torch.eye(height * width, dtype=torch.complex64).reshape(-1, height, width)
+        columns = kspace.fft2c(kspace.expand(unit, maps[one])) * mask[one]
+        matrix = columns.reshape(height * width, -1).T.to(torch.complex128)
+        right = matrix.mH @ measured[one].reshape(-1).to(torch.complex128)
+        left = matrix.mH @ matrix + weight * torch.eye(height * width, dtype=torch.complex128)
+        for given_prior in (None, prior):
+            added = 0 if given_prior is None else weight * prior[one].reshape(-1)
+            exact = torch.linalg.solve(left, right + added).reshape(height, width).to(torch.complex64)
+            found = kspace.sense(measured, mask, maps, weight, 40, given_prior)[one]
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_sense_needs_one_step_where_everything_is_measured() -> None:
+    maps = noise(1, 4, 6, 9)
+    maps = maps / kspace.rss(maps).unsqueeze(-3)
+    image, mask = noise(1, 6, 9, seed=1), torch.ones(1, 9, dtype=torch.bool)
+    measured = kspace.fft2c(kspace.expand(image, maps))
+    torch.testing.assert_close(kspace.sense(measured, mask, maps, 0.0, 1), image)
+    torch.testing.assert_close(kspace.sense(measured, mask, maps, 0.3, 4, prior=image), image)
+
+
+def test_sense_of_nothing_is_its_prior_without_nan() -> None:
+    zeros, mask = torch.zeros(1, 2, 6, 7, dtype=torch.complex64), torch.zeros(1, 7, dtype=torch.bool)
+    maps = kspace.center_coil_maps(zeros, mask)
+    assert not kspace.sense(zeros, mask, maps).abs().any()
+    prior = noise(1, 6, 7).requires_grad_()
+    image = kspace.sense(zeros, mask, maps, 0.1, 3, prior)
+    torch.testing.assert_close(image.detach(), prior.detach())
+    image.abs().sum().backward()
+    assert prior.grad is not None and torch.view_as_real(prior.grad).isfinite().all()
+
+
+def test_sense_takes_folding_off() -> None:
+    """Half of the lines and two coils that see different halves: zero-filled folds, SENSE does not."""
+    image = torch.zeros(1, 8, 8, dtype=torch.complex64)
+    image[0, 2:6, 1:4] = 1
+    side = (torch.arange(8) < 4).float()
+    maps = torch.stack([side, 1 - side])[None, :, None].expand(1, 2, 8, 8).to(torch.complex64)
+    mask = (torch.arange(8) % 2 == 0)[None]
+    measured = kspace.fft2c(kspace.expand(image, maps)) * mask[:, None, None]
+    folded = kspace.combine(kspace.ifft2c(measured), maps)
+    assert (folded - image).abs().max() > 0.4
+    torch.testing.assert_close(kspace.sense(measured, mask, maps, 0.0, 20), image, rtol=1e-4, atol=1e-4)
+
+
 def smooth_coils(coils: int, rank: int, seed: int = 0) -> Tensor:
     return (noise(coils, rank, seed=seed) @ noise(rank, 10 * 13, seed=seed + 1)).reshape(coils, 10, 13)
 
