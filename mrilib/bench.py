@@ -64,20 +64,16 @@ from mrilib.model import (
 )
 from mrilib.resume import FREE_ON_RESUME
 from mrilib.runs import read_json, write_json
-from mrilib.token_cache import TokenCache
 
 logger = logging.getLogger("mrilib")
 Builder = Callable[[Stage1Parameters, Stage2Parameters, PreTrainedModel], nn.Module]
 
 
 class Method(NamedTuple):
-    """A learned method: what is built in the image decoder's place, what it reads and which masks it trains on."""
+    """A learned method: what is built in the image decoder's place, and whether it reads image tokens."""
 
     build: Builder
-    tokens: bool = False  # reads image tokens
-    own_masks: bool = (
-        True  # false: stage 2's `masks_per_slice`, as the model and its control; true: new ones each epoch
-    )
+    tokens: bool = False
 
 
 def _varnet(one: Stage1Parameters, chans: int = 0, measured_lines: bool = False) -> VarNetBaseline:
@@ -98,10 +94,8 @@ def _equal_varnet(one: Stage1Parameters, two: Stage2Parameters, backbone: PreTra
 
 
 METHODS: dict[str, Method] = {
-    "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True, own_masks=False),
-    "trained_without_tokens": Method(
-        lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False), own_masks=False
-    ),
+    "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True),
+    "trained_without_tokens": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False)),
     # as many steps as take as long as the model's, which also has encoder and backbone to run
     "without_tokens_equal_time": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False)),
     "tokens_alone": Method(
@@ -109,7 +103,6 @@ METHODS: dict[str, Method] = {
             two.model_copy(update={"image_skip": False, "sense": False}), backbone
         ),
         tokens=True,
-        own_masks=False,
     ),
     "unet": Method(lambda one, two, backbone: UNetBaseline(chans=32, pools=4)),
     "varnet": Method(lambda one, two, backbone: _varnet(one)),
@@ -183,39 +176,25 @@ class Bench:
         """
         path = self.directory / "costs.json"
         if not path.exists():
-            names = ["stage1", "tokens", *self.config.methods]
+            names = ["stage1", *self.config.methods]
             write_json(path, {name: seconds_per_step(self, name) for name in names})
         return read_json(path)
 
-    def cached_batches(self) -> float:
-        """Batches that the token cache of one training is computed in; 0 without a cache."""
-        if not self.stage2.token_cache:
-            return 0.0
-        slices = sum(volume.slices for volume in self.volumes["train"])
-        numbers = min(self.stage2.masks_per_slice, self.config.validations)  # masks change with each validation
-        return slices * numbers / self.stage2.batch_size
-
-    def _data(self, config: Any, texts: bool) -> list[FastMRIDataset]:
-        """Training and validation slices of one training."""
+    def _loaders(self, batch_size: int, seed: int, steps: int, texts: bool) -> tuple[DataLoader, DataLoader]:
+        config: Any = (self.stage1 if texts else self.stage2).model_copy(update={"seed": seed})
         annotations = self.annotations
         train = FastMRIDataset(self.volumes["train"], config, annotations, training=True)
         train.masks_per_slice = config.masks_per_slice
         if texts:
             train.mirror_share = self.stage1.mirror_share
             require_boxes(train, self.stage1.finding_labels)
-        return [train, FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)]
-
-    def _loaders(
-        self, config: Any, steps: int, texts: bool, cache: TokenCache | None = None
-    ) -> tuple[DataLoader, DataLoader]:
-        train, val = cache.hold(*self._data(config, texts)) if cache else self._data(config, texts)
-        share = self.stage1.finding_share if texts else 0.0
-        sampler = FixedSteps(train, config.batch_size, config.seed, steps, share)
-        generator = torch.Generator().manual_seed(config.seed)  # its own: the model's must not depend on it
+        val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
+        sampler = FixedSteps(train, batch_size, seed, steps, self.stage1.finding_share if texts else 0.0)
+        generator = torch.Generator().manual_seed(seed)  # its own: the model's random numbers must not depend on it
         loader = DataLoader(
             train, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers, generator=generator
         )
-        return loader, make_loader(val, config.batch_size)
+        return loader, make_loader(val, batch_size)
 
     def _claim(self, folder: Path, made_with: dict[str, Any]) -> bool:
         """Whether a folder is done already; refused if it was made with something else."""
@@ -238,34 +217,18 @@ class Bench:
         validations = self.config.validations
         # An interrupted training goes on where it stopped: done.json is missing, its checkpoint is there.
         config = config.model_copy(update={"epochs": validations, "save_interval": validations, "resume": True})
-        begin, filling = time.perf_counter(), 0.0
-        cache = None
-        if isinstance(stage, training.ReconstructionStage) and _reads_cache(stage.name, config):
-            cache = TokenCache(stage.model, config)
-            stage.image_tokens = cache.image_tokens
-        loaders = self._loaders(config, each, texts, cache)
-        if cache is not None:
-            filling = self._seconds_to_fill(cache)
+        loaders = self._loaders(config.batch_size, config.seed, each, texts)
+        begin = time.perf_counter()
         history = training.fit(stage, config, *loaders, folder)
         return {
             "steps": len(history.steps),
             "slices": len(history.steps) * config.batch_size,
-            # what training costs: forward, backward and update, and the token cache; not loading and validation
-            "seconds": filling + sum(step["seconds"] for step in history.steps),
-            **({"token_cache_seconds": filling} if cache else {}),
+            # what training costs: forward, backward and update, without loading and validation
+            "seconds": sum(step["seconds"] for step in history.steps),
             "seconds_with_validation": time.perf_counter() - begin,
             "parameters": count_parameters(stage.part),
             "validation": [{"step": each * int(epoch["epoch"]), **_plain(epoch)} for epoch in history.epochs],
         }
-
-    def _seconds_to_fill(self, cache: TokenCache) -> float:
-        """What computing the cache's tokens took, whichever training of this run did it."""
-        path = self.directory / "token_cache.json"
-        known = read_json(path) if path.exists() else {}
-        if cache.facts["bytes_to_write"]:  # in parts, if a call was broken off
-            known[cache.key] = known.get(cache.key, 0.0) + cache.facts["seconds"]
-            write_json(path, known)
-        return known.get(cache.key, 0.0)
 
     def train_stage1(self, seed: int) -> dict[str, Any]:
         """Stage 1 and its control without k-space, both of `stage1_steps`; what done.json says.
@@ -313,14 +276,14 @@ class Bench:
             return read_json(folder / "done.json")
         training.prepare(config)
         system = self._system(name, seed)
-        stage = training.ReconstructionStage(system, name)
+        stage = training.ReconstructionStage(system, name, tokens_from=config.tokens_from)
         result = self._fit(stage, config, folder, steps, texts=False)
         write_json(folder / "done.json", {"made_with": made_with, **result})
         return read_json(folder / "done.json")
 
     def _stage2(self, name: str) -> Stage2Parameters:
-        """Stage 2's parameters as a method has them."""
-        return self.stage2.model_copy(update={"masks_per_slice": 0} if METHODS[name].own_masks else {})
+        """Stage 2's parameters as a method has them: tokens join late where there is something beside them."""
+        return self.stage2 if name == "model" else self.stage2.model_copy(update={"tokens_from": 0.0})
 
     def _stage1_made_with(self) -> dict[str, Any]:
         start = self.config.stage1_start
@@ -583,73 +546,50 @@ def _plain(epoch: dict[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in epoch.items() if name != "epoch"}
 
 
-def _reads_cache(name: str, config: Any) -> bool:
-    return METHODS[name].tokens and config.token_cache
-
-
 def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
-    """Seconds of an optimizer step as trained: the median of some after the first.
+    """Seconds of an optimizer step of a method, or of "stage1", as trained: the median of some after the first.
 
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
-
-    Parameters
-    ----------
-    bench : Bench
-    name : str
-        A method; "stage1"; or "tokens", a batch of the token cache.
-    steps : int
     """
     one = bench.stage1.model_copy(update={"varnet_keep": bench.config.stage1_keep or bench.stage1.varnet_keep})
     encoder = build_encoder(one, bench.backbone).to(bench.device)
-    method = "model" if name == "tokens" else name
-    cached = method != "stage1" and _reads_cache(method, bench.stage2)
     stage: training.Stage
-    if method == "stage1":
+    if name == "stage1":
         system = TwoStageModel(encoder, bench.backbone, bench.tokenizer)
         stage = training.AnalysisStage(
             system, "stage1", 0.0, bench.stage1.finding_map_weight, bench.stage1.recon_weight
         )
     else:
-        module = METHODS[method].build(bench.stage1, bench.stage2, bench.backbone)
+        module = METHODS[name].build(bench.stage1, bench.stage2, bench.backbone)
         module = module.to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         unread = build_control(bench.stage1, bench.backbone).to(bench.device)
-        first = encoder if METHODS[method].tokens else unread
+        first = encoder if METHODS[name].tokens else unread
         system = TwoStageModel(first, bench.backbone, bench.tokenizer, module)
-        stage = training.ReconstructionStage(system, method, _given_tokens if cached else None)
-    config: Any = bench.stage1 if method == "stage1" else bench.stage2
+        stage = training.ReconstructionStage(system, name, tokens_from=bench._stage2(name).tokens_from)
+    config: Any = bench.stage1 if name == "stage1" else bench.stage2
     optimizer = torch.optim.AdamW(stage.model.freeze(stage.trainable), lr=1e-6)
     stage.model.train()
-    loader, _ = bench._loaders(config.model_copy(update={"seed": 0}), steps, texts=method == "stage1")
-    seconds = []
+    loader, _ = bench._loaders(config.batch_size, 0, steps, texts=name == "stage1")
+    late = bench.stage2.tokens_from if name == "model" else 0.0
+    seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
     for batch in loader:
-        batch = batch.to(bench.device)
-        begin = time.perf_counter()
-        if cached or name == "tokens":
-            with torch.no_grad():
-                batch = batch._replace(tokens=system.image_tokens(batch))
-        if name != "tokens":
-            begin = time.perf_counter() if cached else begin  # what the cache holds is not computed in a step
-            (stage.loss(batch).total / config.batch_size).backward()
+        for stage.progress in (0.0, 1.0) if late else (1.0,):  # without tokens, with them
+            begin = time.perf_counter()
+            (stage.loss(batch.to(bench.device)).total / config.batch_size).backward()
             optimizer.step()
             optimizer.zero_grad()
-        seconds.append(time.perf_counter() - begin)
+            seconds[stage.progress].append(time.perf_counter() - begin)
     stage.model.freeze(None)
-    return float(np.median(seconds[1:] or seconds))
-
-
-def _given_tokens(batch: Batch) -> Tensor:
-    assert batch.tokens is not None
-    return batch.tokens
+    without, with_tokens = (float(np.median(each[1:] or each or [0.0])) for each in seconds.values())
+    return late * without + (1 - late) * with_tokens
 
 
 def calibrate(params: str, seconds: float = 300.0) -> Iterator[tuple[str, float, int]]:
     """Seconds a step, and the steps that take `seconds`, of stage 1 and every learned method here and now."""
     one = Bench(_without_running(params), Path())
-    tokens = one.cached_batches() * seconds_per_step(one, "tokens")
     for name in ("stage1", *METHODS):
         each = seconds_per_step(one, name)
-        before = tokens if name != "stage1" and _reads_cache(name, one.stage2) else 0.0
-        yield name, each, round((seconds - before) / each)
+        yield name, each, round(seconds / each)
 
 
 def _without_running(params: str, **changes: Any) -> BenchParameters:

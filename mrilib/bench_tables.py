@@ -88,7 +88,7 @@ def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
 
 
 def cost_table(bench: Bench) -> pd.DataFrame:
-    """What the trainings cost: seconds a step, measured side by side, times steps; with a token cache, its too.
+    """What the trainings cost: seconds a step, measured side by side, times steps.
 
     What is needed before: stage 1 by methods with tokens, and by stage 1 the VarNet that it starts from.
     """
@@ -104,15 +104,13 @@ def cost_table(bench: Bench) -> pd.DataFrame:
     for name in ("stage1", *_ordered(config.methods)):
         count = config.stage1_steps if name == "stage1" else steps[name]
         own = count * each[name]
-        if name in bench_methods and bench_methods[name].tokens:
-            own += bench.cached_batches() * each["tokens"]
         both = before if name == "stage1" else own + before if bench_methods[name].tokens else own
         rows.append(
             {
                 "training": "stage 1" if name == "stage1" else method_label(name),
                 "steps": count,
                 "a step [s]": f"{each[name]:.3f}",
-                "all of it [s]": f"{own:.0f}",
+                "all steps [s]": f"{own:.0f}",
                 "with what it needs before [s]": f"{both:.0f}",
             }
         )

@@ -406,6 +406,9 @@ class Stage2Parameters(TrainingParameters):
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
     token_pixels: bool = P(False, "each image token is also mapped to its patch's pixels, an input beside the data")
     token_modulation: bool = P(False, "image tokens also scale and shift every level of the U-Net's way up")
+    tokens_from: float = P(
+        0.0, "share of the steps before image tokens join; until then encoder and backbone need not run", ge=0, lt=1
+    )
     sense: bool = P(False, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
@@ -423,9 +426,10 @@ class Stage2Parameters(TrainingParameters):
         return self
 
     @model_validator(mode="after")
-    def _sense_has_input(self) -> Self:
-        if self.sense and not self.image_skip:
-            raise ValueError("sense: it works on the measured data; set image_skip: true")
+    def _has_measured_data(self) -> Self:
+        for name in ("sense", "tokens_from"):
+            if getattr(self, name) and not self.image_skip:
+                raise ValueError(f"{name}: there is nothing but tokens without the measured data; set image_skip: true")
         return self
 
     @model_validator(mode="after")

@@ -217,6 +217,10 @@ class ImageDecoder(nn.Module):
         if self.token_pixels is not None:
             inputs = torch.cat([inputs, self._token_image(normed, kspace, padded).to(inputs.dtype)], dim=1)
         residual = self._unet(inputs, self._token_map(normed, kspace, padded)).float()
+        if self.token_dim and normed is None and self.training:
+            # Tokens join later (`tokens_from`): until then what reads them has a gradient of zeros rather than none.
+            reading = [m for m in (self.token_norm, self.token_projection, self.token_pixels) if m is not None]
+            residual = residual + 0 * sum(p.sum() for module in reading for p in module.parameters())
         pixels = (channels[-1] + physics.center_crop_or_pad(residual, (height, width))) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
         if self.sense:

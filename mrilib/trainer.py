@@ -308,6 +308,7 @@ class Trainer:
     def _take_step(self, batches: list[Batch]) -> None:
         start = time.perf_counter()
         number = self.step + 1
+        self.stage.progress = self.step / self.total_steps
         parts, norms, norm = self._guarded(lambda: self.gradients.compute(batches, self._where()))
         weight = sum(part.weight for part in parts)
         loss = sum(part.loss for part in parts) / weight
@@ -371,6 +372,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> list[dict[str, Any]]:
         """Scores of all validation slices, everything in eval mode."""
+        self.stage.progress = self.step / self.total_steps
         self.stage.model.train(False)
         sampler = self.val_loader.batch_sampler
         if isinstance(sampler, ShapeBatchSampler):

@@ -45,6 +45,8 @@ class Stage:
         "stage1", "stage2", or their controls "control" and "plain"; names checkpoints and logs.
     model : TwoStageModel
     trainable : {"encoder", "decoder"}
+    progress : float
+        Share of the training's steps that are done; the trainer sets it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stage:
 
     def __init__(self, model: TwoStageModel) -> None:
         self.model = model
+        self.progress = 0.0
 
     @property
     def part(self) -> nn.Module:
@@ -180,15 +183,22 @@ class ReconstructionStage(Stage):
     name : {"stage2", "plain"}
     image_tokens : callable, optional
         Gives a batch's image tokens: the model if left out, or `TokenCache.image_tokens`.
+    tokens_from : float
+        Share of the steps before image tokens join. Until then zeros are in their place, and neither encoder nor
+        backbone runs: the decoder learns what the measured data say first, which is the longer and cheaper part.
     """
 
     trainable = "decoder"
 
     def __init__(
-        self, model: TwoStageModel, name: str = "stage2", image_tokens: Callable[[Batch], Tensor] | None = None
+        self,
+        model: TwoStageModel,
+        name: str = "stage2",
+        image_tokens: Callable[[Batch], Tensor] | None = None,
+        tokens_from: float = 0.0,
     ) -> None:
         super().__init__(model)
-        self.name = name
+        self.name, self.tokens_from = name, tokens_from
         self.image_tokens = image_tokens or model.image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
@@ -200,8 +210,10 @@ class ReconstructionStage(Stage):
         """The image (B, h, w) [file units]; encoder and backbone are frozen, so they run without a graph."""
         decoder = self.model.decoder
         assert decoder is not None
-        with torch.no_grad():
-            tokens = self.image_tokens(batch) if decoder.token_dim else None
+        tokens = None
+        if decoder.token_dim and self.progress >= self.tokens_from:
+            with torch.no_grad():
+                tokens = self.image_tokens(batch)
         return self.model.reconstruct(batch, tokens)
 
     def loss(self, batch: Batch) -> BatchLoss:

@@ -21,8 +21,8 @@ def values(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(folder / "backbone")
     common = {"max_val_slices": 3, "center_fractions": [0.16, 0.08], "num_coils": 8}
     one = systems.values(phantom_dir, backbone, **systems.ENCODER, **common)
-    cache = {"token_cache": True, "token_cache_dir": str(folder / "token_cache"), "masks_per_slice": 2}
-    two = systems.values(phantom_dir, backbone, **systems.DECODER, **common, **cache, train_control=False)
+    late = {"sense": True, "tokens_from": 0.5}
+    two = systems.values(phantom_dir, backbone, **systems.DECODER, **common, **late, train_control=False)
     for name, content in (("stage1", one), ("stage2", two)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return {
@@ -62,6 +62,7 @@ def test_every_method_had_its_steps_and_says_what_it_cost(done):
             assert told["steps"] == 4 and told["seconds"] > 0 and told["parameters"] > 0
             assert [point["step"] for point in told["validation"]] == [2, 4]
             assert told["seconds"] < told["seconds_with_validation"]
+            assert told["made_with"]["tokens_from"] == (0.5 if name == "model" else 0.0)
     assert json.loads((done.directory / "seed0" / "stage1" / "done.json").read_text())["control"]["steps"] == 2
 
 
@@ -150,46 +151,25 @@ def test_methods_see_the_same_batches(done):
     assert first != list(bench.FixedSteps(data, 3, seed=5, steps=11)) != list(bench.FixedSteps(data, 3, 6, 11))
 
 
-def test_the_cache_changes_what_a_training_costs_and_nothing_else(done, tmp_path, monkeypatch):
-    told = json.loads((done.directory / "seed0" / "model" / "done.json").read_text())
-    assert 0 < told["token_cache_seconds"] < told["seconds"]
-    assert told["token_cache_seconds"] in json.loads((done.directory / "token_cache.json").read_text()).values()
-    (tmp_path / "seed0").mkdir()
-    (tmp_path / "seed0" / "stage1").symlink_to(done.directory / "seed0" / "stage1")
-    monkeypatch.setattr(done, "directory", tmp_path)
-    monkeypatch.setattr(done, "stage2", done.stage2.model_copy(update={"token_cache": False}))
-    plain = done.train_method("model", 0)
-    assert "token_cache_seconds" not in plain
-
-    def losses(record):
-        return [point["val_loss"] for point in record["validation"]]
-
-    assert losses(plain) == pytest.approx(losses(told), rel=1e-5)
-
-
 def test_costs_are_measured_once_side_by_side(done, monkeypatch):
     each = json.loads((done.directory / "costs.json").read_text())
-    assert set(each) == {"stage1", "tokens", *METHODS} and all(seconds > 0 for seconds in each.values())
+    assert set(each) == {"stage1", *METHODS} and all(seconds > 0 for seconds in each.values())
     monkeypatch.setattr(bench, "seconds_per_step", None)
     assert done.measure_costs() == each
     path, kept = done.directory / "costs.json", (done.directory / "costs.json").read_text()
-    own, both = "all of it [s]", "with what it needs before [s]"
+    own, both = "all steps [s]", "with what it needs before [s]"
     try:
-        path.write_text(
-            json.dumps({name: 10.0 * number for number, name in enumerate(("stage1", *METHODS), 1)} | {"tokens": 3.0})
-        )
-        # two masks of every training slice, three slices a batch
-        fill = 3.0 * 2 * sum(volume.slices for volume in done.volumes["train"]) / 3
+        path.write_text(json.dumps({name: 10.0 * number for number, name in enumerate(("stage1", *METHODS), 1)}))
         stage1, model, varnet = 10, 10 * (2 + METHODS.index("model")), 10 * (2 + METHODS.index("varnet"))
         table = bench_tables.cost_table(done).set_index("training").astype(float)
         assert table.loc["stage 1", "steps"] == 2 and table.loc["two-stage model", "steps"] == 4
         assert table.loc["fastMRI's VarNet", own] == table.loc["fastMRI's VarNet", both] == 4 * varnet
-        assert table.loc["two-stage model", own] == pytest.approx(4 * model + fill)
-        assert table.loc["two-stage model", both] == pytest.approx(4 * model + fill + 2 * stage1)
+        assert table.loc["two-stage model", own] == 4 * model
+        assert table.loc["two-stage model", both] == 4 * model + 2 * stage1
         monkeypatch.setattr(done, "config", done.config.model_copy(update={"stage1_start": "varnet"}))
         table = bench_tables.cost_table(done).set_index("training").astype(float)
         assert table.loc["stage 1", both] == 2 * stage1 + 4 * varnet
-        assert table.loc["two-stage model", both] == pytest.approx(4 * model + fill + 2 * stage1 + 4 * varnet)
+        assert table.loc["two-stage model", both] == 4 * model + 2 * stage1 + 4 * varnet
     finally:
         path.write_text(kept)
 

@@ -239,6 +239,17 @@ def test_pixels_of_the_tokens_meet_their_own_place(height: int, width: int) -> N
     assert torch.equal(inner, direct) and not seen[1][:, 2].any()
 
 
+def test_without_tokens_what_reads_them_has_a_gradient_of_zeros() -> None:
+    model, data = decoder(token_pixels=True, token_modulation=True).train(), measured()
+    image = model(None, **data, recon=(32, 32))
+    image.sum().backward()
+    reading = [model.token_norm, model.token_projection, model.token_pixels]
+    for parameter in (p for module in reading for p in module.parameters()):  # type: ignore[union-attr]
+        assert parameter.grad is not None and not parameter.grad.any()
+    with torch.no_grad():
+        assert torch.equal(image, model.eval()(None, **data, recon=(32, 32)))
+
+
 def test_pixels_of_the_tokens_are_added_where_there_is_no_skip() -> None:
     model, data = decoder(image_skip=False, token_pixels=True).eval(), measured()
     with torch.no_grad():

@@ -130,6 +130,41 @@ def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir
         inference.load_stage2(tmp_path / "stage2_checkpoints" / "stage2_final_model.pt", system)
 
 
+def test_tokens_may_join_late(stage1, phantom_dir, backbone_dir, tmp_path):
+    """Until then neither encoder nor backbone runs; from then on they do, in an interrupted training too."""
+    checkpoint = stage1[1] / "stage1_checkpoints" / "stage1_best_model.pt"
+    config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, epochs=2, tokens_from=0.6, optimizer="muon")
+
+    def trained(folder, stop_after=None, **changes):
+        training.prepare(config)
+        backbone, tokenizer = model.build_backbone(config, "cpu")
+        system, _ = inference.load_stage1(checkpoint, backbone, tokenizer)
+        system.decoder = model.build_decoder(config, backbone)
+        calls = []
+
+        def tokens(batch):
+            calls.append(stage.progress)
+            return system.image_tokens(batch)
+
+        def on_step(entry):
+            if entry["step"] == stop_after:
+                raise KeyboardInterrupt
+
+        stage = training.ReconstructionStage(system, image_tokens=tokens, tokens_from=config.tokens_from)
+        changed = config.model_copy(update=changes)
+        history = training.fit(stage, changed, *loaders(config), folder, on_step=on_step)
+        return history, calls, model.tensor_hash(system.decoder)
+
+    history, calls, weights = trained(tmp_path / "a")
+    total = len(history.steps)
+    late = [step / total for step in range(total) if step / total >= 0.6]
+    assert [progress for progress in calls if progress < 1] == late and set(calls) == {*late, 1.0}
+    assert all(step["gradient_norm"] > 0 for step in history.steps)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "b", stop_after=total - 1)
+    assert trained(tmp_path / "b", resume=True)[2] == weights
+
+
 def test_accumulated_batches_give_the_gradient_of_the_whole(stage1):
     """Cross-entropy is normalised over the tokens of the whole effective batch, not batch by batch."""
     config, _, system, _ = stage1
