@@ -39,6 +39,7 @@ from mrilib.config import (
     display_path,
     read_yaml,
     resolve,
+    with_defaults,
 )
 from mrilib.data import (
     Batch,
@@ -50,6 +51,7 @@ from mrilib.data import (
     load_annotations,
     make_loader,
     require_boxes,
+    require_targets,
     split_volumes,
 )
 from mrilib.decoder import zero_filled
@@ -163,6 +165,7 @@ class Bench:
         self.stage2 = Stage2Parameters.create(values, written_later=("stage1_checkpoint",))
         inference.check_same_input(self.stage2, self.stage1)
         self.volumes = split_volumes(self.stage2)
+        require_targets([volume for part in self.volumes.values() for volume in part], "the comparison")
         self.annotations = load_annotations(self.stage2)
         self.device = training.pick_device(self.stage2.device)
         self.backbone, self.tokenizer = build_backbone(self.stage2, self.device)
@@ -201,7 +204,7 @@ class Bench:
         path = folder / "done.json"
         if not path.exists():
             return False
-        before = _with_defaults(read_json(path)["made_with"], made_with)
+        before = with_defaults(read_json(path)["made_with"], made_with)
         if before != json.loads(json.dumps(made_with)):
             names = {**before, **made_with}  # in order
             changed = [name for name in names if made_with.get(name) != before.get(name)]
@@ -528,18 +531,6 @@ def _kept(config: Stage1Parameters | Stage2Parameters) -> dict[str, Any]:
     """What decides a training's result; not where it is written, shown or logged."""
     unread = FREE_ON_RESUME | {"log_interval", "epochs", "seed"}  # steps and seed are the bench's own
     return {name: value for name, value in config.to_dict().items() if name not in unread}
-
-
-def _with_defaults(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What something was made with, and what was added to the code since then at its default, which changes nothing."""
-    known = {**Stage1Parameters.model_fields, **Stage2Parameters.model_fields}
-    filled = dict(before)
-    for name, value in now.items():
-        if name not in before and name in known:
-            filled[name] = known[name].default
-        elif name in before and isinstance(value, dict):
-            filled[name] = _with_defaults(before[name], value)
-    return filled
 
 
 def _plain(epoch: dict[str, float]) -> dict[str, float]:

@@ -160,7 +160,7 @@ def _loss_panel(axis: Axes, named: "Mapping[str, History]") -> None:
     for (name, history), color, marker in zip(named.items(), COLORS * 9, MARKERS * 9, strict=False):
         plot_loss(axis, history, name, color, marker)
     best = next(iter(named.values())).best_epoch
-    axis.set_title(f"loss; best checkpoint: epoch {best}")
+    axis.set_title(f"loss; best checkpoint: epoch {best}" if best else "loss; no best checkpoint yet")
 
 
 def _validation_panel(axis: Axes, named: "Mapping[str, History]", metric: str, label: str) -> None:

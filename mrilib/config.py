@@ -439,6 +439,24 @@ class Stage2Parameters(TrainingParameters):
         return self
 
 
+def with_defaults(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What a training was made with, and what was added to the code since then at its default, which changes nothing.
+
+    Parameters
+    ----------
+    before, now : dict
+        Stage 1's or stage 2's parameters, then and now; also in dicts of dicts.
+    """
+    known = {**Stage1Parameters.model_fields, **Stage2Parameters.model_fields}
+    filled = dict(before)
+    for name, value in now.items():
+        if name not in before and name in known:
+            filled[name] = known[name].default
+        elif name in before and isinstance(value, dict):
+            filled[name] = with_defaults(before[name], value)
+    return filled
+
+
 class EvaluateParameters(BackboneParameters):
     """04_evaluate."""
 

@@ -4,6 +4,7 @@
                               image tokens ─► LayerNorm ─► linear ─► (n × n) map ─────┤ bottleneck
     RSS ◄─ data consistency ◄─ complex image ◄─ up, up, up, up ◄──────────────────────┘
 
+With ``sense`` the U-Net sees a SENSE image too, and another SENSE solve precedes the data consistency.
 With ``image_skip=False`` there is no down path: tokens alone, magnitude out, the description's literal reading.
 """
 
@@ -165,7 +166,7 @@ class ImageDecoder(nn.Module):
                 for tensor in layer.parameters():
                     nn.init.zeros_(tensor)
         self.head = nn.Conv2d(widths[0], 2 if image_skip else 1, 1)
-        if image_skip:  # start from the zero-filled image: data consistency alone
+        if image_skip:  # start from the zero-filled image, or SENSE's: data consistency alone
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 

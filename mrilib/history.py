@@ -56,6 +56,7 @@ def read_history(run: Path, name: str) -> History | None:
     steps = read_json_lines(steps_path(run, name))
     first = max(number for number, step in enumerate(steps) if step["step"] == 1)  # the last attempt counts
     history = History(steps=steps[first:], epochs=epochs)
-    best = min(epochs, key=lambda epoch: epoch["val_loss"])
-    history.best_epoch, history.best_loss = int(best["epoch"]), best["val_loss"]
+    for epoch in epochs:
+        if epoch["val_loss"] < history.best_loss and epoch.get("complete", 1.0):
+            history.best_epoch, history.best_loss = int(epoch["epoch"]), epoch["val_loss"]
     return history

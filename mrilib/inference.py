@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -412,13 +412,19 @@ def example_texts(model: TwoStageModel, dataset: FastMRIDataset, count: int, max
 
 
 @torch.no_grad()
-def preview(model: TwoStageModel, dataset: FastMRIDataset, count: int) -> list[Comparison]:
-    """A few slices of a data set, spread evenly: target, zero-filled and the model's image."""
+def preview(
+    model: TwoStageModel, dataset: FastMRIDataset, count: int, reconstruct: Callable[[Batch], Tensor] | None = None
+) -> list[Comparison]:
+    """A few slices of a data set, spread evenly: target, zero-filled and the model's image.
+
+    During a training `reconstruct` is the stage's own, which knows whether the tokens have joined.
+    """
     shown = []
     for index in np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]:
         one = dataset[int(index)]
         batch = collate([one]).to(model.device)
-        images = {"zero_filled": zero_filled(batch.kspace, batch.scale, batch.recon)[0], "model": model(batch)[0]}
+        own = (reconstruct or model)(batch)
+        images = {"zero_filled": zero_filled(batch.kspace, batch.scale, batch.recon)[0], "model": own[0]}
         assert one.target is not None
         title = f"{one.facts.contrast}, slice {one.slice_num}\n{one.acceleration}x"
         shown.append(Comparison(one.target, images, one.maximum, title=title, pixel=one.pixel))

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from mrilib.checkpoint import CheckpointError
-from mrilib.config import ParameterError
+from mrilib.config import ParameterError, with_defaults
 from mrilib.data import Batch, FastMRIDataset
 
 # What may differ when a training goes on: nothing that it learns depends on these, but by rounding.
@@ -48,7 +48,7 @@ def check_same_training(state: dict[str, Any], now: dict[str, Any], name: str) -
     CheckpointError
         It was trained with another backbone or encoder.
     """
-    config, then = now["config"], state["config"]
+    config, then = now["config"], with_defaults(state["config"], now["config"])
     differ = [key for key in config | then if key not in FREE_ON_RESUME and config.get(key) != then.get(key)]
     # As many batches a step in another number of processes are the same steps.
     batches = [c.get("gradient_accumulation_steps", 1) * c.get("num_processes", 1) for c in (config, then)]

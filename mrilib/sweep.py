@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, read_yaml, resolve
+from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, read_yaml, resolve, with_defaults
 from mrilib.runs import read_json
 
 MRILIB = (sys.executable, "-m", "mrilib")
@@ -183,12 +183,13 @@ def _check_same(path: Path, folder: Path, one: Variant, notebooks: Sequence[str]
         given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}
         values = {**read_yaml(folder / f"{notebook}.yaml"), **given}
         wanted = NOTEBOOKS[notebook][1].create(values, written_later=LATER).to_dict()
+        made_with = with_defaults(section["config"], wanted)
         for name, value in wanted.items():
             if name not in values or name in (*LATER, "output_dir", "interactive", "runs"):
                 continue  # what the file leaves out is the notebook cell's, not config's
-            if section["config"].get(name) != value:
+            if made_with.get(name) != value:
                 raise ParameterError(
-                    f"'{display_path(path)}' was made with {notebook}.{name} {section['config'].get(name)!r}, not "
+                    f"'{display_path(path)}' was made with {notebook}.{name} {made_with.get(name)!r}, not "
                     f"{value!r}; choose another --name, or --overwrite"
                 )
 

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -92,6 +93,10 @@ class Trainer:
             num_warmup_steps=round(config.warmup_ratio * self.total_steps),
             num_training_steps=self.total_steps,
         )
+        stage.progress = (self.total_steps - 1) / self.total_steps
+        if not stage.complete:
+            raise ParameterError(f"tokens_from: of {self.total_steps} steps none is left that has tokens; lower it")
+        stage.progress = 0.0
         self.data_hash = data_hash(train_loader, val_loader)
         self.backbone_hash = tensor_hash(stage.model.backbone)
         self.encoder_hash = tensor_hash(stage.model.encoder) if stage.trainable == "decoder" else ""
@@ -193,6 +198,7 @@ class Trainer:
             self.load(load_checkpoint(path, self.stage.name), path)
             if path == final and self.main:  # the process that wrote it may not have come to this any more
                 unfinished.unlink(missing_ok=True)
+            self.stage.progress = max(0, self.step - 1) / self.total_steps
             logger.info("%s goes on after epoch %d, step %d", self.stage.name, self.epoch, self.step)
         return path == final
 
@@ -308,7 +314,7 @@ class Trainer:
     def _take_step(self, batches: list[Batch]) -> None:
         start = time.perf_counter()
         number = self.step + 1
-        self.stage.progress = self.step / self.total_steps
+        self._advance()
         parts, norms, norm = self._guarded(lambda: self.gradients.compute(batches, self._where()))
         weight = sum(part.weight for part in parts)
         loss = sum(part.loss for part in parts) / weight
@@ -336,6 +342,18 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         }
         self._tell(entry)
+
+    def _advance(self) -> None:
+        """Tell the stage how far the training is; what joins with this step begins as at a first step."""
+        before, self.stage.progress = self.stage.complete, self.step / self.total_steps
+        if before or not self.stage.complete:
+            return
+        self.gradients.checked = False
+        for parameter, state in list(self.optimizer.state.items()):
+            moments = [value for value in state.values() if isinstance(value, Tensor) and value.ndim]
+            if not any(bool(moment.any()) for moment in moments):
+                # Only zeros so far, but counted: Adam's bias correction would be used up, its next steps too long.
+                del self.optimizer.state[parameter]
 
     def _where(self) -> str:
         return f"{self.stage.name}, epoch {self.epoch + 1}, step {self.step + 1}"
@@ -372,7 +390,6 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> list[dict[str, Any]]:
         """Scores of all validation slices, everything in eval mode."""
-        self.stage.progress = self.step / self.total_steps
         self.stage.model.train(False)
         sampler = self.val_loader.batch_sampler
         if isinstance(sampler, ShapeBatchSampler):
@@ -416,12 +433,13 @@ class Trainer:
                 "train_loss": math.fsum(self.losses) / len(self.losses),
                 **{f"val_{name}": value for name, value in metrics.items()},
                 "skipped_steps": self.steps_per_epoch - len(self.losses),
+                "complete": float(self.stage.complete),
                 "seconds": seconds,
             }
         )
         self.epoch, self.losses, self.epoch_seconds = number, [], 0.0
         logger.info("%s epoch %d/%d %s", self.stage.name, number, config.epochs, _told(history.epochs[-1]))
-        if metrics["loss"] < history.best_loss:
+        if metrics["loss"] < history.best_loss and self.stage.complete:
             history.best_loss, history.best_epoch = metrics["loss"], number
             self.save("best_model")
         if number % config.save_interval == 0:
@@ -445,7 +463,7 @@ class Trainer:
 
     def _out_of_patience(self) -> bool:
         patience, waited = self.config.early_stopping_patience, self.epoch - self.history.best_epoch
-        if patience and waited >= patience:
+        if patience and self.stage.complete and waited >= patience:
             logger.info("%s: no better validation loss for %d epochs", self.stage.name, waited)
             return True
         return False

@@ -46,7 +46,8 @@ class Stage:
     model : TwoStageModel
     trainable : {"encoder", "decoder"}
     progress : float
-        Share of the training's steps that are done; the trainer sets it.
+        Share of the training's steps that lie before the one that is taken, or was taken last; the trainer sets it.
+        1 outside of a training.
     """
 
     name: str
@@ -54,12 +55,17 @@ class Stage:
 
     def __init__(self, model: TwoStageModel) -> None:
         self.model = model
-        self.progress = 0.0
+        self.progress = 1.0
 
     @property
     def part(self) -> nn.Module:
         """The trained module."""
         return getattr(self.model, self.trainable)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that is trained takes part by now; an epoch before that can be no best one."""
+        return True
 
     def weight(self, batch: Batch) -> float:
         """Units (analysis tokens, slices) that the batch's loss is a sum over."""
@@ -120,32 +126,36 @@ class AnalysisStage(Stage):
 
     def loss(self, batch: Batch) -> BatchLoss:
         """Cross-entropy with label smoothing, summed over the analysis tokens [nats]; of maps of findings too."""
-        encoder, maps = self.model.encoder, None
-        if isinstance(encoder, KSpaceEncoder):
-            mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
-            prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
-        else:
-            prefix = encoder(batch.kspace, batch.mask)
+        encoder = self.model.encoder
+        if not isinstance(encoder, KSpaceEncoder):  # the control, which has neither maps nor pixels
+            return self._text_loss(batch, encoder(batch.kspace, batch.mask))[0]
+        mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
+        prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
+        (total, statistics), tokens = self._text_loss(batch, prefix)
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if maps is not None:
+            matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
+            losses = finding_map_losses(maps, batch.slices, encoder.finding_labels, matrix)
+            terms["finding_map_loss"] = self.map_weight, losses
+        if encoder.pixel_head is not None:
+            terms["recon_loss"] = self.recon_weight, self._recon_losses(batch, prefix, encoder, mirrored)
+        for name, (weight, losses) in terms.items():
+            term = (losses * tokens).sum()  # a sum over tokens too, so that batches can be split
+            statistics[name] = float(term.detach()) / float(tokens.sum())
+            total = total + weight * term
+        return BatchLoss(total, statistics)
+
+    def _text_loss(self, batch: Batch, prefix: Tensor) -> tuple[BatchLoss, Tensor]:
+        """Cross-entropy from k-space tokens, and each slice's analysis tokens (B,)."""
         result = self.model.analysis_loss_from_prefix(prefix, batch.slices, self.label_smoothing)
         tokens = float(result.tokens.sum())
         statistics = {
             "cross_entropy": float(result.cross_entropy.sum()) / tokens,
             "token_accuracy": float(result.correct.sum()) / tokens,
         }
-        total = result.loss
-        if isinstance(encoder, KSpaceEncoder) and maps is not None:
-            matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
-            losses = finding_map_losses(maps, batch.slices, encoder.finding_labels, matrix)
-            map_loss = (losses * result.tokens).sum()  # a sum over tokens too, so that batches can be split
-            statistics["finding_map_loss"] = float(map_loss.detach()) / tokens
-            total = total + self.map_weight * map_loss
-        if isinstance(encoder, KSpaceEncoder) and encoder.pixel_head is not None:
-            recon_loss = (self._recon_losses(batch, prefix, encoder) * result.tokens).sum()
-            statistics["recon_loss"] = float(recon_loss.detach()) / tokens
-            total = total + self.recon_weight * recon_loss
-        return BatchLoss(total, statistics)
+        return BatchLoss(result.loss, statistics), result.tokens
 
-    def _recon_losses(self, batch: Batch, prefix: Tensor, encoder: KSpaceEncoder) -> Tensor:
+    def _recon_losses(self, batch: Batch, prefix: Tensor, encoder: KSpaceEncoder, mirrored: Tensor) -> Tensor:
         """The reconstruction term of each slice (B,)."""
         if batch.target is None:
             raise ValueError(f"recon_weight: {batch.slices[0].file} has no reconstruction_rss; set it to 0")
@@ -153,8 +163,7 @@ class AnalysisStage(Stage):
         size = encoder.img_size
         # by way of the matrix, as the encoder's image: at odd sizes a direct crop may lie a pixel beside it
         target = center_crop_or_pad(center_crop_or_pad(batch.target, batch.kspace.shape[-2:]), (size, size))
-        mirrored = torch.tensor([one.mirrored for one in batch.slices], device=target.device)[:, None, None]
-        target = torch.where(mirrored, target.flip(-1), target)
+        target = torch.where(mirrored[:, None, None], target.flip(-1), target)
         image = from_patches(encoder.pixel_head(self.model.image_tokens_from_prefix(prefix)), size).float()
         unit = target.square().mean((-2, -1), keepdim=True).sqrt()
         return (image - target / positive(unit)).abs().mean((-2, -1))
@@ -202,6 +211,13 @@ class ReconstructionStage(Stage):
         self.image_tokens = image_tokens or model.image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
+    @property
+    def complete(self) -> bool:
+        """Whether image tokens have joined, where there are any."""
+        decoder = self.model.decoder
+        assert decoder is not None
+        return not decoder.token_dim or self.progress >= self.tokens_from
+
     def weight(self, batch: Batch) -> float:
         """Slices."""
         return float(len(batch.slices))
@@ -211,7 +227,7 @@ class ReconstructionStage(Stage):
         decoder = self.model.decoder
         assert decoder is not None
         tokens = None
-        if decoder.token_dim and self.progress >= self.tokens_from:
+        if decoder.token_dim and self.complete:
             with torch.no_grad():
                 tokens = self.image_tokens(batch)
         return self.model.reconstruct(batch, tokens)
@@ -319,4 +335,7 @@ def fit(
         On the run's stop file (see `runs.request_stop`), after the step, with the state saved.
     """
     trainer = Trainer(stage, config, train_loader, val_loader, directory, interactive, on_step, on_epoch)
-    return trainer.run_in_processes() if config.num_processes > 1 and not launched() else trainer.run()
+    try:
+        return trainer.run_in_processes() if config.num_processes > 1 and not launched() else trainer.run()
+    finally:
+        stage.progress = 1.0

@@ -11,6 +11,7 @@ import yaml
 from mrilib import bart, bench, bench_tables
 from mrilib.config import BenchParameters, ParameterError
 from mrilib.data import FastMRIDataset
+from mrilib.runs import read_json_lines
 
 METHODS = ["model", "trained_without_tokens", "varnet", "unet"]
 
@@ -62,7 +63,9 @@ def test_every_method_had_its_steps_and_says_what_it_cost(done):
             assert told["steps"] == 4 and told["seconds"] > 0 and told["parameters"] > 0
             assert [point["step"] for point in told["validation"]] == [2, 4]
             assert told["seconds"] < told["seconds_with_validation"]
-            assert told["made_with"]["tokens_from"] == (0.5 if name == "model" else 0.0)
+        steps = read_json_lines(done.directory / f"seed{seed}" / "model" / "logs" / "model.jsonl")
+        assert [step["gradient_norm_token_projection"] > 0 for step in steps] == [False, False, True, True]
+    assert done.trained("model", 0).decoder.sense and done.trained("trained_without_tokens", 0).decoder.sense
     assert json.loads((done.directory / "seed0" / "stage1" / "done.json").read_text())["control"]["steps"] == 2
 
 

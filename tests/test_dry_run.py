@@ -9,7 +9,7 @@ import systems
 import torch
 import yaml
 
-from mrilib import dry_run, full_size, train, training
+from mrilib import dry_run, full_size, model, train, training
 from mrilib.__main__ import main
 from mrilib.config import ROOT
 from mrilib.data import FastMRIDataset
@@ -57,6 +57,23 @@ def test_stage2_with_its_token_cache(stage1, phantom_dir, tmp_path):
     written = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert report.token_cache_bytes == pytest.approx(written, rel=0.02)
     assert report.token_cache_seconds > 0 and "token cache" in report.text()
+
+
+def test_the_step_that_is_measured_has_the_tokens(stage1, phantom_dir, tmp_path, monkeypatch):
+    """Though the first steps of such a training have none yet."""
+    config, backbone, _ = stage1
+    dry_run.report(config, keep=tmp_path / "stage1")
+    checkpoint = tmp_path / "stage1" / "stage1_checkpoints" / "stage1_final_model.pt"
+    stage2 = systems.stage2_config(phantom_dir, backbone, checkpoint, output_dir=str(tmp_path), tokens_from=0.5)
+    graphs, original = [], model.TwoStageModel.image_tokens
+
+    def tokens(self, batch):
+        graphs.append(self.training or self.decoder.training)
+        return original(self, batch)
+
+    monkeypatch.setattr(model.TwoStageModel, "image_tokens", tokens)
+    dry_run.report(stage2)
+    assert graphs[0] and len(graphs) == 2  # one step, one batch of validation
 
 
 def test_the_largest_batch_is_taken(stage1):

@@ -7,9 +7,11 @@ import pytest
 import systems
 import torch
 
-from mrilib import inference, model, train, training
+from mrilib import inference, model, train, trainer, training
 from mrilib.checkpoint import CheckpointError, load_checkpoint
+from mrilib.config import ParameterError
 from mrilib.data import FastMRIDataset, load_annotations, make_loader, split_volumes
+from mrilib.history import read_history
 
 
 @pytest.fixture(scope="module")
@@ -130,39 +132,63 @@ def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir
         inference.load_stage2(tmp_path / "stage2_checkpoints" / "stage2_final_model.pt", system)
 
 
-def test_tokens_may_join_late(stage1, phantom_dir, backbone_dir, tmp_path):
-    """Until then neither encoder nor backbone runs; from then on they do, in an interrupted training too."""
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_tokens_may_join_late(stage1, phantom_dir, backbone_dir, tmp_path, optimizer):
+    """Until then neither encoder nor backbone runs and no epoch is the best; a training resumed before is the same."""
     checkpoint = stage1[1] / "stage1_checkpoints" / "stage1_best_model.pt"
-    config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, epochs=2, tokens_from=0.6, optimizer="muon")
+    config = systems.stage2_config(
+        phantom_dir, backbone_dir, checkpoint, epochs=2, tokens_from=0.5, optimizer=optimizer, train_control=False
+    )
 
     def trained(folder, stop_after=None, **changes):
         training.prepare(config)
-        backbone, tokenizer = model.build_backbone(config, "cpu")
-        system, _ = inference.load_stage1(checkpoint, backbone, tokenizer)
-        system.decoder = model.build_decoder(config, backbone)
+        (stage,) = train.make_stages(config, torch.device("cpu"))
         calls = []
 
         def tokens(batch):
             calls.append(stage.progress)
-            return system.image_tokens(batch)
+            return stage.model.image_tokens(batch)
 
         def on_step(entry):
             if entry["step"] == stop_after:
                 raise KeyboardInterrupt
 
-        stage = training.ReconstructionStage(system, image_tokens=tokens, tokens_from=config.tokens_from)
+        stage.image_tokens = tokens
         changed = config.model_copy(update=changes)
-        history = training.fit(stage, changed, *loaders(config), folder, on_step=on_step)
-        return history, calls, model.tensor_hash(system.decoder)
+        one = trainer.Trainer(stage, changed, *loaders(config), folder, on_step=on_step)
+        return one.run(), calls, one
 
-    history, calls, weights = trained(tmp_path / "a")
+    history, calls, whole = trained(tmp_path / "a")
     total = len(history.steps)
-    late = [step / total for step in range(total) if step / total >= 0.6]
-    assert [progress for progress in calls if progress < 1] == late and set(calls) == {*late, 1.0}
-    assert all(step["gradient_norm"] > 0 for step in history.steps)
+    late = [step / total for step in range(total) if step / total >= 0.5]
+    # the first epoch ends with the last step that has none, and is judged without them
+    assert total % 2 == 0 and list(dict.fromkeys(calls)) == late
+    assert [epoch["complete"] for epoch in history.epochs] == [0, 1] and history.best_epoch == 2
+    for step in history.steps:
+        assert (step["gradient_norm_token_projection"] > 0) == ((step["step"] - 1) / total in late)
+    assert read_history(tmp_path / "a", "stage2").best_epoch == 2
+    decoder = whole.stage.model.decoder
+    for parameter, steps in ((decoder.token_projection.bias, len(late)), (decoder.head.bias, total)):
+        assert int(whole.optimizer.state[parameter]["step"]) == steps  # a counter of its own
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "b", stop_after=total - 1)
-    assert trained(tmp_path / "b", resume=True)[2] == weights
+        trained(tmp_path / "b", stop_after=total // 2 - 1)
+    *_, resumed = trained(tmp_path / "b", resume=True)
+    assert model.tensor_hash(resumed.stage.part) == model.tensor_hash(decoder)
+    with pytest.raises(ParameterError, match=r"tokens_from: of \d+ steps none"):
+        trainer.Trainer(
+            training.ReconstructionStage(whole.stage.model, tokens_from=0.999), config, *loaders(config), tmp_path
+        )
+
+
+def test_stages_are_made_as_the_parameters_say(stage1, phantom_dir, backbone_dir):
+    checkpoint = stage1[1] / "stage1_checkpoints" / "stage1_best_model.pt"
+    changed = {"tokens_from": 0.3, "sense": True}
+    config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, **changed)
+    stage, control = train.make_stages(config, torch.device("cpu"))
+    assert stage.tokens_from == 0.3 and stage.complete and control.complete
+    assert stage.model.decoder.sense and control.model.decoder.sense
+    stage.progress = control.progress = 0.2
+    assert not stage.complete and control.complete
 
 
 def test_accumulated_batches_give_the_gradient_of_the_whole(stage1):
