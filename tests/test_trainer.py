@@ -18,6 +18,7 @@ from mrilib.checkpoint import load_checkpoint
 from mrilib.config import ROOT, ParameterError, Stage1Parameters
 from mrilib.distributed import TrainingStopped
 from mrilib.history import read_epochs
+from mrilib.resume import check_same_training
 from mrilib.runs import read_json_lines
 from mrilib.trainer import Trainer
 
@@ -321,6 +322,15 @@ def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
     for name, value in weights(tmp_path / "two").items():
         torch.testing.assert_close(value, weights(tmp_path / "one")[name], rtol=1e-2, atol=1e-4)
     assert same(dict(stage.part.state_dict()), weights(tmp_path / "two"))
+
+
+def test_a_parameter_newer_than_a_training_counts_as_its_default():
+    now = {"config": {"epochs": 2, "sense": False, "tokens_from": 0.0}, "data": "a", "backbone": "b", "encoder": "c"}
+    before = {**now, "config": {"epochs": 2}}
+    check_same_training(before, now, "run/stage2_resume.pt")
+    changed = {**now, "config": {**now["config"], "tokens_from": 0.5}}
+    with pytest.raises(ParameterError, match=r"was begun with tokens_from: 0.0 \(now 0.5\)"):
+        check_same_training(before, changed, "run/stage2_resume.pt")
 
 
 def test_the_train_command(config, tmp_path, capsys):
