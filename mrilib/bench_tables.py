@@ -184,7 +184,7 @@ def quality_curves(bench: Bench) -> Figure:
     """Validation SSIM and PSNR of the learned methods against optimizer steps; thin lines are single seeds."""
     figure = RecordFigure(WIDTH, 3.6)
     axes = figure.subplots(1, 2)
-    for name in _ordered(bench.config.methods):
+    for number, name in enumerate(_ordered(bench.config.methods)):
         paths = [bench.directory / f"seed{seed}" / name / "done.json" for seed in bench.config.bench_seeds]
         done = [read_json(path)["validation"] for path in paths if path.exists()]
         if not done:
@@ -195,7 +195,9 @@ def quality_curves(bench: Bench) -> Figure:
             values = np.array([[point[metric] for point in points] for points in done])
             for single in values if len(values) > 1 else []:
                 axis.plot(steps, single, color=color, linewidth=0.6, alpha=0.6)
-            axis.plot(steps, values.mean(0), color=color, marker="o", markersize=3, label=method_label(name))
+            # methods of one family share a colour
+            style: Any = {"marker": charts.MARKERS[number % 6], "linestyle": charts.DASHES[number % 3]}
+            axis.plot(steps, values.mean(0), color=color, markersize=4, label=method_label(name), **style)
     for axis, label in zip(axes, ("SSIM of validation volumes", "PSNR of validation volumes [dB]"), strict=True):
         axis.set_xlabel("optimizer steps")
         axis.set_ylabel(label)

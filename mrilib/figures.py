@@ -5,6 +5,7 @@ scale beside them; images that are to be compared share one window; methods keep
 the colour-blind can tell apart). Curves and scores are drawn in `charts`.
 """
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -290,7 +291,10 @@ def reconstruction_comparison(
     columns = 1 + len(names) * (2 if beside else 1)
     side = min(WIDTH / columns, 3.1)
     rows_each = 1 if beside else 2
-    figure = RecordFigure(side * columns, len(slices) * rows_each * (side + 0.35) + 0.6)
+    # long names side by side run into each other: as many letters a line as an image is wide
+    labels = {name: textwrap.fill(method_label(name), max(12, round(13 * side))) for name in names}
+    lines = max(label.count("\n") for label in labels.values())
+    figure = RecordFigure(side * columns, len(slices) * rows_each * (side + 0.35 + 0.22 * lines) + 0.6)
     if title:
         figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows_each * len(slices), columns, squeeze=False)
@@ -306,9 +310,9 @@ def reconstruction_comparison(
         for name, image_axis, error_axis in zip(names, above, below, strict=False):
             image = display_image(one.images[name])
             scores = one.scores[name] if one.scores else slice_scores(one.target, one.images[name], one.maximum)
-            _image(image_axis, image, 0, window, f"{method_label(name)}\n{_told(scores)}")
+            _image(image_axis, image, 0, window, f"{labels[name]}\n{_told(scores)}")
             _inset(image_axis, image, window, zoom)
-            label = f"{method_label(name)}\n|error| ×{error_scale:g}"
+            label = f"{labels[name]}\n|error| ×{error_scale:g}"
             _image(error_axis, np.abs(image - target), 0, window / error_scale, label, ERROR_MAP)
         if beside and one.title:
             place: Any = {"transform": first.transAxes, "rotation": 90, "multialignment": "center"}
