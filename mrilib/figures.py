@@ -294,7 +294,7 @@ def reconstruction_comparison(
     # long names side by side run into each other: as many letters a line as an image is wide
     labels = {name: textwrap.fill(method_label(name), max(12, round(13 * side))) for name in names}
     lines = max(label.count("\n") for label in labels.values())
-    figure = RecordFigure(side * columns, len(slices) * rows_each * (side + 0.35 + 0.22 * lines) + 0.6)
+    figure = RecordFigure(side * columns, len(slices) * rows_each * (side + 0.35 + 0.34 * lines) + 0.6)
     if title:
         figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows_each * len(slices), columns, squeeze=False)
