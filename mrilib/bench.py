@@ -544,6 +544,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     """
     one = bench.stage1.model_copy(update={"varnet_keep": bench.config.stage1_keep or bench.stage1.varnet_keep})
     encoder = build_encoder(one, bench.backbone).to(bench.device)
+    late = 0.0 if name == "stage1" else bench._stage2(name).tokens_from
     stage: training.Stage
     if name == "stage1":
         system = TwoStageModel(encoder, bench.backbone, bench.tokenizer)
@@ -556,12 +557,11 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         unread = build_control(bench.stage1, bench.backbone).to(bench.device)
         first = encoder if METHODS[name].tokens else unread
         system = TwoStageModel(first, bench.backbone, bench.tokenizer, module)
-        stage = training.ReconstructionStage(system, name, tokens_from=bench._stage2(name).tokens_from)
+        stage = training.ReconstructionStage(system, name, tokens_from=late)
     config: Any = bench.stage1 if name == "stage1" else bench.stage2
     optimizer = torch.optim.AdamW(stage.model.freeze(stage.trainable), lr=1e-6)
     stage.model.train()
     loader, _ = bench._loaders(config.batch_size, 0, steps, texts=name == "stage1")
-    late = bench.stage2.tokens_from if name == "model" else 0.0
     seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
     for batch in loader:
         for stage.progress in (0.0, 1.0) if late else (1.0,):  # without tokens, with them
