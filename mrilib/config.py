@@ -347,6 +347,7 @@ class Stage1Parameters(TrainingParameters):
     varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1)
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
+    varnet_sense: bool = P(False, "VarNet starts from a regularised SENSE image instead of the measured lines beside zeros")
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from fastmri.models import VarNet
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
@@ -21,19 +22,32 @@ from mrilib import kspace as physics
 from mrilib.finding_maps import FindingMaps
 
 FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
+SENSE_START = 5  # steps of conjugate gradients to the SENSE image that `sense` starts from
+CELL = 4  # pixels of a finding's map, each way, of which the greatest value counts
 PATCH = 16  # [pixels]; also the U-Net's total down-sampling, so that image tokens lie on its bottleneck
+CELLS = (PATCH // CELL) ** 2  # in a patch
 
 
 class NormalizedPatchEmbeddings(ViTPatchEmbeddings):
-    """transformers' patch embeddings, then the LayerNorm that the description puts before the k-space encoder's ViT."""
+    """transformers' patch embeddings, then the LayerNorm that the description puts before the k-space encoder's ViT.
 
-    def __init__(self, config: ViTConfig) -> None:
+    Maps of findings, the channels from the third on, are told beside it: the greatest value in each 4×4 pixels of a
+    patch, so that a small finding says as much as a large one, and where in the patch it lies.
+    """
+
+    def __init__(self, config: ViTConfig, labels: int = 0) -> None:
         super().__init__(config)
         self.norm = nn.LayerNorm(config.hidden_size)
+        self.found = nn.Linear(labels * CELLS, config.hidden_size, bias=False) if labels else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, channels, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
-        return self.norm(super().forward(pixel_values))
+        """(B, 2 + labels, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
+        image, maps = pixel_values[:, :2], pixel_values[:, 2:]
+        embeddings = self.norm(super().forward(image))
+        if self.found is None:
+            return embeddings
+        cells = F.pixel_unshuffle(F.max_pool2d(maps, CELL), PATCH // CELL)  # (B, labels · 16, rows, columns)
+        return embeddings + self.found(cells.flatten(2).mT)
 
 
 class KSpaceEncoder(nn.Module):
@@ -53,6 +67,9 @@ class KSpaceEncoder(nn.Module):
         VarNet's sensitivity maps come out of its network. Without it they are what goes into the network, the centre
         lines' coil images over their root sum of squares: few steps on text alone do not teach a network coils, it
         changes the maps, and with them the scan, from under the rest.
+    sense : bool
+        VarNet's cascades start from the k-space of a regularised SENSE image, made with the same maps, instead of from
+        the measured lines beside zeros; their U-Nets begin by leaving it as it is.
     keep_varnet : bool
         VarNet is not trained, and runs without a graph: what it was trained to before, on images, stays.
     finding_labels : sequence of str
@@ -79,6 +96,7 @@ class KSpaceEncoder(nn.Module):
         sens_chans: int = 8,
         sens_pools: int = 4,
         map_network: bool = True,
+        sense: bool = False,
         keep_varnet: bool = False,
         finding_labels: Sequence[str] = (),
         finding_chans: int = 8,
@@ -90,12 +108,16 @@ class KSpaceEncoder(nn.Module):
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the ViT's patch")
         self.img_size = img_size
         self.output_dim = output_dim
-        self.activation_checkpointing, self.keep_varnet = activation_checkpointing, keep_varnet
+        self.activation_checkpointing, self.keep_varnet, self.sense = activation_checkpointing, keep_varnet, sense
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         if map_network:
             pass_maps_through(self.varnet)
         else:
             self.varnet.sens_net.norm_unet = nn.Identity()
+        if sense:
+            for cascade in self.varnet.cascades:
+                for tensor in cascade.model.unet.up_conv[-1][-1].parameters():
+                    nn.init.zeros_(tensor)
         self.finding_labels = tuple(finding_labels)
         self.finding_maps = FindingMaps(finding_labels, finding_chans) if finding_labels else None
         vit_config = ViTConfig(
@@ -105,12 +127,12 @@ class KSpaceEncoder(nn.Module):
             intermediate_size=4 * vit_embed_dim,
             image_size=img_size,
             patch_size=PATCH,
-            num_channels=2 + len(finding_labels),
+            num_channels=2,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
         self.vit = ViTModel(vit_config, add_pooling_layer=False)
-        self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config)
+        self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config, len(finding_labels))
         initialize_vit(self.vit)
         if activation_checkpointing:
             self.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -241,11 +263,14 @@ class KSpaceEncoder(nn.Module):
         measured = torch.view_as_real(kspace)
         fastmri_mask = mask[:, None, None, :, None]
         maps = self._maps(measured, fastmri_mask)
+        complex_maps = torch.view_as_complex(maps.float().contiguous())
         refined = measured.clone()
+        if self.sense:
+            start = physics.sense(kspace, mask, complex_maps.detach(), iterations=SENSE_START)
+            refined = torch.view_as_real(physics.fft2c(physics.expand(start, complex_maps)))
         for cascade in self.varnet.cascades:
             refined = self._step(cascade, refined, measured, fastmri_mask, maps)
         coil_images = physics.ifft2c(torch.view_as_complex(refined.float().contiguous()))
-        complex_maps = torch.view_as_complex(maps.float().contiguous())
         return physics.combine(coil_images, complex_maps), complex_maps
 
     def _maps(self, measured: Tensor, fastmri_mask: Tensor) -> Tensor:
@@ -306,9 +331,11 @@ def initialize_vit(vit: ViTModel) -> None:
     waves = torch.cos(torch.pi * torch.arange(4)[:, None] * place) * (2**0.5 / PATCH) ** 0.5  # (wave, pixel)
     mixture = torch.randn(*projection.weight.shape[:2], 4, 4) / 4
     projection.weight.copy_(torch.einsum("dcuv,ux,vy->dcxy", mixture, waves, waves))
-    if projection.weight.shape[1] > 2:
-        # A finding's map is looked at as a whole, and a small spot on it must tell beside the image.
-        projection.weight[:, 2:] = 0.3 * torch.randn_like(projection.weight[:, 2:, :1, :1])
+    if vit.embeddings.patch_embeddings.found is not None:
+        # What is found anywhere in a patch is as large as its image: one cell's weights, and each label's own.
+        found = vit.embeddings.patch_embeddings.found.weight
+        label = torch.randn(found.shape[0], found.shape[1] // CELLS, 1)
+        found.copy_((label + 0.5 * torch.randn(found.shape[0], found.shape[1] // CELLS, CELLS)).flatten(1))
     assert projection.bias is not None
     nn.init.normal_(projection.bias, std=3.0)
     nn.init.normal_(vit.embeddings.position_embeddings, std=1.0)

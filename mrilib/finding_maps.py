@@ -8,30 +8,28 @@ channels of the ViT's input, so that what is found still reaches text and image 
 from collections.abc import Sequence
 
 import torch
-from fastmri.models import Unet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrilib import kspace as physics
 from mrilib.analysis import BOX_LABELS, Box
 from mrilib.data import Slice
+from mrilib.unet import Depth, UNet
 
 RARE = -4.0  # logit of a map before training: findings are rare
-START = 0.25  # size of the 3×3 kernels before training, in units of PyTorch's: instance norm takes their size off what
-# they say, but the smaller they are the faster steps of a given size turn them
 POSITIVE_WEIGHT = 3.0  # of a marked pixel's loss; the maps see a little too much rather than too little
-POOLS = 4  # 16-fold down, as a patch
+DEPTH = Depth(1, (1, 1, 1))
 
 
 class FindingMaps(nn.Module):
-    """fastMRI's U-Net from an image to one map for each label.
+    """A U-Net from an image to one map for each label.
 
     Parameters
     ----------
     labels : sequence of str
         Of `analysis.BOX_LABELS`.
     chans : int
-        Width of its finest level.
+        Width of its finest level, at half size.
 
     Raises
     ------
@@ -46,12 +44,9 @@ class FindingMaps(nn.Module):
                 raise ValueError(f"finding_labels: '{label}' is none of the labels with boxes: {', '.join(BOX_LABELS)}")
             if label in labels[:number]:
                 raise ValueError(f"finding_labels: '{label}' is named twice")
-        self.unet = Unet(2, len(labels), chans=chans, num_pool_layers=POOLS)
-        nn.init.constant_(self.unet.up_conv[-1][-1].bias, RARE)
-        with torch.no_grad():
-            for kernel in self.unet.parameters():
-                if kernel.ndim == 4 and kernel.shape[-1] > 1:
-                    kernel.mul_(START)
+        self.unet = UNet(2, len(labels), chans, DEPTH)
+        nn.init.zeros_(self.unet.head.weight)
+        nn.init.constant_(self.unet.head.bias, RARE)  # type: ignore[arg-type]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 2, img_size, img_size), real and imaginary part → logits, float32 (B, labels, img_size, img_size)."""

@@ -6,6 +6,7 @@ the door of a fastMRI function, inside this file and the encoder.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import fastmri
 import numpy as np
@@ -221,16 +222,32 @@ def center_coil_maps(kspace: Tensor, mask: Tensor) -> Tensor:
         Maps whose RSS is 1 wherever there is any signal, 0 where there is none at all.
     """
     readout, phase = kspace.shape[-2:]
-    windows = []
-    for row in mask:
-        start, stop = center_lines(row)
-        window_phase = _hann_block(phase, start, stop)
-        half = max(1, round((stop - start) / 2 * readout / phase))
-        window_readout = _hann_block(readout, readout // 2 - half, readout // 2 + half)
-        windows.append(window_readout[:, None] * window_phase[None, :])
-    window = torch.stack(windows).to(kspace.device)[:, None]
-    low_pass = ifft2c(kspace * window)
+    blocks = [center_lines(row) for row in mask]
+    halves = [max(1, round((stop - start) / 2 * readout / phase)) for start, stop in blocks]
+    # A few lines and as few readout points: two small matrices transform them faster than a fast Fourier transform.
+    rows = torch.arange(readout // 2 - max(halves), readout // 2 + max(halves))
+    columns = torch.arange(min(start for start, _ in blocks), max(stop for _, stop in blocks))
+    inside = (rows >= 0) & (rows < readout)
+    rows = rows[inside]
+    window = torch.stack(
+        [
+            _hann_block(readout, readout // 2 - half, readout // 2 + half)[rows, None]
+            * _hann_block(phase, *block)[None, columns]
+            for half, block in zip(halves, blocks, strict=True)
+        ]
+    )
+    rows, columns, window = (one.to(kspace.device) for one in (rows, columns, window))
+    block = kspace.index_select(-2, rows).index_select(-1, columns) * window[:, None]
+    low_pass = _inverse_dft(readout, rows) @ block @ _inverse_dft(phase, columns).mT
     return low_pass / rss(low_pass).unsqueeze(-3)
+
+
+def _inverse_dft(length: int, points: Tensor) -> Tensor:
+    """Columns of the centred orthonormal inverse Fourier matrix that belong to some points of k-space."""
+    places = torch.arange(length, device=points.device) - length // 2
+    # whole turns are taken off before anything is rounded
+    turns = (places[:, None] * (points - length // 2)).remainder(length).double() / length
+    return torch.polar(torch.full_like(turns, length**-0.5), 2 * torch.pi * turns).to(torch.complex64)
 
 
 def _hann_block(length: int, start: int, stop: int) -> Tensor:
@@ -271,10 +288,11 @@ def data_consistency(
     -------
     Tensor, complex64, shape (batch, coil, readout, phase)
     """
-    predicted = fft2c(expand(image, maps))
-    if acquired is not None:
-        predicted = predicted * acquired[:, None, None, :]
-    return ifft2c(torch.where(mask[:, None, None, :], kspace, predicted))
+    missing = ~mask if acquired is None else ~mask & acquired
+    measured = ifft2c(torch.where(mask[:, None, None], kspace, 0))
+    # Lines are measured whole, so along the readout nothing happens; taking lines out is a convolution, without shifts.
+    lines = torch.fft.ifftshift(missing, dim=-1)[:, None, None]
+    return measured + torch.fft.ifft(torch.fft.fft(expand(image, maps)) * lines)
 
 
 def sense(
@@ -299,37 +317,76 @@ def sense(
         In units of a fully sampled problem's eigenvalues, which are 1.
     iterations : int
     prior : Tensor, complex64, shape (batch, readout, phase), optional
-        Zero if left out.
+        Zero if left out. The gradient goes to it alone, as the minimiser's, found by as many steps (Aggarwal et al.,
+        IEEE TMI 38:394, 2019).
 
     Returns
     -------
     Tensor, complex64, shape (batch, readout, phase)
     """
-    lines = torch.fft.ifftshift(mask, dim=-1)[:, None, None, :]
+    right = combine(ifft2c(kspace), maps)
+    lines = torch.fft.ifftshift(mask, dim=-1)[:, None, None].to(maps.dtype)
+    if prior is None:
+        return _conjugate_gradients(right, torch.zeros_like(right), lines, maps, weight, iterations)
+    return _SenseFromPrior.apply(prior, right, lines, maps, weight, iterations)
+
+
+@torch.no_grad()
+def _conjugate_gradients(
+    right: Tensor, image: Tensor, lines: Tensor, maps: Tensor, weight: float, iterations: int
+) -> Tensor:
+    """Steps towards (Sᴴ Fᴴ M F S + weight) x = right, from `image` on; all in place, memory is what costs."""
+    conjugate = maps.conj().resolve_conj()
+    coils, spectrum = torch.empty_like(maps), torch.empty_like(maps)
     tiny = torch.finfo(torch.float32).tiny
 
     def normal(image: Tensor) -> Tensor:
         # Lines are measured whole, so along the readout nothing happens; convolving needs no shifts.
-        sampled = torch.fft.ifft(torch.fft.fft(expand(image, maps)) * lines)
-        return combine(sampled, maps) + weight * image
+        torch.mul(maps, image[:, None], out=coils)
+        torch.fft.fft(coils, out=spectrum)
+        torch.fft.ifft(spectrum.mul_(lines), out=coils)
+        sums = weight * image
+        for coil in range(maps.shape[1]):
+            sums.addcmul_(conjugate[:, coil], coils[:, coil])
+        return sums
 
     def energy(left: Tensor, right: Tensor) -> Tensor:
         return (torch.view_as_real(left) * torch.view_as_real(right)).sum((-3, -2, -1))[:, None, None]
 
-    residual = combine(ifft2c(kspace), maps)
-    image = torch.zeros_like(residual)
-    if prior is not None:
-        image = prior
-        residual = residual + weight * prior - normal(prior)
-    direction, left = residual, energy(residual, residual)
+    image = image.clone()
+    residual = right - normal(image)
+    direction, left = residual.clone(), energy(residual, residual)
     for _ in range(iterations):
         moved = normal(direction)
-        step = left / energy(direction, moved).clamp_min(tiny)  # an all-zero slice stays zero
-        image = image + step * direction
-        residual = residual - step * moved
+        step = (left / energy(direction, moved).clamp_min(tiny)).to(image.dtype)  # an all-zero slice stays zero
+        image.addcmul_(step, direction)
+        residual.addcmul_(step, moved, value=-1)
         before, left = left, energy(residual, residual)
-        direction = residual + left / before.clamp_min(tiny) * direction
+        direction = torch.addcmul(residual, (left / before.clamp_min(tiny)).to(image.dtype), direction)
     return image
+
+
+class _SenseFromPrior(torch.autograd.Function):
+    """The minimiser moves with the prior by weight (A + weight)⁻¹, which is its own adjoint: back by the same steps.
+
+    As in MoDL, nothing but the operator is kept for that, where the graph of the steps would hold every coil image.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, prior: Tensor, right: Tensor, lines: Tensor, maps: Tensor, weight: float, iterations: int
+    ) -> Tensor:
+        ctx.save_for_backward(lines, maps)
+        ctx.weight, ctx.iterations = weight, iterations
+        return _conjugate_gradients(right + weight * prior, prior, lines, maps, weight, iterations)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+        lines, maps = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        right = ctx.weight * gradient
+        moved = _conjugate_gradients(right, gradient, lines, maps, ctx.weight, ctx.iterations)
+        return moved, None, None, None, None, None
 
 
 def compress_coils(kspace: Tensor, num_coils: int) -> Tensor:

@@ -343,6 +343,7 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
         sens_chans=config.varnet_sens_chans,
         sens_pools=config.varnet_sens_pools,
         map_network=config.varnet_map_network,
+        sense=config.varnet_sense,
         keep_varnet=config.varnet_keep,
         finding_labels=config.finding_labels,
         finding_chans=config.finding_chans,

@@ -47,10 +47,18 @@ def orthogonal(matrix: Tensor) -> Tensor:
     norm = wide.norm()
     if norm < SMALLEST:
         return torch.zeros_like(matrix)
+    # A kernel's matrix is many times as long as it is high: the steps are taken on its small Gram matrix, x ← p(xxᵀ) x
+    # makes p(g) g p(g) of g = xxᵀ, and the product of all p is applied to the matrix once.
     x = wide / norm
-    for a, b, c in STEPS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    gram = x @ x.mT
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    total = unit
+    for number, (a, b, c) in enumerate(STEPS):
+        step = a * unit + b * gram + c * gram @ gram
+        total = step @ total
+        if number + 1 < len(STEPS):
+            gram = step @ gram @ step
+    x = total @ x
     return x if wide is matrix else x.mT
 
 

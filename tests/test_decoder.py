@@ -18,7 +18,7 @@ def decoder(decoder_type: str = "lightweight", trained: bool = True, **changes: 
     torch.manual_seed(0)
     model = ImageDecoder(decoder_type, **{"token_dim": 12, "decoder_hidden_dim": 16, "img_size": 32, **changes})
     if trained:  # the head starts at zero
-        nn.init.normal_(model.head.weight, std=0.5)
+        nn.init.normal_(model.unet.head.weight, std=0.5)
     return model
 
 
@@ -136,7 +136,7 @@ def unet_output(model: ImageDecoder, tokens: Tensor, data: dict[str, Tensor]) ->
     """The U-Net's own output on the native grid, before data consistency spreads it along the phase encoding."""
     height, width = data["kspace"].shape[-2:]
     kept: list[Tensor] = []
-    handle = model.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    handle = model.unet.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
     model(tokens, **data, recon=(height, width))
     handle.remove()
     return kspace.center_crop_or_pad(kept[0], (height, width))
@@ -182,7 +182,7 @@ def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch
 
     monkeypatch.setattr(kspace, "sense", keep)
     model = decoder(sense=True, trained=False).eval()
-    assert model.stem.in_channels == 4
+    assert model.unet.stem.in_channels == 4
     with torch.no_grad():
         image = model(some_tokens(), **data, recon=(33, 45))
         torch.testing.assert_close(calls[1], start, rtol=1e-4, atol=1e-5)
@@ -200,7 +200,7 @@ def test_sense_learns_through_its_steps() -> None:
     model, data = decoder(sense=True), measured()
     model(some_tokens(), **data, recon=(32, 32)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert model.stem.weight.grad[:, 2:].abs().max() > 0  # type: ignore[index]
+    assert model.unet.stem.weight.grad[:, 2:].abs().max() > 0  # type: ignore[index]
 
 
 def test_without_the_skip_only_tokens_matter() -> None:
@@ -223,9 +223,9 @@ def test_patches_lie_where_the_vit_took_them() -> None:
 def test_pixels_of_the_tokens_meet_their_own_place(height: int, width: int) -> None:
     """A token's pixels reach the U-Net where its patch lies on the measured image, cropped, padded, odd."""
     model, data = decoder(token_pixels=True).eval(), measured(height=height, width=width)
-    assert model.token_pixels is not None and model.stem.in_channels == 3
+    assert model.token_pixels is not None and model.unet.stem.in_channels == 3
     recon, seen = (16, 16), []
-    model.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.unet.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(some_tokens(), **data, recon=recon)
         model(None, **data, recon=recon)
@@ -282,7 +282,7 @@ def test_up_sampling_and_checkpointing(bilinear: bool) -> None:
     for name, gradient in gradients[0].items():
         assert gradient is not None and gradient.isfinite().all() and gradient.any(), name
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
-    kinds = {type(up.conv) for up in model.grow}
+    kinds = {type(up.conv) for up in model.unet.grow}
     assert kinds == {nn.Conv2d if bilinear else nn.ConvTranspose2d}
 
 
@@ -384,21 +384,21 @@ def test_modulation_by_tokens_begins_as_nothing_and_reaches_every_level():
     inputs = {**measured(height=40, width=37), "recon": (32, 32)}
     torch.testing.assert_close(modulated(some_tokens(), **inputs), plain(some_tokens(), **inputs))
     modulated(some_tokens(), **inputs).sum().backward()
-    for layer in modulated.modulate:
+    for layer in modulated.unet.modulate:
         assert layer.weight.grad.abs().sum() > 0
     # alone, without the bottleneck: what the tokens say still reaches the image
     with torch.no_grad():
-        for layer in modulated.modulate:
+        for layer in modulated.unet.modulate:
             layer.weight.normal_(std=0.3)
-    frozen = modulated.bottleneck
-    modulated.bottleneck = nn.Sequential(ConstantBottleneck())
+    frozen = modulated.unet.bottleneck
+    modulated.unet.bottleneck = nn.Sequential(ConstantBottleneck())
     one, other = modulated(some_tokens(), **inputs), modulated(-some_tokens(), **inputs)
-    modulated.bottleneck = frozen
+    modulated.unet.bottleneck = frozen
     assert not torch.allclose(one, other, rtol=1e-3)
 
 
 class ConstantBottleneck(nn.Module):
-    """Drops the tokens at the bottleneck: 32 channels of ones."""
+    """Drops the tokens at the bottleneck: 24 channels of ones."""
 
     def forward(self, joined: Tensor) -> Tensor:
         return torch.ones_like(joined[:, :32])
@@ -406,7 +406,7 @@ class ConstantBottleneck(nn.Module):
 
 def test_a_decoder_without_tokens_has_nothing_to_modulate_with():
     control = decoder(token_dim=0, token_modulation=True)
-    assert control.modulate is None and set(control.state_dict()) == set(decoder(token_dim=0).state_dict())
+    assert control.unet.modulate is None and set(control.state_dict()) == set(decoder(token_dim=0).state_dict())
 
 
 def test_a_volume_of_zeros_has_a_finite_loss() -> None:

@@ -168,7 +168,7 @@ def test_tokens_may_join_late(stage1, phantom_dir, backbone_dir, tmp_path, optim
         assert (step["gradient_norm_token_projection"] > 0) == ((step["step"] - 1) / total in late)
     assert read_history(tmp_path / "a", "stage2").best_epoch == 2
     decoder = whole.stage.model.decoder
-    for parameter, steps in ((decoder.token_projection.bias, len(late)), (decoder.head.bias, total)):
+    for parameter, steps in ((decoder.token_projection.bias, len(late)), (decoder.unet.head.bias, total)):
         assert int(whole.optimizer.state[parameter]["step"]) == steps  # a counter of its own
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "b", stop_after=total // 2 - 1)
