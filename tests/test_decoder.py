@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mrilib import kspace
 from mrilib.decoder import SENSE_ITERATIONS, SENSE_WEIGHT, ImageDecoder, VolumeSSIMLoss, from_patches, zero_filled
-from mrilib.encoder import PATCH
+from mrilib.encoder import PATCH, SENSE_START
+from mrilib.unet import ChannelNorm
 
 
 def decoder(decoder_type: str = "lightweight", trained: bool = True, **changes: Any) -> ImageDecoder:
@@ -100,7 +101,7 @@ def without_spread(model: ImageDecoder) -> ImageDecoder:
     """The same U-Net with norms taken out and convolutions cut to their centre: what a token changes stays in place."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.GroupNorm):
+            if isinstance(child, ChannelNorm):
                 setattr(module, name, nn.Identity())
             elif isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3):
                 center = child.weight.data[..., 1:2, 1:2].clone()
@@ -136,7 +137,7 @@ def unet_output(model: ImageDecoder, tokens: Tensor, data: dict[str, Tensor]) ->
     """The U-Net's own output on the native grid, before data consistency spreads it along the phase encoding."""
     height, width = data["kspace"].shape[-2:]
     kept: list[Tensor] = []
-    handle = model.unet.head.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    handle = model.unet.register_forward_hook(lambda module, inputs, output: kept.append(output))
     model(tokens, **data, recon=(height, width))
     handle.remove()
     return kspace.center_crop_or_pad(kept[0], (height, width))
@@ -172,17 +173,17 @@ def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch
     """Untrained, the decoder is SENSE twice; trained, its image is what the last one makes of the U-Net's."""
     data = measured(height=33, width=45)
     maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    start = kspace.sense(data["kspace"], data["mask"], maps)
+    start = kspace.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
     calls: list[Tensor | None] = []
     original = kspace.sense
 
-    def keep(*inputs: Any, prior: Tensor | None = None) -> Tensor:
+    def keep(*inputs: Any, prior: Tensor | None = None, **steps: int) -> Tensor:
         calls.append(prior)
-        return original(*inputs, prior=prior)
+        return original(*inputs, prior=prior, **steps)
 
     monkeypatch.setattr(kspace, "sense", keep)
     model = decoder(sense=True, trained=False).eval()
-    assert model.unet.stem.in_channels == 4
+    assert model.unet.stem.in_channels == 4 * 4
     with torch.no_grad():
         image = model(some_tokens(), **data, recon=(33, 45))
         torch.testing.assert_close(calls[1], start, rtol=1e-4, atol=1e-5)
@@ -200,7 +201,7 @@ def test_sense_learns_through_its_steps() -> None:
     model, data = decoder(sense=True), measured()
     model(some_tokens(), **data, recon=(32, 32)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert model.unet.stem.weight.grad[:, 2:].abs().max() > 0  # type: ignore[index]
+    assert model.unet.stem.weight.grad[:, 8:].abs().max() > 0  # type: ignore[index]
 
 
 def test_without_the_skip_only_tokens_matter() -> None:
@@ -223,9 +224,9 @@ def test_patches_lie_where_the_vit_took_them() -> None:
 def test_pixels_of_the_tokens_meet_their_own_place(height: int, width: int) -> None:
     """A token's pixels reach the U-Net where its patch lies on the measured image, cropped, padded, odd."""
     model, data = decoder(token_pixels=True).eval(), measured(height=height, width=width)
-    assert model.token_pixels is not None and model.unet.stem.in_channels == 3
+    assert model.token_pixels is not None and model.unet.stem.in_channels == 3 * 4
     recon, seen = (16, 16), []
-    model.unet.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(some_tokens(), **data, recon=recon)
         model(None, **data, recon=recon)
@@ -300,7 +301,7 @@ def test_autocast_keeps_images_in_float32() -> None:
     ("changes", "sentence"),
     [
         ({"decoder_type": "medium"}, "decoder_type 'medium' is not one of full, lightweight"),
-        ({"decoder_hidden_dim": 20}, "decoder_hidden_dim 20 is not a multiple of 8"),
+        ({"decoder_hidden_dim": 18}, "decoder_hidden_dim 18 is not a multiple of 4"),
         ({"img_size": 100}, "img_size 100 is not a multiple of 16"),
         ({"token_dim": 0, "image_skip": False}, "needs image tokens, the measured data"),
         ({"sense": True, "image_skip": False}, "sense works on the measured data"),
@@ -379,7 +380,7 @@ def test_modulation_by_tokens_begins_as_nothing_and_reaches_every_level():
     plain, modulated = decoder(), decoder(token_modulation=True)
     state = plain.state_dict()
     extra = set(modulated.state_dict()) - set(state)
-    assert extra and all(name.startswith("modulate") for name in extra)
+    assert extra and all(name.startswith("unet.modulate") for name in extra)
     modulated.load_state_dict({**modulated.state_dict(), **state})
     inputs = {**measured(height=40, width=37), "recon": (32, 32)}
     torch.testing.assert_close(modulated(some_tokens(), **inputs), plain(some_tokens(), **inputs))
@@ -401,7 +402,7 @@ class ConstantBottleneck(nn.Module):
     """Drops the tokens at the bottleneck: 24 channels of ones."""
 
     def forward(self, joined: Tensor) -> Tensor:
-        return torch.ones_like(joined[:, :32])
+        return torch.ones_like(joined[:, :24])
 
 
 def test_a_decoder_without_tokens_has_nothing_to_modulate_with():

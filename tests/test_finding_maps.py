@@ -129,7 +129,7 @@ def test_tokens_see_the_maps_and_nothing_of_the_boxes(config, dataset):
     assert maps.shape == (len(batch.slices), len(LABELS), side, side) and maps.dtype == torch.float32
     assert torch.equal(tokens, system.encoder(batch.kspace, batch.mask))
     with torch.no_grad():
-        system.encoder.finding_maps.unet.up_conv[-1][-1].bias[LABELS.index("Mass")] = 4
+        system.encoder.finding_maps.unet.head.bias.view(len(LABELS), -1)[LABELS.index("Mass")] = 4
     assert not torch.allclose(tokens, system.encoder(batch.kspace, batch.mask), atol=1e-6)
 
 
@@ -171,6 +171,7 @@ def test_the_encoder_flips_the_image_of_a_mirrored_slice(config, dataset, monkey
 
 def test_a_stage_trains_on_mirrored_slices_and_judges_on_none(config, dataset):
     system = systems.build(config)
+    torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)  # it starts by finding nothing, flipped or not
     stage = training.AnalysisStage(system, map_weight=1.0)
     batch = next(b for b in batches(dataset) if len(b.slices) == 3)
     flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
@@ -229,9 +230,22 @@ def test_maps_learn_where_findings_are(config, dataset):
 def test_the_unet_takes_every_size_of_the_vit():
     for size in (32, 48):
         assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size)).shape == (1, len(LABELS), size, size)
-    assert KSpaceEncoder(
-        24, 32, 16, 1, 2, 1, 2, 1, 2, 1, finding_labels=LABELS, finding_chans=2
-    ).vit.config.num_channels == 2 + len(LABELS)
+
+
+def test_a_small_finding_says_as_much_as_a_large_one_and_where_it_lies():
+    encoder = KSpaceEncoder(24, 32, 16, 1, 2, 1, 2, 1, 2, 1, finding_labels=LABELS, finding_chans=2)
+    embed = encoder.vit.embeddings.patch_embeddings
+
+    def said(top, left, size):
+        maps = torch.zeros(1, len(LABELS), 32, 32)
+        maps[0, 1, top : top + size, left : left + size] = 0.9
+        image = torch.ones(1, 2, 32, 32)
+        return (embed(torch.cat([image, maps], 1)) - embed(torch.cat([image, 0 * maps], 1)))[0]
+
+    small, large = said(17, 2, 2), said(16, 0, 4)
+    torch.testing.assert_close(small, large)  # both in the first cell of the third patch
+    assert small[2].abs().max() > 0.1 and not small[[0, 1, 3]].any()
+    assert not torch.allclose(said(29, 2, 2)[2], small[2], atol=0.05)
 
 
 @pytest.mark.parametrize(("labels", "told"), [(("Mass", "Mas"), "'Mas' is none of"), (("Mass", "Mass"), "named twice")])
