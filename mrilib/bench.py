@@ -64,6 +64,7 @@ from mrilib.model import (
     build_encoder,
     count_parameters,
 )
+from mrilib.optimizer import build_optimizer
 from mrilib.resume import FREE_ON_RESUME
 from mrilib.runs import read_json, write_json
 
@@ -72,10 +73,11 @@ Builder = Callable[[Stage1Parameters, Stage2Parameters, PreTrainedModel], nn.Mod
 
 
 class Method(NamedTuple):
-    """A learned method: what is built in the image decoder's place, and whether it reads image tokens."""
+    """A learned method."""
 
-    build: Builder
-    tokens: bool = False
+    build: Builder  # what stands in the image decoder's place
+    tokens: bool = False  # whether it reads image tokens
+    own_cascades: bool = False  # whether its VarNet has as many as the encoder's, not `varnet_cascades`
 
 
 def _varnet(one: Stage1Parameters, chans: int = 0, measured_lines: bool = False) -> VarNetBaseline:
@@ -110,6 +112,7 @@ METHODS: dict[str, Method] = {
     "varnet": Method(lambda one, two, backbone: _varnet(one)),
     "varnet_equal_size": Method(_equal_varnet),
     "varnet_measured_lines": Method(lambda one, two, backbone: _varnet(one, measured_lines=True)),
+    "varnet_of_encoder": Method(lambda one, two, backbone: _varnet(one), own_cascades=True),
     "varnet_both_stages": Method(lambda one, two, backbone: _varnet(one)),  # more steps: those of both our stages
 }
 VARNET_SIZES = (
@@ -164,6 +167,8 @@ class Bench:
         values = read_yaml(resolve(config.stage2_params))
         self.stage2 = Stage2Parameters.create(values, written_later=("stage1_checkpoint",))
         inference.check_same_input(self.stage2, self.stage1)
+        # the VarNets that it is compared with: the width of the encoder's own, and as many cascades as serve them best
+        self.rivals = self.stage1.model_copy(update={"varnet_num_cascades": config.varnet_cascades})
         self.volumes = split_volumes(self.stage2)
         require_targets([volume for part in self.volumes.values() for volume in part], "the comparison")
         self.annotations = load_annotations(self.stage2)
@@ -300,8 +305,16 @@ class Bench:
         if METHODS[name].tokens:
             return {"stage1": self._stage1_made_with()}
         if name.startswith("varnet"):
-            return {key: value for key, value in self.stage1.to_dict().items() if key in VARNET_SIZES}
+            return {key: value for key, value in self._sizes(name).to_dict().items() if key in VARNET_SIZES}
         return {}
+
+    def _sizes(self, name: str) -> Stage1Parameters:
+        return self.stage1 if METHODS[name].own_cascades else self.rivals
+
+    def build(self, name: str) -> nn.Module:
+        """A method's untrained module in the decoder's place."""
+        module = METHODS[name].build(self._sizes(name), self.stage2, self.backbone)
+        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _plan(self, name: str) -> tuple[int, float]:
         if name not in self.config.methods:
@@ -311,8 +324,7 @@ class Bench:
 
     def _system(self, name: str, seed: int) -> TwoStageModel:
         """A method's untrained module in the decoder's place of a frozen model."""
-        module = METHODS[name].build(self.stage1, self.stage2, self.backbone)
-        module = module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = self.build(name)
         if METHODS[name].tokens:
             checkpoint = self._encoder_checkpoint(seed)
             system, _ = inference.load_stage1(checkpoint, self.backbone, self.tokenizer)
@@ -552,21 +564,22 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
             system, "stage1", 0.0, bench.stage1.finding_map_weight, bench.stage1.recon_weight
         )
     else:
-        module = METHODS[name].build(bench.stage1, bench.stage2, bench.backbone)
-        module = module.to(bench.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = bench.build(name)
         unread = build_control(bench.stage1, bench.backbone).to(bench.device)
         first = encoder if METHODS[name].tokens else unread
         system = TwoStageModel(first, bench.backbone, bench.tokenizer, module)
         stage = training.ReconstructionStage(system, name, tokens_from=late)
     config: Any = bench.stage1 if name == "stage1" else bench.stage2
-    optimizer = torch.optim.AdamW(stage.model.freeze(stage.trainable), lr=1e-6)
+    optimizer = build_optimizer(stage.model.freeze(stage.trainable), config.model_copy(update={"learning_rate": 1e-6}))
     stage.model.train()
     loader, _ = bench._loaders(config.batch_size, 0, steps, texts=name == "stage1")
     seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
     for batch in loader:
         for stage.progress in (0.0, 1.0) if late else (1.0,):  # without tokens, with them
             begin = time.perf_counter()
-            (stage.loss(batch.to(bench.device)).total / config.batch_size).backward()
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                loss = stage.loss(batch.to(bench.device)).total / config.batch_size
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             seconds[stage.progress].append(time.perf_counter() - begin)

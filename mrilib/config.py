@@ -401,7 +401,9 @@ class Stage2Parameters(TrainingParameters):
     stage1_checkpoint: str = P(
         "stage1_checkpoints/stage1_best_model.pt", "trained k-space encoder of stage 1", min_length=1
     )
-    decoder_type: Literal["full", "lightweight"] = P("full", "full: 160M parameters at the defaults; lightweight: 80M")
+    decoder_type: Literal["full", "lightweight", "small"] = P(
+        "full", "full: 160M parameters at the defaults; lightweight: 80M; small: 35M"
+    )
     decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
@@ -499,6 +501,7 @@ class BenchParameters(OutputParameters):
     bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
     stage1_start: str = P("", "method from whose trained VarNet stage 1 starts, such as varnet; empty: from scratch")
     stage1_keep: bool = P(False, "stage 1 keeps the VarNet that it starts from; only what follows it is trained")
+    varnet_cascades: int = P(4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1)
     stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
     methods: list[str] = P(
         ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1

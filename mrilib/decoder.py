@@ -18,7 +18,7 @@ from mrilib.unet import Depth, UNet
 
 SENSE_WEIGHT, SENSE_ITERATIONS = 0.1, 3  # how the U-Net's image is brought into line with the coils
 # Found by counting: 160M and 80M parameters at token_dim 2048, decoder_hidden_dim 512 (a test holds them to 2%).
-DEPTHS = {"full": Depth(12, (1, 1, 2)), "lightweight": Depth(4, (1, 2, 2))}
+DEPTHS = {"full": Depth(12, (1, 1, 2)), "lightweight": Depth(4, (1, 2, 2)), "small": Depth(1, (1, 1, 1))}
 
 
 class ImageDecoder(nn.Module):
@@ -26,8 +26,8 @@ class ImageDecoder(nn.Module):
 
     Parameters
     ----------
-    decoder_type : {"full", "lightweight"}
-        160M or 80M parameters at the defaults.
+    decoder_type : {"full", "lightweight", "small"}
+        160M or 80M parameters at the defaults, the description's two; "small", 35M, is for processors.
     token_dim : int
         Width of the image tokens, the backbone's hidden size; 0 makes a decoder without tokens (the control).
     decoder_hidden_dim : int

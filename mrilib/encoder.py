@@ -1,8 +1,8 @@
 """The k-space encoder: fastMRI's VarNet, then a ViT, then a linear map to the backbone's width.
 
 masked k-space (B, coil, readout, phase) → VarNet's refined coil images → one complex image, combined with VarNet's own
-sensitivity maps (→ maps of findings beside it, if asked for) → 16×16 patches → tokens (B, (img_size/16)²,
-vit_embed_dim) → between a learned start and end vector (B, (img_size/16)² + 2, output_dim).
+sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_dim) (+ what maps of findings say of each
+patch, if they are asked for) → between a learned start and end vector (B, (img_size/16)² + 2, output_dim).
 """
 
 import pickle
@@ -13,41 +13,28 @@ from typing import Self
 import torch
 from fastmri.models import VarNet
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from mrilib import kspace as physics
-from mrilib.finding_maps import FindingMaps
+from mrilib.finding_maps import FindingMaps, FindingWords
 
 FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
 SENSE_START = 5  # steps of conjugate gradients to the SENSE image that `sense` starts from
-CELL = 4  # pixels of a finding's map, each way, of which the greatest value counts
 PATCH = 16  # [pixels]; also the U-Net's total down-sampling, so that image tokens lie on its bottleneck
-CELLS = (PATCH // CELL) ** 2  # in a patch
 
 
 class NormalizedPatchEmbeddings(ViTPatchEmbeddings):
-    """transformers' patch embeddings, then the LayerNorm that the description puts before the k-space encoder's ViT.
+    """transformers' patch embeddings, then the LayerNorm that the description puts before the k-space encoder's ViT."""
 
-    Maps of findings, the channels from the third on, are told beside it: the greatest value in each 4×4 pixels of a
-    patch, so that a small finding says as much as a large one, and where in the patch it lies.
-    """
-
-    def __init__(self, config: ViTConfig, labels: int = 0) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
         self.norm = nn.LayerNorm(config.hidden_size)
-        self.found = nn.Linear(labels * CELLS, config.hidden_size, bias=False) if labels else None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 2 + labels, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
-        image, maps = pixel_values[:, :2], pixel_values[:, 2:]
-        embeddings = self.norm(super().forward(image))
-        if self.found is None:
-            return embeddings
-        cells = F.pixel_unshuffle(F.max_pool2d(maps, CELL), PATCH // CELL)  # (B, labels · 16, rows, columns)
-        return embeddings + self.found(cells.flatten(2).mT)
+        """(B, channels, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
+        return self.norm(super().forward(pixel_values))
 
 
 class KSpaceEncoder(nn.Module):
@@ -73,7 +60,7 @@ class KSpaceEncoder(nn.Module):
     keep_varnet : bool
         VarNet is not trained, and runs without a graph: what it was trained to before, on images, stays.
     finding_labels : sequence of str
-        Findings that a U-Net maps on VarNet's image; the ViT sees the maps as further channels. Empty: no such U-Net.
+        Findings that a U-Net maps on VarNet's image; what it finds is added to the tokens where it lies. Empty: none.
     finding_chans : int
         Its width.
     pixel_head : bool
@@ -132,11 +119,12 @@ class KSpaceEncoder(nn.Module):
             attention_probs_dropout_prob=0.0,
         )
         self.vit = ViTModel(vit_config, add_pooling_layer=False)
-        self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config, len(finding_labels))
+        self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config)
         initialize_vit(self.vit)
         if activation_checkpointing:
             self.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.projection = nn.Linear(vit_embed_dim, output_dim)
+        self.finding_words = FindingWords(len(finding_labels), output_dim, img_size) if finding_labels else None
         self.pixel_head = nn.Linear(output_dim, PATCH * PATCH) if pixel_head else None
         self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
         self.end = nn.Parameter(torch.randn(output_dim) * 0.02)
@@ -179,6 +167,8 @@ class KSpaceEncoder(nn.Module):
             self.projection.bias.zero_()
             self.start.normal_(std=rms)
             self.end.normal_(std=rms)
+            for words in self.finding_words.parameters() if self.finding_words is not None else ():
+                words.normal_(std=FIRST_TOKENS * rms)
 
     def load_varnet(self, path: str | Path) -> None:
         """Load fastMRI's published VarNet weights (brain_leaderboard_state_dict.pt), names strict.
@@ -230,12 +220,13 @@ class KSpaceEncoder(nn.Module):
         power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
         image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
         pixels = torch.view_as_real(image).movedim(-1, 1)
-        maps = None
-        if self.finding_maps is not None:
-            maps = self._step(self.finding_maps, pixels)
-            pixels = torch.cat([pixels, maps.sigmoid()], dim=1)
         tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
         tokens = self.projection(tokens)
+        maps = None
+        if self.finding_maps is not None:
+            assert self.finding_words is not None
+            maps = self._step(self.finding_maps, pixels)
+            tokens = tokens + self.finding_words(maps.sigmoid())
         batch = tokens.shape[0]
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
         return torch.cat([start, tokens, end], dim=1).float(), maps
@@ -331,11 +322,6 @@ def initialize_vit(vit: ViTModel) -> None:
     waves = torch.cos(torch.pi * torch.arange(4)[:, None] * place) * (2**0.5 / PATCH) ** 0.5  # (wave, pixel)
     mixture = torch.randn(*projection.weight.shape[:2], 4, 4) / 4
     projection.weight.copy_(torch.einsum("dcuv,ux,vy->dcxy", mixture, waves, waves))
-    if vit.embeddings.patch_embeddings.found is not None:
-        # What is found anywhere in a patch is as large as its image: one cell's weights, and each label's own.
-        found = vit.embeddings.patch_embeddings.found.weight
-        label = torch.randn(found.shape[0], found.shape[1] // CELLS, 1)
-        found.copy_((label + 0.5 * torch.randn(found.shape[0], found.shape[1] // CELLS, CELLS)).flatten(1))
     assert projection.bias is not None
     nn.init.normal_(projection.bias, std=3.0)
     nn.init.normal_(vit.embeddings.position_embeddings, std=1.0)

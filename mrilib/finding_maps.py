@@ -1,8 +1,8 @@
 """Maps of findings: a U-Net in the k-space encoder that marks, on VarNet's image, where each label's boxes are.
 
 A text says "mass, left, central" in a few of its tokens, and of some slices only: its cross-entropy takes far longer to
-teach an encoder what a lesion looks like than to name the contrast. fastMRI+ knows the pixels. The maps are further
-channels of the ViT's input, so that what is found still reaches text and image through nothing but tokens.
+teach an encoder what a lesion looks like than to name the contrast. fastMRI+ knows the pixels. What is found is added to
+the token of the patch that it lies in, so it still reaches text and image through nothing but tokens.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,9 @@ from mrilib.unet import Depth, UNet
 RARE = -4.0  # logit of a map before training: findings are rare
 POSITIVE_WEIGHT = 3.0  # of a marked pixel's loss; the maps see a little too much rather than too little
 DEPTH = Depth(1, (1, 1, 1))
+PATCH = 16  # the ViT's [pixels]
+CELL = 4  # pixels of a map, each way, of which the greatest value counts
+KNOTS = 21  # places along an axis that have a vector of their own; between two of them lies a mixture
 
 
 class FindingMaps(nn.Module):
@@ -51,6 +54,55 @@ class FindingMaps(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 2, img_size, img_size), real and imaginary part → logits, float32 (B, labels, img_size, img_size)."""
         return self.unet(pixels).float()
+
+
+class FindingWords(nn.Module):
+    """What maps of findings say of each patch, in vectors for the language model, learned by the text alone.
+
+    A patch in which a label is found says the label's vector and those of the row and the column that the finding's
+    centre lies in, as loud as it is sure. A sentence names label, side and region, and these are sums of such vectors:
+    a few of them, each learned from every finding that has it, where a ViT must learn every label at every place.
+
+    Parameters
+    ----------
+    labels : int
+    output_dim : int
+        Hidden size of the backbone.
+    img_size : int
+        Side of the maps [pixels].
+    """
+
+    def __init__(self, labels: int, output_dim: int, img_size: int) -> None:
+        super().__init__()
+        # Tables, kept flat so that Muon leaves them to AdamW: it would turn what few findings say of one knot as far as
+        # what all of them say of left and right.
+        self.label = nn.Parameter(torch.randn(labels * output_dim))
+        self.row = nn.Parameter(torch.randn(KNOTS * output_dim))
+        self.column = nn.Parameter(torch.randn(KNOTS * output_dim))
+        self.output_dim = output_dim
+        # where a cell's centre lies, from 0 to 1
+        self.register_buffer("place", (torch.arange(img_size // CELL) + 0.5) * CELL / img_size, persistent=False)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Probabilities, (B, labels, img_size, img_size) → (B, (img_size/16)², output_dim)."""
+        cells = F.max_pool2d(maps, CELL)  # (B, labels, img_size/4, img_size/4)
+        each = PATCH // CELL
+        found = F.max_pool2d(cells, each)
+        with torch.no_grad():  # a finding's centre: of what is found in a patch and its neighbours
+            weight = cells.square()
+            parts = torch.stack([weight, weight * self.place[:, None], weight * self.place], dim=2).flatten(1, 2)
+            sums = F.avg_pool2d(parts, 3 * each, stride=each, padding=each, count_include_pad=True).unflatten(1, (-1, 3))
+            total, down, across = sums.unbind(2)
+            rows, columns = (self._knots(one / total.clamp_min(1e-9)) for one in (down, across))
+        label, row, column = (table.unflatten(0, (-1, self.output_dim)) for table in (self.label, self.row, self.column))
+        said = label[:, None, None] + rows @ row + columns @ column
+        return (found[..., None] * said).sum(1).flatten(1, 2)
+
+    @staticmethod
+    def _knots(place: Tensor) -> Tensor:
+        """Weights of the two nearest of the evenly spaced knots: (...) in [0, 1] → (..., KNOTS)."""
+        knots = torch.arange(KNOTS, device=place.device)
+        return (1 - (place[..., None] * (KNOTS - 1) - knots).abs()).clamp_min(0)
 
 
 def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]) -> Tensor:

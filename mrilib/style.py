@@ -27,6 +27,7 @@ METHODS = {
     "other_patient_tokens": ("another patient's tokens", PURPLE),
     "varnet": ("fastMRI's VarNet", VERMILLION),
     "varnet_equal_size": ("VarNet of equal size", BLACK),
+    "varnet_of_encoder": ("VarNet as in the encoder", SKY),
     "varnet_both_stages": ("VarNet, steps of both stages", PURPLE),
     "varnet_measured_lines": ("VarNet, measured lines put back", ORANGE),
     "unet": ("fastMRI's U-Net", SKY),
