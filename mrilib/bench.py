@@ -7,7 +7,7 @@ with; a call with other parameters is refused rather than mixed in.
     <run>/costs.json               seconds a step of every method, measured side by side
     <run>/seed0/stage1/            the k-space encoder and its control without k-space
     <run>/seed0/<method>/          checkpoints, logs, done.json
-    <run>/seed0/reconstructions/<method>/<acceleration>/<file>.h5
+    <run>/seed0/reconstructions/<method>/<acceleration>/<file>.h5, and scores.json, lesions.json made from them
     <run>/seed0/shifts/<shift>/<method>/<acceleration>/<file>.h5
     <run>/bart_4x.json             BART's settings and everything that was tried
 """
@@ -122,6 +122,7 @@ VARNET_SIZES = (
     "varnet_sens_chans",
     "varnet_sens_pools",
 )
+SCORES = "scores.json"  # of a method at an acceleration, beside its images
 UNLEARNED = ("zero_filled", "nearest_training_slice", "bart")
 
 
@@ -257,9 +258,13 @@ class Bench:
             weights = display_path(folder / "varnet_state_dict.pt")
             config = config.model_copy(update={"varnet_weights": weights, "varnet_keep": self.config.stage1_keep})
         results: dict[str, Any] = {}
-        for name, build in (("stage1", build_encoder), ("control", build_control)):
+        for name in ("stage1", "control"):
             training.prepare(config)
-            encoder = build(config, self.backbone).to(self.device)
+            encoder = (
+                build_encoder(config, self.backbone, self.tokenizer)
+                if name == "stage1"
+                else build_control(config, self.backbone)
+            ).to(self.device)
             system = TwoStageModel(encoder, self.backbone, self.tokenizer)
             stage = training.AnalysisStage(
                 system, name, config.label_smoothing, config.finding_map_weight, config.recon_weight
@@ -395,7 +400,10 @@ class Bench:
         """
         system: TwoStageModel | None = None
         for acceleration in accelerations:
-            missing = [v for v in volumes if not (folder / name / str(acceleration) / v.path.name).exists()]
+            there = folder / name / str(acceleration)
+            if (there / SCORES).exists():  # scored already, wherever the images are
+                continue
+            missing = [v for v in volumes if not (there / v.path.name).exists()]
             if not missing:
                 continue
             if name in METHODS and system is None:

@@ -11,12 +11,12 @@ from matplotlib.ticker import MaxNLocator
 
 from mrilib import bart, charts, figures
 from mrilib.bench import METHODS as bench_methods
-from mrilib.bench import Bench, shift_name
+from mrilib.bench import SCORES, Bench, shift_name
 from mrilib.data import Volume
 from mrilib.evaluation import METRICS, VolumeScore, evaluate_volumes, pick_slices
 from mrilib.inference import comparisons
 from mrilib.lesions import Lesion, lesion_table, lesions_of
-from mrilib.runs import read_json
+from mrilib.runs import read_json, write_json
 from mrilib.style import METHODS, WIDTH, RecordFigure, method_label, styled
 
 Scores = dict[str, dict[str, dict[int, list[VolumeScore]]]]  # acceleration → method → seed → volumes
@@ -31,13 +31,21 @@ def _ordered(names: Sequence[str]) -> list[str]:
 
 
 def scores_of(bench: Bench, volumes: Sequence[Volume], below: str) -> Scores:
-    """Scores of everything whole in ``seedN/<below>/<method>/<acceleration>``."""
+    """Scores of everything whole in ``seedN/<below>/<method>/<acceleration>``.
+
+    They are kept beside the images, in ``scores.json``: what has been scored is known without them.
+    """
     scores: Scores = {}
     for seed in bench.config.bench_seeds:
         for folder in sorted((bench.directory / f"seed{seed}" / below).glob("*/*")):
-            if _whole(folder, volumes):
+            path = folder / SCORES
+            if not path.exists() and _whole(folder, volumes):
+                rows = [score._asdict() for score in evaluate_volumes(volumes, folder)]
+                write_json(path, {"volumes": rows})
+            if path.exists():
                 methods = scores.setdefault(folder.name, {})
-                methods.setdefault(folder.parent.name, {})[seed] = evaluate_volumes(volumes, folder)
+                kept = [VolumeScore(**row) for row in read_json(path)["volumes"]]
+                methods.setdefault(folder.parent.name, {})[seed] = kept
     return scores
 
 
@@ -171,8 +179,13 @@ def lesions(bench: Bench, seed: int) -> tuple[pd.DataFrame, str]:
     if bench.annotations is None:
         return pd.DataFrame(), "No annotations: no lesion is known."
     for folder in sorted((bench.directory / f"seed{seed}" / "reconstructions").glob("*/*")):
-        if _whole(folder, bench.volumes["test"]):
-            one, left_out = lesions_of(bench.volumes["test"], bench.annotations, folder)
+        path = folder / "lesions.json"
+        if not path.exists() and _whole(folder, bench.volumes["test"]):
+            measured, left = lesions_of(bench.volumes["test"], bench.annotations, folder)
+            write_json(path, {"left_out": left, "lesions": [lesion._asdict() for lesion in measured]})
+        if path.exists():
+            kept = read_json(path)
+            one, left_out = [Lesion(**row) for row in kept["lesions"]], kept["left_out"]
             found.setdefault(folder.name, {})[folder.parent.name] = one
     ordered = {acceleration: {name: of[name] for name in _ordered(list(of))} for acceleration, of in found.items()}
     told = f"Left out of every method: {left_out} boxes whose lesion the target itself hardly shows."
@@ -219,7 +232,13 @@ def pictures(bench: Bench, scores: Scores, seed: int, per_figure: int = 6) -> di
     for acceleration, methods in scores.items():
         if seed not in methods.get("model", {}):
             continue
-        names = [name for name in _ordered(list(methods)) if (directory / name / acceleration).is_dir()]
+        names = [
+            name
+            for name in _ordered(list(methods))
+            if _whole(directory / name / acceleration, bench.volumes["test"])  # a kept score has no image
+        ]
+        if "model" not in names:
+            continue
         picked = pick_slices(methods["model"][seed], bench.volumes["test"], 3)
         for one in picked:
             if one.role not in ("median", "worst"):

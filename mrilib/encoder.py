@@ -167,7 +167,7 @@ class KSpaceEncoder(nn.Module):
             self.projection.bias.zero_()
             self.start.normal_(std=rms)
             self.end.normal_(std=rms)
-            for words in self.finding_words.parameters() if self.finding_words is not None else ():
+            for words in self.finding_words.tables if self.finding_words is not None else ():
                 words.normal_(std=FIRST_TOKENS * rms)
 
     def load_varnet(self, path: str | Path) -> None:
@@ -226,7 +226,7 @@ class KSpaceEncoder(nn.Module):
         if self.finding_maps is not None:
             assert self.finding_words is not None
             maps = self._step(self.finding_maps, pixels)
-            tokens = tokens + self.finding_words(maps.sigmoid())
+            tokens = tokens + self.finding_words(maps)
         batch = tokens.shape[0]
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
         return torch.cat([start, tokens, end], dim=1).float(), maps

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrilib import kspace as physics
-from mrilib.analysis import BOX_LABELS, Box
+from mrilib.analysis import BOX_LABELS, MIDLINE_HALF_WIDTH, SIDES, Box
 from mrilib.data import Slice
 from mrilib.unet import Depth, UNet
 
@@ -21,7 +21,8 @@ POSITIVE_WEIGHT = 3.0  # of a marked pixel's loss; the maps see a little too muc
 DEPTH = Depth(1, (1, 1, 1))
 PATCH = 16  # the ViT's [pixels]
 CELL = 4  # pixels of a map, each way, of which the greatest value counts
-KNOTS = 21  # places along an axis that have a vector of their own; between two of them lies a mixture
+SHARPNESS = 3.0  # of what is said, in logits per logit of a map, before training
+KNOTS = 60  # places along an axis with a vector of their own, halfway between which the thirds and the midline end
 
 
 class FindingMaps(nn.Module):
@@ -57,11 +58,12 @@ class FindingMaps(nn.Module):
 
 
 class FindingWords(nn.Module):
-    """What maps of findings say of each patch, in vectors for the language model, learned by the text alone.
+    """What maps of findings say of each patch, in vectors for the language model, trained on by the text alone.
 
     A patch in which a label is found says the label's vector and those of the row and the column that the finding's
-    centre lies in, as loud as it is sure. A sentence names label, side and region, and these are sums of such vectors:
-    a few of them, each learned from every finding that has it, where a ViT must learn every label at every place.
+    centre lies in, as loud as the maps are sure. A sentence names label, side and region, and these are sums of such
+    vectors: a few of them, each learned from every finding that has it, where a ViT must learn every label at every
+    place. They can start as what the language model's own vocabulary has for these words (`start_from`).
 
     Parameters
     ----------
@@ -80,29 +82,50 @@ class FindingWords(nn.Module):
         self.row = nn.Parameter(torch.randn(KNOTS * output_dim))
         self.column = nn.Parameter(torch.randn(KNOTS * output_dim))
         self.output_dim = output_dim
+        # How sure the maps must be before anything is said: doubt is to be kept quiet, not told softly.
+        self.gain, self.shift = nn.Parameter(torch.full((labels,), SHARPNESS)), nn.Parameter(torch.zeros(labels))
         # where a cell's centre lies, from 0 to 1
         self.register_buffer("place", (torch.arange(img_size // CELL) + 0.5) * CELL / img_size, persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Probabilities, (B, labels, img_size, img_size) → (B, (img_size/16)², output_dim)."""
+        """Logits, float32 (B, labels, img_size, img_size) → (B, (img_size/16)², output_dim)."""
         cells = F.max_pool2d(maps, CELL)  # (B, labels, img_size/4, img_size/4)
         each = PATCH // CELL
-        found = F.max_pool2d(cells, each)
+        sure = F.max_pool2d(cells, each) * self.gain[:, None, None] + self.shift[:, None, None]
+        found = sure.sigmoid()
         with torch.no_grad():  # a finding's centre: of what is found in a patch and its neighbours
-            weight = cells.square()
+            weight = cells.sigmoid().square()
             parts = torch.stack([weight, weight * self.place[:, None], weight * self.place], dim=2).flatten(1, 2)
             sums = F.avg_pool2d(parts, 3 * each, stride=each, padding=each, count_include_pad=True).unflatten(1, (-1, 3))
             total, down, across = sums.unbind(2)
             rows, columns = (self._knots(one / total.clamp_min(1e-9)) for one in (down, across))
-        label, row, column = (table.unflatten(0, (-1, self.output_dim)) for table in (self.label, self.row, self.column))
+        label, row, column = (table.unflatten(0, (-1, self.output_dim)) for table in self.tables)
         said = label[:, None, None] + rows @ row + columns @ column
         return (found[..., None] * said).sum(1).flatten(1, 2)
+
+    @property
+    def tables(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """Vectors of labels, rows and columns, each flat."""
+        return self.label, self.row, self.column
+
+    @torch.no_grad()
+    def start_from(self, labels: Tensor, sides: Tensor, regions: Tensor) -> None:
+        """Start as the language model's own words: (labels, d), and `analysis.SIDES` and `REGIONS` (3, d) where they lie.
+
+        Sides and regions are those of the displayed image, which is the array flipped up/down.
+        """
+        place = (torch.arange(KNOTS, dtype=torch.float64) + 0.5) / KNOTS
+        middle = (place - 0.5).abs() <= MIDLINE_HALF_WIDTH
+        side = torch.where(middle, SIDES.index("midline"), torch.where(place < 0.5, 0, 2))
+        third = (3 * (1 - place)).long()
+        for table, words in ((self.label, labels), (self.column, sides[side]), (self.row, regions[third])):
+            table.copy_(words.flatten())
 
     @staticmethod
     def _knots(place: Tensor) -> Tensor:
         """Weights of the two nearest of the evenly spaced knots: (...) in [0, 1] → (..., KNOTS)."""
         knots = torch.arange(KNOTS, device=place.device)
-        return (1 - (place[..., None] * (KNOTS - 1) - knots).abs()).clamp_min(0)
+        return (1 - ((place[..., None] * KNOTS - 0.5).clamp(0, KNOTS - 1) - knots).abs()).clamp_min(0)
 
 
 def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrilib import analysis, kernels
 from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, resolve
+from mrilib.corpus import fact_token
 from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
 from mrilib.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
@@ -329,8 +330,31 @@ def delta_rule_path(backbone: PreTrainedModel, config: BackboneParameters) -> di
     return kernels.path(backbone.device, torch.bfloat16 if mixed else backbone.dtype, backbone.config.head_dim)
 
 
-def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpaceEncoder:
-    """The k-space encoder of stage 1's parameters, its width following the backbone's."""
+def word_vectors(
+    words: Sequence[str], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Tensor:
+    """What a language model's vocabulary has for some words: (words, hidden).
+
+    The token that stands for a fact (`corpus.fact_token`) where the vocabulary has one, else the mean over the word's
+    own tokens.
+    """
+    vocabulary, embedding = tokenizer.get_vocab(), word_embeddings(backbone).detach().float()
+    rows = []
+    for word in words:
+        own = vocabulary.get(fact_token(word))
+        ids = [own] if own is not None else tokenizer(f" {word.lower()}", add_special_tokens=False)["input_ids"]
+        rows.append(embedding[torch.tensor(ids, device=embedding.device)].mean(0))
+    return torch.stack(rows)
+
+
+def build_encoder(
+    config: Stage1Parameters, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> KSpaceEncoder:
+    """The k-space encoder of stage 1's parameters, its width following the backbone's.
+
+    With the tokenizer, which an encoder that is to be loaded does without, what maps of findings say starts as the
+    language model's own words.
+    """
     encoder = KSpaceEncoder(
         output_dim=hidden_size(backbone),
         img_size=config.img_size,
@@ -351,6 +375,9 @@ def build_encoder(config: Stage1Parameters, backbone: PreTrainedModel) -> KSpace
         activation_checkpointing=config.activation_checkpointing,
     )
     encoder.match_embeddings(embedding_rms(backbone))
+    if encoder.finding_words is not None and tokenizer is not None:
+        words = (config.finding_labels, analysis.SIDES, analysis.REGIONS)
+        encoder.finding_words.start_from(*(word_vectors(one, backbone, tokenizer).cpu() for one in words))
     if config.varnet_weights:
         encoder.load_varnet(resolve(config.varnet_weights))
     for convolutions in (encoder.varnet, encoder.finding_maps):

@@ -62,7 +62,7 @@ def make_stages(config: StageParameters, device: torch.device) -> Iterator[train
     """The trainings of a stage's parameters, built one after the other: the stage itself, then its control."""
     backbone, tokenizer = model.build_backbone(config, device)
     if isinstance(config, Stage1Parameters):
-        encoder = model.build_encoder(config, backbone).to(device)
+        encoder = model.build_encoder(config, backbone, tokenizer).to(device)
         system = model.TwoStageModel(encoder, backbone, tokenizer)
         yield training.AnalysisStage(
             system, "stage1", config.label_smoothing, config.finding_map_weight, config.recon_weight

@@ -71,7 +71,7 @@ def build(config: Stage1Parameters) -> model.TwoStageModel:
     """Encoder and backbone, seeded."""
     torch.manual_seed(1)
     backbone, tokenizer = model.build_backbone(config, "cpu")
-    return model.TwoStageModel(model.build_encoder(config, backbone), backbone, tokenizer)
+    return model.TwoStageModel(model.build_encoder(config, backbone, tokenizer), backbone, tokenizer)
 
 
 def batch_of(dataset: FastMRIDataset, count: int) -> Batch:
