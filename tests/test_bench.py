@@ -195,6 +195,40 @@ def test_tables_hold_every_method_at_every_acceleration(done):
     json.dumps(bench_tables.metrics_section(scores), allow_nan=False)
 
 
+def test_what_is_scored_is_known_without_its_images(done, monkeypatch):
+    """So a second seed can be added where the first one's images and weights are no more."""
+    volumes = done.volumes["test"]
+    before = bench_tables.scores_of(done, volumes, "reconstructions")
+    table, told = bench_tables.lesions(done, 0)
+    images = sorted(done.directory.glob("seed*/reconstructions/*/*/*.h5"))
+    kept = [(path, path.read_bytes()) for path in images]
+    weights = list(done.directory.glob("seed*/*/stage2_checkpoints"))
+    try:
+        for path in images:
+            path.unlink()
+        for folder in weights:
+            folder.rename(folder.with_name("away"))
+        assert done.run() == []
+        assert bench_tables.scores_of(done, volumes, "reconstructions") == before
+        again, told_again = bench_tables.lesions(done, 0)
+        assert again.equals(table) and told_again == told
+        assert bench_tables.pictures(done, before, 0) == {}
+    finally:
+        for path, content in kept:
+            path.write_bytes(content)
+        for folder in weights:
+            folder.with_name("away").rename(folder)
+
+
+def test_rivals_have_their_own_cascades(done):
+    from fastmri.models import VarNet
+
+    cascades = {name: len(done.build(name).varnet.cascades) for name in ("varnet", "varnet_of_encoder")}
+    assert cascades == {"varnet": done.config.varnet_cascades, "varnet_of_encoder": done.stage1.varnet_num_cascades}
+    assert isinstance(done.build("varnet").varnet, VarNet)
+    assert done._needed("varnet")["varnet_num_cascades"] == done.config.varnet_cascades
+
+
 def test_shifts_and_lesions_and_figures(done):
     scores = bench_tables.scores_of(done, done.volumes["test"], "reconstructions")
     table = bench_tables.shift_table(done, scores)

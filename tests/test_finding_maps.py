@@ -7,12 +7,11 @@ import systems
 import torch
 
 from mrilib import kspace, train, training
-from mrilib.analysis import Box, box_finding
+from mrilib.analysis import REGIONS, SIDES, Box, box_finding
 from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_boxes
-from mrilib.encoder import KSpaceEncoder
-from mrilib.finding_maps import FindingMaps, ellipses, finding_map_losses
+from mrilib.finding_maps import FindingMaps, FindingWords, ellipses, finding_map_losses
 
 LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion")
 
@@ -232,20 +231,72 @@ def test_the_unet_takes_every_size_of_the_vit():
         assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size)).shape == (1, len(LABELS), size, size)
 
 
-def test_a_small_finding_says_as_much_as_a_large_one_and_where_it_lies():
-    encoder = KSpaceEncoder(24, 32, 16, 1, 2, 1, 2, 1, 2, 1, finding_labels=LABELS, finding_chans=2)
-    embed = encoder.vit.embeddings.patch_embeddings
+def spoken(size: int) -> FindingWords:
+    """Words of which every label, side and region is an axis of its own."""
+    axes = torch.eye(len(LABELS) + 6)
+    words = FindingWords(len(LABELS), axes.shape[1], size)
+    words.start_from(*axes.split([len(LABELS), 3, 3]))
+    return words
 
-    def said(top, left, size):
-        maps = torch.zeros(1, len(LABELS), 32, 32)
-        maps[0, 1, top : top + size, left : left + size] = 0.9
-        image = torch.ones(1, 2, 32, 32)
-        return (embed(torch.cat([image, maps], 1)) - embed(torch.cat([image, 0 * maps], 1)))[0]
 
-    small, large = said(17, 2, 2), said(16, 0, 4)
-    torch.testing.assert_close(small, large)  # both in the first cell of the third patch
-    assert small[2].abs().max() > 0.1 and not small[[0, 1, 3]].any()
-    assert not torch.allclose(said(29, 2, 2)[2], small[2], atol=0.05)
+@pytest.mark.parametrize(("size", "recon"), [(128, (128, 128)), (128, (128, 113)), (96, (96, 96))])
+def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
+    words, rng = spoken(size), torch.Generator().manual_seed(0)
+    rows, columns = recon
+    for _ in range(40):
+        width, height = (int(torch.randint(4, 24, (1,), generator=rng)) for _ in range(2))
+        x = int(torch.randint(0, columns - width, (1,), generator=rng))
+        y = int(torch.randint(0, rows - height, (1,), generator=rng))
+        label = LABELS[int(torch.randint(0, len(LABELS), (1,), generator=rng))]
+        box = Box(x, y, width, height, label)
+        across, down = (x + width / 2) / columns, (y + height / 2) / rows
+        edges = [abs(across - 0.45), abs(across - 0.55), abs(down - 1 / 3), abs(down - 2 / 3)]
+        if min(edges) < 0.02:  # at a boundary rounding decides, and an odd width lies half a pixel beside its crop
+            continue
+        marked = kspace.center_crop_or_pad(ellipses([box], LABELS, recon), (size, size))
+        said = words((20 * marked - 10)[None])[0]
+        left = (size - columns) // 2
+        patch = (int(down * rows) // 16) * (size // 16) + int(across * columns + left) // 16
+        found, side, region = said[patch].split([len(LABELS), 3, 3])
+        told = box_finding(box, recon)
+        assert LABELS[int(found.argmax())] == told.label and found.max() > 0.99
+        assert SIDES[int(side.argmax())] == told.side and REGIONS[int(region.argmax())] == told.region, (box, told)
+
+
+def test_a_small_finding_is_said_as_loud_as_a_large_one_and_doubt_is_kept_quiet():
+    words = spoken(128)
+
+    def loudest(size: int, logit: float) -> float:
+        maps = torch.full((1, len(LABELS), 128, 128), -6.0)
+        maps[0, 1, 20 : 20 + size, 20 : 20 + size] = logit
+        return float(words(maps)[0, :, 1].max())
+
+    assert loudest(2, 2.0) == pytest.approx(loudest(14, 2.0)) == pytest.approx(1, abs=0.01)
+    assert loudest(8, -1.0) < 0.06 and loudest(8, 0.0) == pytest.approx(0.5)
+
+
+def test_words_learn_from_the_text(config, dataset):
+    """Gradients reach every table, how sure the maps must be, and through that the maps."""
+    system = systems.build(config)
+    system.freeze("encoder")
+    batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
+    training.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
+    words = system.encoder.finding_words
+    for parameter in (*words.parameters(), system.encoder.finding_maps.unet.head.bias):
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+def test_words_start_as_the_language_models_own(config):
+    plain = systems.build(config)
+    words = plain.encoder.finding_words
+    vocabulary, table = plain.tokenizer.get_vocab(), plain.backbone.get_input_embeddings().weight
+    hidden = table.shape[1]
+    for place, label in enumerate(LABELS):
+        own = vocabulary.get(f"<{label}>")
+        ids = [own] if own is not None else plain.tokenizer(f" {label.lower()}", add_special_tokens=False)["input_ids"]
+        torch.testing.assert_close(words.label.view(-1, hidden)[place], table[ids].mean(0))
+    column = words.column.view(-1, hidden)
+    assert torch.equal(column[0], column[20]) and not torch.equal(column[0], column[-1])
 
 
 @pytest.mark.parametrize(("labels", "told"), [(("Mass", "Mas"), "'Mas' is none of"), (("Mass", "Mass"), "named twice")])

@@ -307,6 +307,23 @@ def test_sense_solves_its_least_squares_problem(height: int, width: int, coils: 
             torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
 
 
+def test_the_gradient_of_sense_is_its_minimisers() -> None:
+    """weight (A + weight)⁻¹, against the problem written out as a matrix."""
+    maps = noise(1, 3, 5, 6)
+    maps = maps / kspace.rss(maps).unsqueeze(-3)
+    mask, weight = torch.tensor([[True, False, True, True, False, False]]), 0.3
+    measured = noise(1, 3, 5, 6, seed=1) * mask[:, None, None]
+    prior = noise(1, 5, 6, seed=2).requires_grad_()
+    wanted = noise(1, 5, 6, seed=3)
+    image = kspace.sense(measured, mask, maps, weight, 40, prior)
+    (image * wanted.conj()).real.sum().backward()
+    unit = torch.eye(30, dtype=torch.complex64).reshape(-1, 5, 6)
+    matrix = (kspace.fft2c(kspace.expand(unit, maps[0])) * mask[0]).reshape(30, -1).T
+    exact = weight * torch.linalg.solve(matrix.mH @ matrix + weight * torch.eye(30), wanted.reshape(-1))
+    assert prior.grad is not None
+    torch.testing.assert_close(prior.grad.reshape(-1), exact, rtol=1e-3, atol=1e-4)
+
+
 def test_sense_needs_one_step_where_everything_is_measured() -> None:
     maps = noise(1, 4, 6, 9)
     maps = maps / kspace.rss(maps).unsqueeze(-3)

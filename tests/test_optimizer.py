@@ -5,7 +5,7 @@ import torch
 from systems import stage1_config
 from torch import nn
 
-from mrilib.optimizer import MOMENTUM, Muon, build_optimizer, is_matrix, orthogonal
+from mrilib.optimizer import MOMENTUM, STEPS, Muon, build_optimizer, is_matrix, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (5, 40), (40, 5), (1, 9), (2, 3)])
@@ -14,6 +14,20 @@ def test_orthogonal_has_singular_values_near_1(shape):
     values = torch.linalg.svdvals(orthogonal(matrix))
     assert values.min() > 0.5 and values.max() < 1.3
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(24, 216), (40, 7), (16, 16)])
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_steps_on_the_gram_matrix_are_steps_on_the_matrix(shape, rank):
+    """Against the iteration as it is published; few directions beside little noise are the hardest."""
+    generator = torch.Generator().manual_seed(rank)
+    left, right = torch.randn(shape[0], rank, generator=generator), torch.randn(rank, shape[1], generator=generator)
+    matrix = left @ right + 1e-3 * torch.randn(shape, generator=generator)
+    x = (matrix / matrix.norm()).double()
+    for a, b, c in STEPS:
+        x = a * x + b * (x @ x.mT @ x) + c * (x @ x.mT @ x @ x.mT @ x)
+    found = orthogonal(matrix)
+    assert (found - x).norm() < 2e-3 * x.norm()
 
 
 def test_a_kernel_is_the_matrix_of_its_inputs_and_taps():
