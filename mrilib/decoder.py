@@ -3,6 +3,7 @@
     zero-filled image, combined with centre-line coil maps ─► 2×2 pixels as channels ─► down, down, down ─┐
                                           image tokens ─► LayerNorm ─► linear ─► (n × n) map ─────────────┤ bottleneck
     RSS ◄─ data consistency ◄─ complex image ◄─ 2×2 pixels from channels ◄─ up, up, up ◄──────────────────┘
+     └────────────◄───────────── noise power ◄────────────┘
 
 With ``sense`` the U-Net sees a SENSE image too, and another SENSE solve precedes the data consistency.
 With ``image_skip=False`` there is no down path: tokens alone, magnitude out, the description's literal reading.
@@ -84,7 +85,7 @@ class ImageDecoder(nn.Module):
         self.token_pixels = nn.Linear(token_dim, PATCH * PATCH) if token_pixels and token_dim else None
         self.unet = UNet(
             inputs=2 + 2 * sense + (self.token_pixels is not None) if image_skip else 0,
-            outputs=2 if image_skip else 1,
+            outputs=3 if image_skip else 1,
             width=hidden // 4,
             depth=DEPTHS[decoder_type],
             joined=hidden if token_dim else 0,
@@ -148,12 +149,16 @@ class ImageDecoder(nn.Module):
             # Tokens join later (`tokens_from`): until then what reads them has a gradient of zeros rather than none.
             reading = [m for m in (self.token_norm, self.token_projection, self.token_pixels) if m is not None]
             residual = residual + 0 * sum(p.sum() for module in reading for p in module.parameters())
-        pixels = (channels[-1] + physics.center_crop_or_pad(residual, (height, width))) * size
+        residual = physics.center_crop_or_pad(residual, (height, width))
+        pixels = (channels[-1] + residual[:, :2]) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
         if self.sense:
             image = physics.sense(kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image)
         coil_images = physics.data_consistency(image, maps, kspace, mask, acquired)
-        return physics.center_crop_or_pad(physics.rss(coil_images), recon) * scale[:, None, None]
+        # The target is an RSS of noisy lines: noise of the missing ones too adds to its power, and no image predicts it.
+        power = physics.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()
+        magnitude = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return physics.center_crop_or_pad(magnitude, recon) * scale[:, None, None]
 
     def _padded(self, length: int) -> int:
         # img_size plus a multiple of 32: the ViT's crop then starts on a token's edge; tokens meet their own pixels.

@@ -204,6 +204,24 @@ def test_sense_learns_through_its_steps() -> None:
     assert model.unet.stem.weight.grad[:, 8:].abs().max() > 0  # type: ignore[index]
 
 
+@pytest.mark.parametrize("sense", [False, True])
+def test_noise_power_is_added_under_the_root(sense: bool) -> None:
+    """In units of the measured image's mean power, wherever it lies; what is less than nothing is zero."""
+    data = measured(height=33, width=45)
+    plain, noisy = (decoder(sense=sense, trained=False).eval() for _ in range(2))
+    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
+    zero = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
+    power = zero.abs().square().mean((-2, -1)) * data["scale"].square()
+    recon = (30, 40)
+    for added in (0.7, -1e6):
+        with torch.no_grad():
+            noisy.unet.head.bias.view(3, 4)[2] = added
+            before, after = model_pair = plain(None, **data, recon=recon), noisy(None, **data, recon=recon)
+        assert all(image.isfinite().all() for image in model_pair)
+        expected = (before.square() + added * power[:, None, None]).clamp_min(0).sqrt()
+        torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-9)
+
+
 def test_without_the_skip_only_tokens_matter() -> None:
     model, data = decoder(image_skip=False).eval(), measured(width=45)
     with torch.no_grad():
