@@ -316,7 +316,7 @@ class Bench:
     def _sizes(self, name: str) -> Stage1Parameters:
         return self.stage1 if METHODS[name].own_cascades else self.rivals
 
-    def build(self, name: str) -> nn.Module:
+    def build(self, name: str) -> Any:
         """A method's untrained module in the decoder's place."""
         module = METHODS[name].build(self._sizes(name), self.stage2, self.backbone)
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -347,7 +347,9 @@ class Stage1Parameters(TrainingParameters):
     varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1)
     varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
-    varnet_sense: bool = P(False, "VarNet starts from a regularised SENSE image instead of the measured lines beside zeros")
+    varnet_sense: bool = P(
+        False, "VarNet starts from a regularised SENSE image instead of the measured lines beside zeros"
+    )
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
@@ -501,7 +503,9 @@ class BenchParameters(OutputParameters):
     bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
     stage1_start: str = P("", "method from whose trained VarNet stage 1 starts, such as varnet; empty: from scratch")
     stage1_keep: bool = P(False, "stage 1 keeps the VarNet that it starts from; only what follows it is trained")
-    varnet_cascades: int = P(4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1)
+    varnet_cascades: int = P(
+        4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1
+    )
     stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
     methods: list[str] = P(
         ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1

@@ -155,7 +155,7 @@ class ImageDecoder(nn.Module):
         if self.sense:
             image = physics.sense(kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image)
         coil_images = physics.data_consistency(image, maps, kspace, mask, acquired)
-        # The target is an RSS of noisy lines: noise of the missing ones too adds to its power, and no image predicts it.
+        # The target is an RSS of noisy lines: the missing ones' noise too adds to its power, and no image predicts it.
         power = physics.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()
         magnitude = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         return physics.center_crop_or_pad(magnitude, recon) * scale[:, None, None]

@@ -56,7 +56,8 @@ class KSpaceEncoder(nn.Module):
         changes the maps, and with them the scan, from under the rest.
     sense : bool
         VarNet's cascades start from the k-space of a regularised SENSE image, made with the same maps, instead of from
-        the measured lines beside zeros; their U-Nets begin by taking its mean off, which their normalisation does, no more.
+        the measured lines beside zeros; their U-Nets begin by taking its mean off, as their normalisation does, and
+        change nothing else.
     keep_varnet : bool
         VarNet is not trained, and runs without a graph: what it was trained to before, on images, stays.
     finding_labels : sequence of str

@@ -1,8 +1,8 @@
 """Maps of findings: a U-Net in the k-space encoder that marks, on VarNet's image, where each label's boxes are.
 
 A text says "mass, left, central" in a few of its tokens, and of some slices only: its cross-entropy takes far longer to
-teach an encoder what a lesion looks like than to name the contrast. fastMRI+ knows the pixels. What is found is added to
-the token of the patch that it lies in, so it still reaches text and image through nothing but tokens.
+teach an encoder what a lesion looks like than to name the contrast. fastMRI+ knows the pixels. What is found is added
+to the token of the patch that it lies in, so it still reaches text and image through nothing but tokens.
 """
 
 from collections.abc import Sequence
@@ -85,6 +85,7 @@ class FindingWords(nn.Module):
         # How sure the maps must be before anything is said: doubt is to be kept quiet, not told softly.
         self.gain, self.shift = nn.Parameter(torch.full((labels,), SHARPNESS)), nn.Parameter(torch.zeros(labels))
         # where a cell's centre lies, from 0 to 1
+        self.place: Tensor
         self.register_buffer("place", (torch.arange(img_size // CELL) + 0.5) * CELL / img_size, persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -95,9 +96,10 @@ class FindingWords(nn.Module):
         found = sure.sigmoid()
         with torch.no_grad():  # a finding's centre: of what is found in a patch and its neighbours
             weight = cells.sigmoid().square()
-            parts = torch.stack([weight, weight * self.place[:, None], weight * self.place], dim=2).flatten(1, 2)
-            sums = F.avg_pool2d(parts, 3 * each, stride=each, padding=each, count_include_pad=True).unflatten(1, (-1, 3))
-            total, down, across = sums.unbind(2)
+            place = self.place
+            parts = torch.stack([weight, weight * place[:, None], weight * place], dim=2).flatten(1, 2)
+            sums = F.avg_pool2d(parts, 3 * each, stride=each, padding=each)
+            total, down, across = sums.unflatten(1, (-1, 3)).unbind(2)
             rows, columns = (self._knots(one / total.clamp_min(1e-9)) for one in (down, across))
         label, row, column = (table.unflatten(0, (-1, self.output_dim)) for table in self.tables)
         said = label[:, None, None] + rows @ row + columns @ column
@@ -110,7 +112,7 @@ class FindingWords(nn.Module):
 
     @torch.no_grad()
     def start_from(self, labels: Tensor, sides: Tensor, regions: Tensor) -> None:
-        """Start as the language model's own words: (labels, d), and `analysis.SIDES` and `REGIONS` (3, d) where they lie.
+        """Start as the language model's words: (labels, d), and `analysis.SIDES` and `REGIONS`, (3, d), where they lie.
 
         Sides and regions are those of the displayed image, which is the array flipped up/down.
         """

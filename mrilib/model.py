@@ -330,9 +330,7 @@ def delta_rule_path(backbone: PreTrainedModel, config: BackboneParameters) -> di
     return kernels.path(backbone.device, torch.bfloat16 if mixed else backbone.dtype, backbone.config.head_dim)
 
 
-def word_vectors(
-    words: Sequence[str], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Tensor:
+def word_vectors(words: Sequence[str], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """What a language model's vocabulary has for some words: (words, hidden).
 
     The token that stands for a fact (`corpus.fact_token`) where the vocabulary has one, else the mean over the word's
