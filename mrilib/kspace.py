@@ -381,7 +381,7 @@ class _SenseFromPrior(torch.autograd.Function):
         return _conjugate_gradients(right + weight * prior, prior, lines, maps, weight, iterations)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         lines, maps = ctx.saved_tensors
         gradient = gradient.contiguous()
         right = ctx.weight * gradient

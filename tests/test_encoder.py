@@ -86,8 +86,8 @@ def test_a_start_from_sense_is_left_as_it_is_by_untrained_cascades() -> None:
         start = kspace.sense(kspace_, mask, own, iterations=SENSE_START)
         kept = kspace.combine(kspace.data_consistency(start, own, kspace_, mask), own)
     combined = (own.abs() ** 2).sum(1)  # 1 where fastMRI's maps are not zero
-        expected = kept - combined * (combined * start).mean((-2, -1), keepdim=True)
-        plain = encoder(map_network=False, num_cascades=1).refined_image(kspace_, mask)
+    expected = kept - combined * (combined * start).mean((-2, -1), keepdim=True)
+    plain = encoder(map_network=False, num_cascades=1).refined_image(kspace_, mask)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(found, plain)
 
