@@ -159,11 +159,6 @@ class Bench:
     def __init__(self, config: BenchParameters, directory: Path) -> None:
         self.config, self.directory = config, directory
         self.stage1 = Stage1Parameters.from_yaml(resolve(config.stage1_params))
-        if config.stage1_start and (self.stage1.varnet_weights or self.stage1.varnet_keep):
-            raise ParameterError(
-                f"stage1_start: {config.stage1_params} names varnet_weights or varnet_keep itself; leave one or the "
-                "other out"
-            )
         # its stage1_checkpoint is not read: the bench has one a seed, made by its first part
         values = read_yaml(resolve(config.stage2_params))
         self.stage2 = Stage2Parameters.create(values, written_later=("stage1_checkpoint",))
@@ -240,23 +235,12 @@ class Bench:
         }
 
     def train_stage1(self, seed: int) -> dict[str, Any]:
-        """Stage 1 and its control without k-space, both of `stage1_steps`; what done.json says.
-
-        With `stage1_start` the encoder's VarNet starts from that method's, which is trained first.
-        """
+        """Stage 1 and its control without k-space, both of `stage1_steps`; what done.json says."""
         folder = self.directory / f"seed{seed}" / "stage1"
         config = self.stage1.model_copy(update={"seed": seed})
         made_with = self._stage1_made_with()
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
-        if self.config.stage1_start:
-            self.train_method(self.config.stage1_start, seed)
-            baseline = self.trained(self.config.stage1_start, seed).decoder
-            assert isinstance(baseline, VarNetBaseline)
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(baseline.varnet.state_dict(), folder / "varnet_state_dict.pt")
-            weights = display_path(folder / "varnet_state_dict.pt")
-            config = config.model_copy(update={"varnet_weights": weights, "varnet_keep": self.config.stage1_keep})
         results: dict[str, Any] = {}
         for name in ("stage1", "control"):
             training.prepare(config)
@@ -299,11 +283,7 @@ class Bench:
         return self.stage2 if name == "model" else self.stage2.model_copy(update={"tokens_from": 0.0})
 
     def _stage1_made_with(self) -> dict[str, Any]:
-        start = self.config.stage1_start
-        before: dict[str, Any] = {"start": start, "start_plan": list(self._plan(start))} if start else {}
-        if self.config.stage1_keep:
-            before["stage1_keep"] = True
-        return {"steps": self.config.stage1_steps, **before, **_kept(self.stage1)}
+        return {"steps": self.config.stage1_steps, **_kept(self.stage1)}
 
     def _needed(self, name: str) -> dict[str, Any]:
         """What a method takes from stage 1: the whole of it with its tokens, a VarNet's sizes, or nothing."""
@@ -562,8 +542,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
 
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
-    one = bench.stage1.model_copy(update={"varnet_keep": bench.config.stage1_keep or bench.stage1.varnet_keep})
-    encoder = build_encoder(one, bench.backbone).to(bench.device)
+    encoder = build_encoder(bench.stage1, bench.backbone).to(bench.device)
     late = 0.0 if name == "stage1" else bench._stage2(name).tokens_from
     stage: training.Stage
     if name == "stage1":

@@ -96,18 +96,13 @@ def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
 
 
 def cost_table(bench: Bench) -> pd.DataFrame:
-    """What the trainings cost: seconds a step, measured side by side, times steps.
-
-    What is needed before: stage 1 by methods with tokens, and by stage 1 the VarNet that it starts from.
-    """
+    """What the trainings cost: seconds a step, measured side by side, times steps; with stage 1, where tokens are read."""
     path = bench.directory / "costs.json"
     if not path.exists():
         return pd.DataFrame()
     each, config = read_json(path), bench.config
     steps = dict(zip(config.methods, config.steps, strict=True))
     before = config.stage1_steps * each["stage1"]
-    if config.stage1_start:
-        before += steps[config.stage1_start] * each[config.stage1_start]
     rows = []
     for name in ("stage1", *_ordered(config.methods)):
         count = config.stage1_steps if name == "stage1" else steps[name]

@@ -501,8 +501,6 @@ class BenchParameters(OutputParameters):
     stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
     stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
     bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
-    stage1_start: str = P("", "method from whose trained VarNet stage 1 starts, such as varnet; empty: from scratch")
-    stage1_keep: bool = P(False, "stage 1 keeps the VarNet that it starts from; only what follows it is trained")
     varnet_cascades: int = P(
         4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1
     )
@@ -525,10 +523,6 @@ class BenchParameters(OutputParameters):
             raise ValueError("steps and learning_rates: one value per method is wanted; they are paired by index")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError("methods: one is named twice")
-        if self.stage1_start and (self.stage1_start not in self.methods or not self.stage1_start.startswith("varnet")):
-            raise ValueError(f"stage1_start: '{self.stage1_start}' is no VarNet among the methods")
-        if self.stage1_keep and not self.stage1_start:
-            raise ValueError("stage1_keep: there is no trained VarNet to keep; name the method in stage1_start")
         if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
             raise ValueError("steps must be at least 1 and learning_rates above 0")
         parts = ("costs", "stage1", "train", "score", "shifts")

@@ -169,10 +169,6 @@ def test_costs_are_measured_once_side_by_side(done, monkeypatch):
         assert table.loc["fastMRI's VarNet", own] == table.loc["fastMRI's VarNet", both] == 4 * varnet
         assert table.loc["two-stage model", own] == 4 * model
         assert table.loc["two-stage model", both] == 4 * model + 2 * stage1
-        monkeypatch.setattr(done, "config", done.config.model_copy(update={"stage1_start": "varnet"}))
-        table = bench_tables.cost_table(done).set_index("training").astype(float)
-        assert table.loc["stage 1", both] == 2 * stage1 + 4 * varnet
-        assert table.loc["two-stage model", both] == 4 * model + 2 * stage1 + 4 * varnet
     finally:
         path.write_text(kept)
 
@@ -281,49 +277,6 @@ def test_every_known_method_is_built_and_gives_an_image(done):
     assert sizes["varnet_equal_size"] == pytest.approx(sizes["model"], rel=0.3) and sizes["varnet"] < sizes["model"]
     assert built["varnet_measured_lines"].decoder.measured_lines and not built["varnet"].decoder.measured_lines
     assert not built["tokens_alone"].decoder.image_skip
-
-
-@pytest.mark.parametrize("keep", [False, True])
-def test_stage_1_may_start_from_a_trained_varnet(values, tmp_path, monkeypatch, keep):
-    one_params = yaml.safe_load(Path(values["stage1_params"]).read_text()) | {"varnet_map_network": True}
-    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(one_params))
-    changed = {"stage1_params": str(tmp_path / "stage1.yaml"), "stage1_start": "varnet", "stage1_keep": keep}
-    one = bench.Bench(BenchParameters.create({**values, **changed}), tmp_path / "run")
-    before = {}
-    fit = bench.training.fit
-
-    def note_then_fit(stage, *rest, **others):
-        if stage.name == "stage1":
-            before.update({name: value.clone() for name, value in stage.part.varnet.state_dict().items()})
-        return fit(stage, *rest, **others)
-
-    monkeypatch.setattr(bench.training, "fit", note_then_fit)
-    one.train_stage1(0)
-    baseline = one.trained("varnet", 0).decoder.varnet.state_dict()
-    assert before.keys() == baseline.keys()
-    assert all(torch.equal(before[name], baseline[name]) for name in baseline)
-    one.train_method("model", 0)
-    after = one.trained("model", 0).encoder.varnet.state_dict()
-    assert all(torch.equal(after[name], baseline[name]) for name in baseline) is keep
-    assert (
-        json.loads((tmp_path / "run" / "seed0" / "stage1" / "done.json").read_text())["made_with"]["start"] == "varnet"
-    )
-    scratch = bench.Bench(
-        BenchParameters.create({**values, **changed, "stage1_start": "", "stage1_keep": False}), tmp_path / "run"
-    )
-    with pytest.raises(ParameterError, match="stage1 was made with other values of"):
-        scratch.train_stage1(0)
-    with pytest.raises(ParameterError, match="model was made with other values of stage1"):
-        scratch.train_method("model", 0)
-    scratch.train_method("varnet", 0)  # which took nothing of stage 1
-    with pytest.raises(ParameterError, match="stage1_start: 'unet' is no VarNet among the methods"):
-        BenchParameters.create({**values, "stage1_start": "unet"})
-    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(one_params | {"varnet_weights": str(tmp_path / "w.pt")}))
-    (tmp_path / "w.pt").touch()
-    with pytest.raises(ParameterError, match=r"stage1_start: .* names varnet_weights or varnet_keep itself"):
-        bench.Bench(BenchParameters.create({**values, **changed}), tmp_path / "run")
-    with pytest.raises(ParameterError, match="stage1_keep: there is no trained VarNet to keep"):
-        BenchParameters.create({**values, "stage1_keep": True})
 
 
 def test_rates_are_tried_on_validation(values, tmp_path):
