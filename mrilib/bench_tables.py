@@ -96,7 +96,7 @@ def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
 
 
 def cost_table(bench: Bench) -> pd.DataFrame:
-    """What the trainings cost: seconds a step, measured side by side, times steps; with stage 1, where tokens are read."""
+    """What trainings cost: seconds a step, measured side by side, times steps; with stage 1, where tokens are read."""
     path = bench.directory / "costs.json"
     if not path.exists():
         return pd.DataFrame()
