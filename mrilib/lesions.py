@@ -94,7 +94,7 @@ def measure(
         contrast = float(np.median(target[lesion])) - around
         if abs(contrast) < FAINT * around or contrast == 0:
             continue
-        measured.append((box, contrast, float(np.median(image[lesion]) - np.median(image[ring]))))
+        measured.append((box, contrast, float(np.median(image[lesion])) - float(np.median(image[ring]))))
     return measured
 
 

@@ -78,6 +78,8 @@ def test_padding_changes_nothing(model, io, side):
 @pytest.mark.parametrize("window_size", [2048, 16, 1])
 @pytest.mark.parametrize("padded", [False, True])
 def test_cached_steps_equal_one_pass(model, io, window_size, padded):
+    """In double; in single precision the rounding of the linear maps alone makes 2.5e-4 on some processors."""
+    model.double()
     model.config.window_size = window_size
     ids = io["input_ids"][:, :100]
     mask = torch.ones_like(ids)
