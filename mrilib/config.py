@@ -363,7 +363,9 @@ class Stage1Parameters(TrainingParameters):
     mirror_share: float = P(
         0.0, "share of training slices seen flipped left to right, their text and boxes too", ge=0, le=1
     )
-    finding_labels: list[str] = P([], "findings that a U-Net maps for the ViT to see (fastMRI+ labels); empty: none")
+    finding_labels: list[str] = P(
+        [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
+    )
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
     finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
     recon_weight: float = P(
