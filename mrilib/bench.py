@@ -244,15 +244,13 @@ class Bench:
         results: dict[str, Any] = {}
         for name in ("stage1", "control"):
             training.prepare(config)
-            encoder = (
-                build_encoder(config, self.backbone, self.tokenizer)
-                if name == "stage1"
-                else build_control(config, self.backbone)
-            ).to(self.device)
-            system = TwoStageModel(encoder, self.backbone, self.tokenizer)
-            stage = training.AnalysisStage(
-                system, name, config.label_smoothing, config.finding_map_weight, config.recon_weight
-            )
+            if name == "stage1":
+                encoder = build_encoder(config, self.backbone, self.tokenizer).to(self.device)
+                stage = training.AnalysisStage.of(TwoStageModel(encoder, self.backbone, self.tokenizer), config)
+            else:
+                control = build_control(config, self.backbone).to(self.device)
+                system = TwoStageModel(control, self.backbone, self.tokenizer)
+                stage = training.AnalysisStage(system, name, config.label_smoothing)
             results[name] = self._fit(stage, config, folder, self.config.stage1_steps, texts=True)
         write_json(folder / "done.json", {"made_with": made_with, **results["stage1"], "control": results["control"]})
         return read_json(folder / "done.json")
@@ -543,13 +541,11 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
     encoder = build_encoder(bench.stage1, bench.backbone).to(bench.device)
-    late = 0.0 if name == "stage1" else bench._stage2(name).tokens_from
+    late = bench.stage1.text_from if name == "stage1" else bench._stage2(name).tokens_from
     stage: training.Stage
     if name == "stage1":
         system = TwoStageModel(encoder, bench.backbone, bench.tokenizer)
-        stage = training.AnalysisStage(
-            system, "stage1", 0.0, bench.stage1.finding_map_weight, bench.stage1.recon_weight
-        )
+        stage = training.AnalysisStage.of(system, bench.stage1)
     else:
         module = bench.build(name)
         unread = build_control(bench.stage1, bench.backbone).to(bench.device)
@@ -562,7 +558,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     loader, _ = bench._loaders(config.batch_size, 0, steps, texts=name == "stage1")
     seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
     for batch in loader:
-        for stage.progress in (0.0, 1.0) if late else (1.0,):  # without tokens, with them
+        for stage.progress in (0.0, 1.0) if late else (1.0,):  # before all has joined, and after
             begin = time.perf_counter()
             with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 loss = stage.loss(batch.to(bench.device)).total / config.batch_size
@@ -571,8 +567,8 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
             optimizer.zero_grad()
             seconds[stage.progress].append(time.perf_counter() - begin)
     stage.model.freeze(None)
-    without, with_tokens = (float(np.median(each[1:] or each or [0.0])) for each in seconds.values())
-    return late * without + (1 - late) * with_tokens
+    before, after = (float(np.median(each[1:] or each or [0.0])) for each in seconds.values())
+    return late * before + (1 - late) * after
 
 
 def calibrate(params: str, seconds: float = 300.0) -> Iterator[tuple[str, float, int]]:

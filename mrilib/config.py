@@ -368,6 +368,9 @@ class Stage1Parameters(TrainingParameters):
     )
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
     finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
+    text_from: float = P(
+        0.0, "share of the steps before the text joins; until then the maps of findings learn alone", ge=0, lt=1
+    )
     recon_weight: float = P(
         0.0, "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none", ge=0
     )
@@ -385,6 +388,12 @@ class Stage1Parameters(TrainingParameters):
             raise ValueError(
                 "finding_labels: the U-Net that maps them halves the image four times; img_size is below 32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _text_waits_for_maps(self) -> Self:
+        if self.text_from and not (self.finding_labels and self.finding_map_weight):
+            raise ValueError("text_from: until then nothing would learn; set finding_labels and finding_map_weight")
         return self
 
     @model_validator(mode="after")

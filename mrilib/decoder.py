@@ -134,12 +134,15 @@ class ImageDecoder(nn.Module):
             image = F.softplus(features[:, 0].float())
             return physics.center_crop_or_pad(image, recon) * scale[:, None, None]
         maps = physics.center_coil_maps(kspace, mask)
-        zero_filled = physics.combine(physics.ifft2c(kspace), maps)
+        measured = physics.ifft2c(kspace)  # coil images
+        zero_filled = physics.combine(measured, maps)
         power = torch.view_as_real(zero_filled).square().sum(-1).mean((-2, -1))
         size = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()[:, None, None, None]
         height, width = zero_filled.shape[-2:]
         padded = (self._padded(height), self._padded(width))
-        seen = [zero_filled] + ([physics.sense(kspace, mask, maps, iterations=SENSE_START)] if self.sense else [])
+        seen = [zero_filled]
+        if self.sense:
+            seen.append(physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=zero_filled))
         channels = [torch.view_as_real(image).movedim(-1, 1) / size for image in seen]
         inputs = physics.center_crop_or_pad(torch.cat(channels, dim=1), padded)
         if self.token_pixels is not None:
@@ -153,8 +156,8 @@ class ImageDecoder(nn.Module):
         pixels = (channels[-1] + residual[:, :2]) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
         if self.sense:
-            image = physics.sense(kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image)
-        coil_images = physics.data_consistency(image, maps, kspace, mask, acquired)
+            image = physics.sense(kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image, zero_filled=zero_filled)
+        coil_images = physics.data_consistency(image, maps, kspace, mask, acquired, measured)
         # The target is an RSS of noisy lines: the missing ones' noise too adds to its power, and no image predicts it.
         power = physics.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()
         magnitude = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()

@@ -211,16 +211,7 @@ class KSpaceEncoder(nn.Module):
 
         Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
-            image = around_empty_coils(self._upright_image, kspace, mask, torch.complex64)
-        image = physics.center_crop_or_pad(image, (self.img_size, self.img_size))
-        if mirrored is not None:
-            image = torch.where(mirrored[:, None, None], image.flip(-1), image)
-        # A mean has no meaning for a complex image, but its size has: VarNet's maps, and with them the image's scale,
-        # depend on the number of coils.
-        power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
-        image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-        pixels = torch.view_as_real(image).movedim(-1, 1)
+        pixels = self._pixels(kspace, mask, mirrored)
         tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
         tokens = self.projection(tokens)
         maps = None
@@ -232,6 +223,26 @@ class KSpaceEncoder(nn.Module):
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
         return torch.cat([start, tokens, end], dim=1).float(), maps
 
+    def maps_alone(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """The maps of `tokens_and_maps`, with a graph to their U-Net alone: neither VarNet nor the ViT learns."""
+        assert self.finding_maps is not None
+        with torch.no_grad():
+            pixels = self._pixels(kspace, mask, mirrored)
+        return self._step(self.finding_maps, pixels)
+
+    def _pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None) -> Tensor:
+        """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
+            image = around_empty_coils(self._upright_image, kspace, mask, torch.complex64)
+        image = physics.center_crop_or_pad(image, (self.img_size, self.img_size))
+        if mirrored is not None:
+            image = torch.where(mirrored[:, None, None], image.flip(-1), image)
+        # A mean has no meaning for a complex image, but its size has: VarNet's maps, and with them the image's scale,
+        # depend on the number of coils.
+        power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
+        image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        return torch.view_as_real(image).movedim(-1, 1)
+
     def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """VarNet's refined coil images combined with its own sensitivity maps.
 
@@ -242,28 +253,38 @@ class KSpaceEncoder(nn.Module):
         return around_empty_coils(lambda *measured: self._refine(*measured)[0], kspace, mask, torch.complex64)
 
     def _upright_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
-        """The refined image without the background phase of the measured one.
+        """The refined image without the background phase of the one that the cascades start from.
 
         Not without its own: VarNet's U-Nets may then say what they find in the image's sign and imaginary part too.
         """
-        refined, maps = self._refine(kspace, mask)
-        return physics.remove_background_phase(refined, like=physics.combine(physics.ifft2c(kspace), maps))
+        refined, start = self._refine(kspace, mask)
+        return physics.remove_background_phase(refined, like=start)
 
     def _refine(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """VarNet's refined image (B, readout, phase) and its sensitivity maps (B, coil, readout, phase)."""
-        # VarNet.forward ends in an RSS image; its steps are taken here one by one, for the complex coil images.
-        measured = torch.view_as_real(kspace)
-        fastmri_mask = mask[:, None, None, :, None]
-        maps = self._maps(measured, fastmri_mask)
-        complex_maps = torch.view_as_complex(maps.float().contiguous())
-        refined = measured.clone()
+        """VarNet's refined image, and the one that its cascades start from, each (B, readout, phase).
+
+        VarNet.forward ends in an RSS image; here its steps are taken one by one, with its weights, for the complex
+        image of the last: k ← k − η (k − y) on the measured lines − F S D(Sᴴ F⁻¹ k).
+        """
+        maps = self._maps(torch.view_as_real(kspace), mask[:, None, None, :, None])
+        maps = torch.view_as_complex(maps.float().contiguous())
+        lines = mask[:, None, None]
+        image = start = physics.combine(physics.ifft2c(kspace), maps)
+        refined = kspace
         if self.sense:
-            start = physics.sense(kspace, mask, complex_maps.detach(), iterations=SENSE_START)
-            refined = torch.view_as_real(physics.fft2c(physics.expand(start, complex_maps)))
-        for cascade in self.varnet.cascades:
-            refined = self._step(cascade, refined, measured, fastmri_mask, maps)
-        coil_images = physics.ifft2c(torch.view_as_complex(refined.float().contiguous()))
-        return physics.combine(coil_images, complex_maps), complex_maps
+            with torch.no_grad():
+                image = start = physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=start)
+            refined = physics.fft2c(physics.expand(start, maps))
+        for number, cascade in enumerate(self.varnet.cascades):
+            change = self._step(cascade.model, torch.view_as_real(image)[:, None]).float()
+            change = torch.view_as_complex(change.contiguous())[:, 0]
+            refined = refined - torch.where(lines, cascade.dc_weight * (refined - kspace), 0)
+            if number + 1 < len(self.varnet.cascades):
+                refined = refined - physics.fft2c(physics.expand(change, maps))
+                image = physics.combine(physics.ifft2c(refined), maps)
+            else:  # the last network's image needs no way to k-space and back
+                image = physics.combine(physics.ifft2c(refined), maps) - physics.rss(maps).square() * change
+        return image, start
 
     def _maps(self, measured: Tensor, fastmri_mask: Tensor) -> Tensor:
         """VarNet's sensitivity maps. Its U-Net sees every coil at full size, by far the most activations of all steps.

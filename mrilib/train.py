@@ -64,9 +64,7 @@ def make_stages(config: StageParameters, device: torch.device) -> Iterator[train
     if isinstance(config, Stage1Parameters):
         encoder = model.build_encoder(config, backbone, tokenizer).to(device)
         system = model.TwoStageModel(encoder, backbone, tokenizer)
-        yield training.AnalysisStage(
-            system, "stage1", config.label_smoothing, config.finding_map_weight, config.recon_weight
-        )
+        yield training.AnalysisStage.of(system, config)
         if config.train_control:
             training.prepare(config)  # the same seed again: the same order of slices
             control = model.build_control(config, backbone).to(device)

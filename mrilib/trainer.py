@@ -95,7 +95,7 @@ class Trainer:
         )
         stage.progress = (self.total_steps - 1) / self.total_steps
         if not stage.complete:
-            raise ParameterError(f"tokens_from: of {self.total_steps} steps none is left that has tokens; lower it")
+            raise ParameterError(f"{stage.joining}: of {self.total_steps} steps none is left that has all; lower it")
         stage.progress = 0.0
         self.data_hash = data_hash(train_loader, val_loader)
         self.backbone_hash = tensor_hash(stage.model.backbone)

@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate.utils import set_seed
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mrilib import evaluation
-from mrilib.config import TrainingParameters
+from mrilib.config import Stage1Parameters, TrainingParameters
 from mrilib.data import Batch
 from mrilib.decoder import VolumeSSIMLoss, from_patches, positive
 from mrilib.distributed import launched
@@ -45,6 +45,8 @@ class Stage:
         "stage1", "stage2", or their controls "control" and "plain"; names checkpoints and logs.
     model : TwoStageModel
     trainable : {"encoder", "decoder"}
+    joining : {"text_from", "tokens_from"}
+        The attribute, and parameter, that says from which share of the steps on everything takes part.
     progress : float
         Share of the training's steps that lie before the one that is taken, or was taken last; the trainer sets it.
         1 outside of a training.
@@ -52,6 +54,7 @@ class Stage:
 
     name: str
     trainable: str
+    joining: str
 
     def __init__(self, model: TwoStageModel) -> None:
         self.model = model
@@ -104,9 +107,13 @@ class AnalysisStage(Stage):
     recon_weight : float
         Of the reconstruction term, for an encoder with a `pixel_head`: the mean absolute difference between what it
         reads off the image tokens and the target, both in units of the target's root mean square.
+    text_from : float
+        Share of the steps before the text joins, for an encoder with maps of findings. Until then these learn alone,
+        without the ViT, the backbone or a graph through VarNet: a text that is taught by maps which know nothing yet
+        learns not to listen to them.
     """
 
-    trainable = "encoder"
+    trainable, joining = "encoder", "text_from"
 
     def __init__(
         self,
@@ -115,10 +122,22 @@ class AnalysisStage(Stage):
         label_smoothing: float = 0.0,
         map_weight: float = 0.0,
         recon_weight: float = 0.0,
+        text_from: float = 0.0,
     ) -> None:
         super().__init__(model)
         self.name, self.label_smoothing = name, label_smoothing
-        self.map_weight, self.recon_weight = map_weight, recon_weight
+        self.map_weight, self.recon_weight, self.text_from = map_weight, recon_weight, text_from
+
+    @classmethod
+    def of(cls, model: TwoStageModel, config: Stage1Parameters) -> Self:
+        """Stage 1 as its parameters have it; its control has no maps to wait for, and is made with less."""
+        weights = config.label_smoothing, config.finding_map_weight, config.recon_weight
+        return cls(model, "stage1", *weights, config.text_from)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text has joined."""
+        return self.progress >= self.text_from
 
     def weight(self, batch: Batch) -> float:
         """Analysis tokens."""
@@ -130,13 +149,13 @@ class AnalysisStage(Stage):
         if not isinstance(encoder, KSpaceEncoder):  # the control, which has neither maps nor pixels
             return self._text_loss(batch, encoder(batch.kspace, batch.mask))[0]
         mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
+        if not self.complete:
+            return self._map_loss(batch, encoder, mirrored)
         prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
         (total, statistics), tokens = self._text_loss(batch, prefix)
         terms: dict[str, tuple[float, Tensor]] = {}
         if maps is not None:
-            matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
-            losses = finding_map_losses(maps, batch.slices, encoder.finding_labels, matrix)
-            terms["finding_map_loss"] = self.map_weight, losses
+            terms["finding_map_loss"] = self.map_weight, self._map_losses(batch, encoder, maps)
         if encoder.pixel_head is not None:
             terms["recon_loss"] = self.recon_weight, self._recon_losses(batch, prefix, encoder, mirrored)
         for name, (weight, losses) in terms.items():
@@ -144,6 +163,21 @@ class AnalysisStage(Stage):
             statistics[name] = float(term.detach()) / float(tokens.sum())
             total = total + weight * term
         return BatchLoss(total, statistics)
+
+    def _map_loss(self, batch: Batch, encoder: KSpaceEncoder, mirrored: Tensor) -> BatchLoss:
+        """That of the maps alone, in the same units."""
+        losses = self._map_losses(batch, encoder, encoder.maps_alone(batch.kspace, batch.mask, mirrored))
+        tokens = (self.model.tokenize(batch.slices).labels != -100).sum(1)
+        term = (losses * tokens).sum()
+        statistics = {"finding_map_loss": float(term.detach()) / float(tokens.sum())}
+        # The rest of the encoder has a gradient of zeros rather than none.
+        waiting = 0 * sum(p.sum() for p in encoder.parameters() if p.requires_grad)
+        return BatchLoss(self.map_weight * term + waiting, statistics)
+
+    def _map_losses(self, batch: Batch, encoder: KSpaceEncoder, maps: Tensor) -> Tensor:
+        """The maps' loss of each slice (B,)."""
+        matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
+        return finding_map_losses(maps, batch.slices, encoder.finding_labels, matrix)
 
     def _text_loss(self, batch: Batch, prefix: Tensor) -> tuple[BatchLoss, Tensor]:
         """Cross-entropy from k-space tokens, and each slice's analysis tokens (B,)."""
@@ -197,7 +231,7 @@ class ReconstructionStage(Stage):
         backbone runs: the decoder learns what the measured data say first, which is the longer and cheaper part.
     """
 
-    trainable = "decoder"
+    trainable, joining = "decoder", "tokens_from"
 
     def __init__(
         self,

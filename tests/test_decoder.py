@@ -177,7 +177,7 @@ def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch
     calls: list[Tensor | None] = []
     original = kspace.sense
 
-    def keep(*inputs: Any, prior: Tensor | None = None, **steps: int) -> Tensor:
+    def keep(*inputs: Any, prior: Tensor | None = None, **steps: Any) -> Tensor:
         calls.append(prior)
         return original(*inputs, prior=prior, **steps)
 

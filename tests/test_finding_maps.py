@@ -6,7 +6,7 @@ import pytest
 import systems
 import torch
 
-from mrilib import kspace, train, training
+from mrilib import kspace, model, train, trainer, training
 from mrilib.analysis import REGIONS, SIDES, Box, box_finding
 from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.config import ParameterError, Stage1Parameters
@@ -200,6 +200,54 @@ def test_the_loss_of_parts_adds_up_to_the_batchs(config, dataset):
     added = float((whole.total - text.total) / tokens)
     assert added == pytest.approx(2 * whole.statistics["finding_map_loss"], rel=1e-4)
     assert text.statistics["finding_map_loss"] == whole.statistics["finding_map_loss"] > 0
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
+    """Until then the maps learn alone; a training resumed before is the same; the loss of both is that of either."""
+    config = config.model_copy(
+        update={"text_from": 0.5, "optimizer": optimizer, "epochs": 2, "output_dir": str(tmp_path)}
+    )
+    train_loader, val_loader = make_loader(dataset, 4, shuffle=True), make_loader(dataset, 4)
+
+    def trained(folder, stop_after=None, **changes):
+        training.prepare(config)
+        stage = next(train.make_stages(config, torch.device("cpu")))
+        start = {name: value.clone() for name, value in stage.part.state_dict().items()}
+
+        def on_step(entry):
+            if entry["step"] == stop_after:
+                moved = {n for n, value in stage.part.state_dict().items() if not torch.equal(value, start[n])}
+                assert moved and all(name.startswith("finding_maps.") for name in moved)
+                raise KeyboardInterrupt
+
+        changed = config.model_copy(update={"weight_decay": 0.0, **changes})
+        return trainer.Trainer(stage, changed, train_loader, val_loader, folder, on_step=on_step).run(), stage
+
+    history, whole = trained(tmp_path / "a")
+    total = len(history.steps)
+    assert total % 2 == 0
+    for step in history.steps:
+        late = step["step"] > total // 2
+        assert (step["gradient_norm_vit"] > 0) == (step["gradient_norm_varnet"] > 0) == ("cross_entropy" in step) == late
+        # a batch of slices that nobody reviewed teaches the maps nothing
+        assert (step["gradient_norm_finding_maps"] > 0) == (late or step["finding_map_loss"] > 0)
+    assert history.steps[0]["finding_map_loss"] > 0
+    assert [epoch["complete"] for epoch in history.epochs] == [0, 1] and history.best_epoch == 2
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "b", stop_after=total // 2 - 1)
+    _, resumed = trained(tmp_path / "b", resume=True)
+    assert model.tensor_hash(resumed.part) == model.tensor_hash(whole.part)
+    batch = next(iter(val_loader))
+    both = whole.loss(batch).statistics["finding_map_loss"]
+    whole.progress = 0.0
+    assert whole.loss(batch).statistics["finding_map_loss"] == pytest.approx(both, rel=1e-5)
+
+
+def test_text_cannot_wait_for_maps_that_do_not_learn(config):
+    for changes in ({"finding_labels": []}, {"finding_map_weight": 0.0}):
+        with pytest.raises(ParameterError, match="text_from: until then nothing would learn"):
+            Stage1Parameters.create({**config.to_dict(), "text_from": 0.5, **changes})
 
 
 def test_maps_learn_where_findings_are(config, dataset):
