@@ -367,7 +367,7 @@ class Stage1Parameters(TrainingParameters):
         [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
     )
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
-    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
+    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", gt=0)
     text_from: float = P(
         0.0, "share of the steps before the text joins; until then the maps of findings learn alone", ge=0, lt=1
     )
@@ -392,8 +392,8 @@ class Stage1Parameters(TrainingParameters):
 
     @model_validator(mode="after")
     def _text_waits_for_maps(self) -> Self:
-        if self.text_from and not (self.finding_labels and self.finding_map_weight):
-            raise ValueError("text_from: until then nothing would learn; set finding_labels and finding_map_weight")
+        if self.text_from and not self.finding_labels:
+            raise ValueError("text_from: until then nothing would learn; set finding_labels")
         return self
 
     @model_validator(mode="after")

@@ -17,11 +17,12 @@ from mrilib.data import Slice
 from mrilib.unet import Depth, UNet
 
 RARE = -4.0  # logit of a map before training: findings are rare
-POSITIVE_WEIGHT = 3.0  # of a marked pixel's loss; the maps see a little too much rather than too little
+# Of a marked pixel's loss: a logit of 0 then means that one in four such pixels is marked, and a finding that is this
+# likely is worth saying. F1 is highest if all above half of it is said (Lipton et al., ECML PKDD 2014).
+POSITIVE_WEIGHT = 3.0
 DEPTH = Depth(1, (1, 1, 1))
 PATCH = 16  # the ViT's [pixels]
 CELL = 4  # pixels of a map, each way, of which the greatest value counts
-SHARPNESS = 3.0  # of what is said, in logits per logit of a map, before training
 KNOTS = 60  # places along an axis with a vector of their own, halfway between which the thirds and the midline end
 
 
@@ -60,10 +61,13 @@ class FindingMaps(nn.Module):
 class FindingWords(nn.Module):
     """What maps of findings say of each patch, in vectors for the language model, trained on by the text alone.
 
-    A patch in which a label is found says the label's vector and those of the row and the column that the finding's
-    centre lies in, as loud as the maps are sure. A sentence names label, side and region, and these are sums of such
+    A patch in which a label is found, where a logit is above 0, says the label's vector and those of the row and the
+    column that the finding's centre lies in. A sentence names label, side and region, and these are sums of such
     vectors: a few of them, each learned from every finding that has it, where a ViT must learn every label at every
     place. They can start as what the language model's own vocabulary has for these words (`start_from`).
+
+    Something is found or it is not: told as loud as the maps are sure, a dozen half-heard findings mix with one another
+    and the language model learns to invent. So no gradient of the text reaches the maps.
 
     Parameters
     ----------
@@ -82,19 +86,17 @@ class FindingWords(nn.Module):
         self.row = nn.Parameter(torch.randn(KNOTS * output_dim))
         self.column = nn.Parameter(torch.randn(KNOTS * output_dim))
         self.output_dim = output_dim
-        # How sure the maps must be before anything is said: doubt is to be kept quiet, not told softly.
-        self.gain, self.shift = nn.Parameter(torch.full((labels,), SHARPNESS)), nn.Parameter(torch.zeros(labels))
         # where a cell's centre lies, from 0 to 1
         self.place: Tensor
         self.register_buffer("place", (torch.arange(img_size // CELL) + 0.5) * CELL / img_size, persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Logits, float32 (B, labels, img_size, img_size) → (B, (img_size/16)², output_dim)."""
-        cells = F.max_pool2d(maps, CELL)  # (B, labels, img_size/4, img_size/4)
-        each = PATCH // CELL
-        sure = F.max_pool2d(cells, each) * self.gain[:, None, None] + self.shift[:, None, None]
-        found = sure.sigmoid()
-        with torch.no_grad():  # a finding's centre: of what is found in a patch and its neighbours
+        with torch.no_grad():
+            cells = F.max_pool2d(maps, CELL)  # (B, labels, img_size/4, img_size/4)
+            each = PATCH // CELL
+            found = (F.max_pool2d(cells, each) > 0).to(cells.dtype)
+            # a finding's centre: of what is found in a patch and its neighbours
             weight = cells.sigmoid().square()
             place = self.place
             parts = torch.stack([weight, weight * place[:, None], weight * place], dim=2).flatten(1, 2)

@@ -231,7 +231,7 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
         late = step["step"] > total // 2
         assert (step["gradient_norm_vit"] > 0) == (step["gradient_norm_varnet"] > 0) == ("cross_entropy" in step) == late
         # a batch of slices that nobody reviewed teaches the maps nothing
-        assert (step["gradient_norm_finding_maps"] > 0) == (late or step["finding_map_loss"] > 0)
+        assert (step["gradient_norm_finding_maps"] > 0) == (step["finding_map_loss"] > 0)
     assert history.steps[0]["finding_map_loss"] > 0
     assert [epoch["complete"] for epoch in history.epochs] == [0, 1] and history.best_epoch == 2
     with pytest.raises(KeyboardInterrupt):
@@ -245,9 +245,8 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
 
 
 def test_text_cannot_wait_for_maps_that_do_not_learn(config):
-    for changes in ({"finding_labels": []}, {"finding_map_weight": 0.0}):
-        with pytest.raises(ParameterError, match="text_from: until then nothing would learn"):
-            Stage1Parameters.create({**config.to_dict(), "text_from": 0.5, **changes})
+    with pytest.raises(ParameterError, match="text_from: until then nothing would learn"):
+        Stage1Parameters.create({**config.to_dict(), "text_from": 0.5, "finding_labels": []})
 
 
 def test_maps_learn_where_findings_are(config, dataset):
@@ -311,7 +310,7 @@ def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
         assert SIDES[int(side.argmax())] == told.side and REGIONS[int(region.argmax())] == told.region, (box, told)
 
 
-def test_a_small_finding_is_said_as_loud_as_a_large_one_and_doubt_is_kept_quiet():
+def test_a_small_finding_is_said_as_loud_as_a_large_one_and_doubt_is_not_told():
     words = spoken(128)
 
     def loudest(size: int, logit: float) -> float:
@@ -319,19 +318,22 @@ def test_a_small_finding_is_said_as_loud_as_a_large_one_and_doubt_is_kept_quiet(
         maps[0, 1, 20 : 20 + size, 20 : 20 + size] = logit
         return float(words(maps)[0, :, 1].max())
 
-    assert loudest(2, 2.0) == pytest.approx(loudest(14, 2.0)) == pytest.approx(1, abs=0.01)
-    assert loudest(8, -1.0) < 0.06 and loudest(8, 0.0) == pytest.approx(0.5)
+    assert loudest(1, 0.01) == loudest(14, 0.01) == loudest(14, 9.0) == 1
+    assert loudest(8, -0.01) == loudest(8, 0.0) == 0
 
 
 def test_words_learn_from_the_text(config, dataset):
-    """Gradients reach every table, how sure the maps must be, and through that the maps."""
+    """Gradients reach every table, and none the maps."""
     system = systems.build(config)
     system.freeze("encoder")
     batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
+    torch.nn.init.zeros_(system.encoder.finding_maps.unet.head.bias)
+    torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)
     training.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
-    words = system.encoder.finding_words
-    for parameter in (*words.parameters(), system.encoder.finding_maps.unet.head.bias):
+    for parameter in system.encoder.finding_words.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
+    for parameter in system.encoder.finding_maps.parameters():
+        assert not parameter.grad.any()
 
 
 def test_words_start_as_the_language_models_own(config):
