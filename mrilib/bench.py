@@ -15,6 +15,7 @@ with; a call with other parameters is refused rather than mixed in.
 import functools
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import time
@@ -123,6 +124,8 @@ VARNET_SIZES = (
     "varnet_sens_pools",
 )
 SCORES = "scores.json"  # of a method at an acceleration, beside its images
+TEXTS = "texts.json"  # what the texts of a seed's stage 1 are worth
+SWAPPED = ("other_patient_tokens", "no_tokens")  # the model given others at test
 UNLEARNED = ("zero_filled", "nearest_training_slice", "bart")
 
 
@@ -215,6 +218,16 @@ class Bench:
             )
         return True
 
+    def _forget(self, seed: int, name: str) -> None:
+        """Remove what was made with a method's weights that are gone: a training anew is scored anew."""
+        folder = self.directory / f"seed{seed}"
+        names = [name, *SWAPPED] if name == "model" else [name]
+        for place in [folder / "reconstructions", *(folder / "shifts").glob("*")]:
+            for each in names:
+                shutil.rmtree(place / each, ignore_errors=True)
+        if name == "model":
+            (folder / TEXTS).unlink(missing_ok=True)
+
     def _fit(self, stage: training.Stage, config: Any, folder: Path, steps: int, texts: bool) -> dict[str, Any]:
         """Train for so many steps, validating `validations` times on the way; what done.json says of it."""
         each = -(-steps // self.config.validations)
@@ -269,6 +282,7 @@ class Bench:
         made_with = {"steps": steps, **self._needed(name), **_kept(config)}
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
+        self._forget(seed, name)
         training.prepare(config)
         system = self._system(name, seed)
         stage = training.ReconstructionStage(system, name, tokens_from=config.tokens_from)
@@ -402,8 +416,8 @@ class Bench:
         which is returned.
         """
         folder = self.directory / f"seed{seed}"
-        if (folder / "texts.json").exists():
-            return read_json(folder / "texts.json")
+        if (folder / TEXTS).exists():
+            return read_json(folder / TEXTS)
         system = self.trained("model", seed)
         path = folder / "stage1" / "stage1_checkpoints" / "control_best_model.pt"
         control = inference.load_control(path, self.backbone, self.tokenizer)
@@ -419,8 +433,8 @@ class Bench:
             str(acceleration): inference.score_texts([r for r in rows if r["acceleration"] == acceleration], facts)
             for acceleration in self.stage2.accelerations
         }
-        write_json(folder / "texts.json", {"all": inference.score_texts(rows, facts), **scores})
-        return read_json(folder / "texts.json")
+        write_json(folder / TEXTS, {"all": inference.score_texts(rows, facts), **scores})
+        return read_json(folder / TEXTS)
 
     def shifted(self, shift: str) -> tuple[list[Volume], list[int], dict[str, str]]:
         """Test volumes, accelerations and masks of one shift.

@@ -156,7 +156,9 @@ class ImageDecoder(nn.Module):
         pixels = (channels[-1] + residual[:, :2]) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
         if self.sense:
-            image = physics.sense(kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image, zero_filled=zero_filled)
+            image = physics.sense(
+                kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image, zero_filled=zero_filled
+            )
         coil_images = physics.data_consistency(image, maps, kspace, mask, acquired, measured)
         # The target is an RSS of noisy lines: the missing ones' noise too adds to its power, and no image predicts it.
         power = physics.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()

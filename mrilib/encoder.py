@@ -18,11 +18,10 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from mrilib import kspace as physics
-from mrilib.finding_maps import FindingMaps, FindingWords
+from mrilib.finding_maps import PATCH, FindingMaps, FindingWords
 
 FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
 SENSE_START = 5  # steps of conjugate gradients to the SENSE image that `sense` starts from
-PATCH = 16  # [pixels]; also the U-Net's total down-sampling, so that image tokens lie on its bottleneck
 
 
 class NormalizedPatchEmbeddings(ViTPatchEmbeddings):

@@ -21,7 +21,7 @@ RARE = -4.0  # logit of a map before training: findings are rare
 # likely is worth saying. F1 is highest if all above half of it is said (Lipton et al., ECML PKDD 2014).
 POSITIVE_WEIGHT = 3.0
 DEPTH = Depth(1, (1, 1, 1))
-PATCH = 16  # the ViT's [pixels]
+PATCH = 16  # the ViT's [pixels]; also the decoder's total down-sampling, so that tokens lie on its bottleneck
 CELL = 4  # pixels of a map, each way, of which the greatest value counts
 KNOTS = 60  # places along an axis with a vector of their own, halfway between which the thirds and the midline end
 

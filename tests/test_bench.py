@@ -1,6 +1,7 @@
 """The bench: parts that resume, equal conditions, tables from files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,25 @@ def test_what_is_scored_is_known_without_its_images(done, monkeypatch):
             path.write_bytes(content)
         for folder in weights:
             folder.with_name("away").rename(folder)
+
+
+def test_a_method_trained_anew_is_scored_anew(done, monkeypatch, tmp_path):
+    """Scores of weights that are gone are not taken for those of the new ones; other methods keep theirs."""
+    directory = tmp_path / "copy"
+    shutil.copytree(done.directory, directory)
+    one = bench.Bench(done.config, directory)
+    seed = directory / "seed0"
+    for name in ("unet", "model"):
+        shutil.rmtree(seed / name)
+    monkeypatch.setattr(one, "_fit", lambda *args, **kwargs: {})
+    for name in ("unet", "varnet"):
+        one.train_method(name, 0)
+    left = {path.relative_to(seed).parts[-3] for path in seed.rglob(bench.SCORES)}
+    assert "unet" not in left and {"varnet", "model", "no_tokens", "zero_filled"} <= left
+    one.train_method("model", 0)
+    left = {path.relative_to(seed).parts[-3] for path in seed.rglob(bench.SCORES)}
+    assert not left & {"model", "no_tokens", "other_patient_tokens"} and "varnet" in left
+    assert not (seed / "texts.json").exists() and (directory / "seed1" / "texts.json").exists()
 
 
 def test_rivals_have_their_own_cascades(done):

@@ -229,7 +229,9 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
     assert total % 2 == 0
     for step in history.steps:
         late = step["step"] > total // 2
-        assert (step["gradient_norm_vit"] > 0) == (step["gradient_norm_varnet"] > 0) == ("cross_entropy" in step) == late
+        assert (
+            (step["gradient_norm_vit"] > 0) == (step["gradient_norm_varnet"] > 0) == ("cross_entropy" in step) == late
+        )
         # a batch of slices that nobody reviewed teaches the maps nothing
         assert (step["gradient_norm_finding_maps"] > 0) == (step["finding_map_loss"] > 0)
     assert history.steps[0]["finding_map_loss"] > 0
