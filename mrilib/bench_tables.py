@@ -234,12 +234,14 @@ def pictures(bench: Bench, scores: Scores, seed: int, per_figure: int = 6) -> di
         ]
         if "model" not in names:
             continue
+        pages = -(-len(names) // per_figure)
+        columns = -(-len(names) // pages)  # alike, not a last one of two methods
         picked = pick_slices(methods["model"][seed], bench.volumes["test"], 3)
         for one in picked:
             if one.role not in ("median", "worst"):
                 continue
-            for number, start in enumerate(range(0, len(names), per_figure), 1):
-                rows = comparisons(directory, acceleration, [one], names[start : start + per_figure])
+            for number, start in enumerate(range(0, len(names), columns), 1):
+                rows = comparisons(directory, acceleration, [one], names[start : start + columns])
                 shown[f"{one.role}_{acceleration}x_{number}"] = figures.reconstruction_comparison(rows)
     return shown
 

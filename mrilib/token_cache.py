@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mrilib import data, delta_rule, encoder, finding_maps, kernels, kspace, nirvana, nirvana_cache, trigger
+from mrilib import data, delta_rule, encoder, finding_maps, kernels, kspace, nirvana, nirvana_cache, trigger, unet
 from mrilib import model as model_module
 from mrilib import volume as volume_module
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
@@ -46,7 +46,7 @@ SLICES = 4  # in a shard at most
 SPARE_BYTES = 1 << 30  # left free on the disk for checkpoints and logs
 COMPUTING_CODE = (
     kspace, volume_module, data, encoder, finding_maps, model_module, nirvana, nirvana_cache, delta_rule,
-    kernels, trigger,
+    kernels, trigger, unet,
 )  # fmt: skip
 logger = logging.getLogger("mrilib")
 
