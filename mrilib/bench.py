@@ -224,7 +224,8 @@ class Bench:
         names = [name, *SWAPPED] if name == "model" else [name]
         for place in [folder / "reconstructions", *(folder / "shifts").glob("*")]:
             for each in names:
-                shutil.rmtree(place / each, ignore_errors=True)
+                if (place / each).exists():
+                    shutil.rmtree(place / each)
         if name == "model":
             (folder / TEXTS).unlink(missing_ok=True)
 
@@ -254,6 +255,10 @@ class Bench:
         made_with = self._stage1_made_with()
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
+        for name in (name for name, method in METHODS.items() if method.tokens):  # they have read another encoder
+            self._forget(seed, name)
+            if (self.directory / f"seed{seed}" / name).exists():
+                shutil.rmtree(self.directory / f"seed{seed}" / name)
         results: dict[str, Any] = {}
         for name in ("stage1", "control"):
             training.prepare(config)

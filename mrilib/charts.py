@@ -77,7 +77,7 @@ def training_curves(histories: "History | Mapping[str, History]", title: str = "
     """
     named = dict(histories) if isinstance(histories, Mapping) else {"": histories}
     first = next(iter(named.values()))
-    text = "cross_entropy" in first.steps[0]
+    text = _reads_text(first)
     panels: list[Callable[[Axes], None]] = [functools.partial(_loss_panel, named=named)]
     for name, label in SCORES.items():
         if f"val_{name}" in first.epochs[0]:
@@ -119,10 +119,18 @@ def _epoch_ends(history: "History") -> list[float]:
     return [last[epoch["epoch"]] for epoch in history.epochs]
 
 
+def _reads_text(history: "History") -> bool:
+    """Whether it is of stage 1; before the text has joined (`text_from`) its steps tell of the maps of findings."""
+    return not history.steps[0].keys().isdisjoint(("cross_entropy", "finding_map_loss"))
+
+
 def _loss_name(history: "History") -> tuple[str, str]:
+    if not _reads_text(history):
+        return "loss", "1 − SSIM"
+    if not history.epochs and "cross_entropy" not in history.steps[-1]:
+        return "finding_map_loss", "loss of the maps of findings [nats]"
     # Validation has no label smoothing: beside it stands the training cross-entropy without it.
-    text = "cross_entropy" in history.steps[0]
-    return ("cross_entropy", "cross-entropy [nats per token]") if text else ("loss", "1 − SSIM")
+    return "cross_entropy", "cross-entropy [nats per token]"
 
 
 def plot_loss(
@@ -143,8 +151,8 @@ def plot_loss(
         Also the unsmoothed loss, pale.
     """
     key, label = _loss_name(history)
-    steps = [step["step"] for step in history.steps]
-    values = [step[key] for step in history.steps]
+    steps = [step["step"] for step in history.steps if key in step]
+    values = [step[key] for step in history.steps if key in step]
     if raw:
         axis.plot(steps, values, color=color, alpha=0.22, linewidth=0.6)
     axis.plot(steps, _running_mean(values), color=color, label=f"{name} training".strip())
@@ -165,9 +173,9 @@ def _loss_panel(axis: Axes, named: "Mapping[str, History]") -> None:
 
 def _validation_panel(axis: Axes, named: "Mapping[str, History]", metric: str, label: str) -> None:
     for (name, history), color, marker in zip(named.items(), COLORS * 9, MARKERS * 9, strict=False):
-        if metric in history.steps[0]:
-            values = [step[metric] for step in history.steps]
-            axis.plot([step["step"] for step in history.steps], _running_mean(values), color=color, linewidth=1.0)
+        values = {step["step"]: step[metric] for step in history.steps if metric in step}
+        if values:
+            axis.plot(list(values), _running_mean(list(values.values())), color=color, linewidth=1.0)
         scores = [epoch[f"val_{metric}"] for epoch in history.epochs]
         axis.plot(_epoch_ends(history), scores, color=color, linestyle="--", marker=marker, markersize=3.5, label=name)
     axis.set_title(label)

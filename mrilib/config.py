@@ -367,7 +367,7 @@ class Stage1Parameters(TrainingParameters):
         [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
     )
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
-    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", gt=0)
+    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
     text_from: float = P(
         0.0, "share of the steps before the text joins; until then the maps of findings learn alone", ge=0, lt=1
     )
@@ -388,6 +388,12 @@ class Stage1Parameters(TrainingParameters):
             raise ValueError(
                 "finding_labels: the U-Net that maps them halves the image four times; img_size is below 32"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _maps_learn(self) -> Self:
+        if self.finding_labels and not self.finding_map_weight:
+            raise ValueError("finding_map_weight: nothing else teaches the maps of finding_labels; set it above 0")
         return self
 
     @model_validator(mode="after")

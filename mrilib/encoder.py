@@ -5,10 +5,11 @@ sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_di
 patch, if they are asked for) → between a learned start and end vector (B, (img_size/16)² + 2, output_dim).
 """
 
+import functools
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from fastmri.models import VarNet
@@ -275,14 +276,8 @@ class KSpaceEncoder(nn.Module):
                 image = start = physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=start)
             refined = physics.fft2c(physics.expand(start, maps))
         for number, cascade in enumerate(self.varnet.cascades):
-            change = self._step(cascade.model, torch.view_as_real(image)[:, None]).float()
-            change = torch.view_as_complex(change.contiguous())[:, 0]
-            refined = refined - torch.where(lines, cascade.dc_weight * (refined - kspace), 0)
-            if number + 1 < len(self.varnet.cascades):
-                refined = refined - physics.fft2c(physics.expand(change, maps))
-                image = physics.combine(physics.ifft2c(refined), maps)
-            else:  # the last network's image needs no way to k-space and back
-                image = physics.combine(physics.ifft2c(refined), maps) - physics.rss(maps).square() * change
+            last = number + 1 == len(self.varnet.cascades)
+            refined, image = self._step(functools.partial(_cascade, cascade, last), refined, image, kspace, lines, maps)
         return image, start
 
     def _maps(self, measured: Tensor, fastmri_mask: Tensor) -> Tensor:
@@ -295,11 +290,25 @@ class KSpaceEncoder(nn.Module):
         pairs = zip(measured.split(1), fastmri_mask.split(1), strict=True)
         return torch.cat([self._step(self.varnet.sens_net, one, mask) for one, mask in pairs])
 
-    def _step(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+    def _step(self, module: Callable[..., Any], *inputs: Tensor) -> Any:
         if self.activation_checkpointing and torch.is_grad_enabled():
             # Not reentrant: the first input needs no gradient, and a reentrant checkpoint would then return none.
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
+
+
+def _cascade(
+    cascade: nn.Module, last: bool, refined: Tensor, image: Tensor, kspace: Tensor, lines: Tensor, maps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A cascade's k-space and its image, from those before it; of the last one the image alone is right."""
+    network: Any = cascade.model
+    strength: Any = cascade.dc_weight
+    change = torch.view_as_complex(network(torch.view_as_real(image)[:, None]).float().contiguous())[:, 0]
+    refined = refined - torch.where(lines, strength * (refined - kspace), 0)
+    if last:  # the network's image needs no way to k-space and back
+        return refined, physics.combine(physics.ifft2c(refined), maps) - physics.rss(maps).square() * change
+    refined = refined - physics.fft2c(physics.expand(change, maps))
+    return refined, physics.combine(physics.ifft2c(refined), maps)
 
 
 def around_empty_coils(

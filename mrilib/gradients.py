@@ -104,7 +104,13 @@ class StepGradients:
             self.stage.model.check_gradients()
             self.checked = True
         norms = gradient_norms(self.stage.part)
-        return parts, norms, float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        if not self.stage.complete:
+            # What has not joined yet: AdamW would decay it, and count steps that its bias correction is meant for.
+            for parameter in self.parameters:
+                if parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
+        return parts, norms, norm
 
     def _accumulate(self, micro_batch: int, batches: list[Batch], weight: float) -> list[Part]:
         for parameter in self.parameters:

@@ -46,8 +46,8 @@ def _centred(x: Tensor, transform: Callable[..., Tensor]) -> Tensor:
     if height % 2 or width % 2:
         shifted = transform(torch.fft.ifftshift(x, dim=(-2, -1)), norm="ortho")
         return torch.fft.fftshift(shifted, dim=(-2, -1))
-    signs = 1 - 2 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
-    signs = signs.to(x.device, x.real.dtype)
+    rows, columns = (torch.arange(length, device=x.device) for length in (height, width))
+    signs = (1 - 2 * ((rows[:, None] + columns) % 2)).to(x.real.dtype)
     return transform(x * signs, norm="ortho") * (signs if (height + width) % 4 == 0 else -signs)
 
 
@@ -301,7 +301,7 @@ def data_consistency(
     acquired : Tensor, bool, shape (batch, phase), optional
         False on the header's padding; by default every line was acquired.
     measured : Tensor, complex64, shape (batch, coil, readout, phase), optional
-        Coil images of the measured lines, where they are known already.
+        Coil images of the measured lines and of nothing else, where they are known already.
 
     Returns
     -------

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -344,16 +343,10 @@ class Trainer:
         self._tell(entry)
 
     def _advance(self) -> None:
-        """Tell the stage how far the training is; what joins with this step begins as at a first step."""
+        """Tell the stage how far the training is; what joins with this step is looked at as at a first step."""
         before, self.stage.progress = self.stage.complete, self.step / self.total_steps
-        if before or not self.stage.complete:
-            return
-        self.gradients.checked = False
-        for parameter, state in list(self.optimizer.state.items()):
-            moments = [value for value in state.values() if isinstance(value, Tensor) and value.ndim]
-            if not any(bool(moment.any()) for moment in moments):
-                # Only zeros so far, but counted: Adam's bias correction would be used up, its next steps too long.
-                del self.optimizer.state[parameter]
+        if self.stage.complete and not before:
+            self.gradients.checked = False
 
     def _where(self) -> str:
         return f"{self.stage.name}, epoch {self.epoch + 1}, step {self.step + 1}"
@@ -462,7 +455,9 @@ class Trainer:
                 (folder / f"{start}{number}.pt").unlink()
 
     def _out_of_patience(self) -> bool:
-        patience, waited = self.config.early_stopping_patience, self.epoch - self.history.best_epoch
+        # an epoch before all has joined can be no best one, and is not waited for
+        early = sum(not epoch.get("complete", 1.0) for epoch in self.history.epochs)
+        patience, waited = self.config.early_stopping_patience, self.epoch - max(self.history.best_epoch, early)
         if patience and self.stage.complete and waited >= patience:
             logger.info("%s: no better validation loss for %d epochs", self.stage.name, waited)
             return True

@@ -136,8 +136,9 @@ class AnalysisStage(Stage):
 
     @property
     def complete(self) -> bool:
-        """Whether the text has joined."""
-        return self.progress >= self.text_from
+        """Whether the text has joined, where there are maps that it could wait for."""
+        waiting = getattr(self.model.encoder, "finding_maps", None) is not None
+        return not waiting or self.progress >= self.text_from
 
     def weight(self, batch: Batch) -> float:
         """Analysis tokens."""

@@ -236,6 +236,19 @@ def test_a_method_trained_anew_is_scored_anew(done, monkeypatch, tmp_path):
     assert not (seed / "texts.json").exists() and (directory / "seed1" / "texts.json").exists()
 
 
+def test_decoders_are_not_kept_beside_a_new_stage_1(done, values, monkeypatch, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(done.directory, directory)
+    one = bench.Bench(done.config, directory)
+    shutil.rmtree(directory / "seed0" / "stage1")
+    monkeypatch.setattr(one, "_fit", lambda *args, **kwargs: {})
+    one.train_stage1(0)
+    left = {path.parent.name for path in directory.rglob("done.json") if path.parent.parent.name == "seed0"}
+    assert left == {"stage1", "trained_without_tokens", "varnet", "unet"}
+    assert not (directory / "seed0" / "reconstructions" / "model").exists()
+    assert (directory / "seed1" / "model" / "done.json").exists()
+
+
 def test_rivals_have_their_own_cascades(done):
     from fastmri.models import VarNet
 

@@ -6,12 +6,14 @@ import pytest
 import systems
 import torch
 
-from mrilib import kspace, model, train, trainer, training
+from mrilib import charts, kspace, model, train, trainer, training
 from mrilib.analysis import REGIONS, SIDES, Box, box_finding
 from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_boxes
 from mrilib.finding_maps import FindingMaps, FindingWords, ellipses, finding_map_losses
+from mrilib.history import History
+from mrilib.style import RecordFigure
 
 LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion")
 
@@ -206,7 +208,7 @@ def test_the_loss_of_parts_adds_up_to_the_batchs(config, dataset):
 def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
     """Until then the maps learn alone; a training resumed before is the same; the loss of both is that of either."""
     config = config.model_copy(
-        update={"text_from": 0.5, "optimizer": optimizer, "epochs": 2, "output_dir": str(tmp_path)}
+        update={"text_from": 0.5, "optimizer": optimizer, "epochs": 2, "checkpoint_minutes": 0, "weight_decay": 0.1}
     )
     train_loader, val_loader = make_loader(dataset, 4, shuffle=True), make_loader(dataset, 4)
 
@@ -221,7 +223,7 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
                 assert moved and all(name.startswith("finding_maps.") for name in moved)
                 raise KeyboardInterrupt
 
-        changed = config.model_copy(update={"weight_decay": 0.0, **changes})
+        changed = config.model_copy(update=changes)
         return trainer.Trainer(stage, changed, train_loader, val_loader, folder, on_step=on_step).run(), stage
 
     history, whole = trained(tmp_path / "a")
@@ -238,17 +240,55 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
     assert [epoch["complete"] for epoch in history.epochs] == [0, 1] and history.best_epoch == 2
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "b", stop_after=total // 2 - 1)
+    assert (tmp_path / "b" / "stage1_checkpoints" / "stage1_resume.pt").exists()
     _, resumed = trained(tmp_path / "b", resume=True)
     assert model.tensor_hash(resumed.part) == model.tensor_hash(whole.part)
+    joining = History(steps=history.steps[: total // 2])
+    for one in (history, joining):
+        axis = RecordFigure(4, 3).subplots()
+        charts.plot_loss(axis, one, "", "black")
+        text = one is history
+        assert axis.get_ylabel() == (
+            "cross-entropy [nats per token]" if text else "loss of the maps of findings [nats]"
+        )
+        key = "cross_entropy" if text else "finding_map_loss"
+        assert axis.lines[0].get_ydata().tolist() == [step[key] for step in one.steps if key in step]
+    panels = [axis.get_title() for axis in charts.training_curves({"stage 1": history}).axes]
+    assert "token accuracy" in " ".join(panels) and "images in a batch" not in " ".join(panels)
     batch = next(iter(val_loader))
     both = whole.loss(batch).statistics["finding_map_loss"]
     whole.progress = 0.0
     assert whole.loss(batch).statistics["finding_map_loss"] == pytest.approx(both, rel=1e-5)
 
 
+def test_epochs_before_the_text_has_joined_are_not_waited_for(config, dataset, tmp_path):
+    """Early stopping counts from the first epoch that could be the best, also where a training goes on within it."""
+    late = {"text_from": 0.5, "early_stopping_patience": 1, "epochs": 3, "checkpoint_minutes": 0}
+    config = config.model_copy(update=late)
+    loader = make_loader(dataset, 4)
+
+    def run(**given):
+        training.prepare(config)
+        stage = next(train.make_stages(config, torch.device("cpu")))
+        changed = config.model_copy(update={"resume": not given})
+        return trainer.Trainer(stage, changed, loader, loader, tmp_path, **given).run()
+
+    def stop(entry):
+        if entry["step"] == 2 * len(loader) - 1:  # the text has joined within this epoch, the second
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(on_step=stop)
+    assert [epoch["complete"] for epoch in run().epochs][:2] == [0, 1]
+
+
 def test_text_cannot_wait_for_maps_that_do_not_learn(config):
     with pytest.raises(ParameterError, match="text_from: until then nothing would learn"):
         Stage1Parameters.create({**config.to_dict(), "text_from": 0.5, "finding_labels": []})
+    with pytest.raises(ParameterError, match="finding_map_weight: nothing else teaches"):
+        Stage1Parameters.create({**config.to_dict(), "finding_map_weight": 0.0})
+    plain = Stage1Parameters.create({**config.to_dict(), "finding_map_weight": 0.0, "finding_labels": []})
+    assert training.AnalysisStage(systems.build(plain), text_from=0.5).complete
 
 
 def test_maps_learn_where_findings_are(config, dataset):

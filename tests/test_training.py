@@ -139,6 +139,7 @@ def test_tokens_may_join_late(stage1, phantom_dir, backbone_dir, tmp_path, optim
     config = systems.stage2_config(
         phantom_dir, backbone_dir, checkpoint, epochs=2, tokens_from=0.5, optimizer=optimizer, train_control=False
     )
+    config = config.model_copy(update={"checkpoint_minutes": 0})
 
     def trained(folder, stop_after=None, **changes):
         training.prepare(config)
@@ -172,6 +173,7 @@ def test_tokens_may_join_late(stage1, phantom_dir, backbone_dir, tmp_path, optim
         assert int(whole.optimizer.state[parameter]["step"]) == steps  # a counter of its own
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "b", stop_after=total // 2 - 1)
+    assert (tmp_path / "b" / "stage2_checkpoints" / "stage2_resume.pt").exists()
     *_, resumed = trained(tmp_path / "b", resume=True)
     assert model.tensor_hash(resumed.stage.part) == model.tensor_hash(decoder)
     with pytest.raises(ParameterError, match=r"tokens_from: of \d+ steps none"):
