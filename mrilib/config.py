@@ -369,7 +369,10 @@ class Stage1Parameters(TrainingParameters):
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
     finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
     text_from: float = P(
-        0.0, "share of the steps before the text joins; until then the maps of findings learn alone", ge=0, lt=1
+        0.0,
+        "share of the steps before the text joins; until then maps of findings learn alone, finding_share ends there",
+        ge=0,
+        lt=1,
     )
     recon_weight: float = P(
         0.0, "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none", ge=0

@@ -17,9 +17,11 @@ from mrilib.data import Slice
 from mrilib.unet import Depth, UNet
 
 RARE = -4.0  # logit of a map before training: findings are rare
-# Of a marked pixel's loss: a logit of 0 then means that one in four such pixels is marked, and a finding that is this
-# likely is worth saying. F1 is highest if all above half of it is said (Lipton et al., ECML PKDD 2014).
+# Of a marked pixel's loss: a logit of 0 then means that one in four such pixels is marked.
 POSITIVE_WEIGHT = 3.0
+# Logit above which a finding is said, about one in three: F1 is highest if all is said that is likelier than half of it
+# (Lipton et al., ECML PKDD 2014).
+SURE = 0.5
 DEPTH = Depth(1, (1, 1, 1))
 PATCH = 16  # the ViT's [pixels]; also the decoder's total down-sampling, so that tokens lie on its bottleneck
 CELL = 4  # pixels of a map, each way, of which the greatest value counts
@@ -61,7 +63,7 @@ class FindingMaps(nn.Module):
 class FindingWords(nn.Module):
     """What maps of findings say of each patch, in vectors for the language model, trained on by the text alone.
 
-    A patch in which a label is found, where a logit is above 0, says the label's vector and those of the row and the
+    A patch in which a label is found, by a logit above `SURE`, says the label's vector and those of the row and the
     column that the finding's centre lies in. A sentence names label, side and region, and these are sums of such
     vectors: a few of them, each learned from every finding that has it, where a ViT must learn every label at every
     place. They can start as what the language model's own vocabulary has for these words (`start_from`).
@@ -95,7 +97,7 @@ class FindingWords(nn.Module):
         with torch.no_grad():
             cells = F.max_pool2d(maps, CELL)  # (B, labels, img_size/4, img_size/4)
             each = PATCH // CELL
-            found = (F.max_pool2d(cells, each) > 0).to(cells.dtype)
+            found = (F.max_pool2d(cells, each) > SURE).to(cells.dtype)
             # a finding's centre: of what is found in a patch and its neighbours
             weight = cells.sigmoid().square()
             place = self.place

@@ -11,7 +11,7 @@ from mrilib.analysis import REGIONS, SIDES, Box, box_finding
 from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_boxes
-from mrilib.finding_maps import FindingMaps, FindingWords, ellipses, finding_map_losses
+from mrilib.finding_maps import SURE, FindingMaps, FindingWords, ellipses, finding_map_losses
 from mrilib.history import History
 from mrilib.style import RecordFigure
 
@@ -261,6 +261,21 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
     assert whole.loss(batch).statistics["finding_map_loss"] == pytest.approx(both, rel=1e-5)
 
 
+def test_findings_are_as_many_as_there_are_once_the_text_has_joined(config, dataset, tmp_path):
+    """Oversampled while the maps learn alone; then every slice once an epoch."""
+    config = config.model_copy(update={"text_from": 0.5, "epochs": 4, "finding_share": 1.0})
+    loader = make_loader(dataset, 4, shuffle=True, finding_share=1.0)
+    training.prepare(config)
+    stage = next(train.make_stages(config, torch.device("cpu")))
+    seen, loss = [], stage.loss
+    stage.loss = lambda batch: (seen.extend((one.file, one.slice_num) for one in batch.slices), loss(batch))[1]
+    trainer.Trainer(stage, config, loader, make_loader(dataset, 4), tmp_path).run()
+    found = {(one.file, one.slice_num) for batch in batches(dataset) for one in batch.slices if one.facts.findings}
+    half = len(seen) // 2
+    assert sum(one in found for one in seen[:half]) > 1.25 * 2 * len(found)  # in two epochs; some shapes have none
+    assert sorted(seen[half:]) == sorted(2 * [(one.file, one.slice_num) for b in batches(dataset) for one in b.slices])
+
+
 def test_epochs_before_the_text_has_joined_are_not_waited_for(config, dataset, tmp_path):
     """Early stopping counts from the first epoch that could be the best, also where a training goes on within it."""
     late = {"text_from": 0.5, "early_stopping_patience": 1, "epochs": 3, "checkpoint_minutes": 0}
@@ -360,8 +375,8 @@ def test_a_small_finding_is_said_as_loud_as_a_large_one_and_doubt_is_not_told():
         maps[0, 1, 20 : 20 + size, 20 : 20 + size] = logit
         return float(words(maps)[0, :, 1].max())
 
-    assert loudest(1, 0.01) == loudest(14, 0.01) == loudest(14, 9.0) == 1
-    assert loudest(8, -0.01) == loudest(8, 0.0) == 0
+    assert loudest(1, SURE + 0.01) == loudest(14, SURE + 0.01) == loudest(14, 9.0) == 1
+    assert loudest(8, SURE - 0.01) == loudest(8, -4.0) == 0
 
 
 def test_words_learn_from_the_text(config, dataset):
@@ -369,7 +384,7 @@ def test_words_learn_from_the_text(config, dataset):
     system = systems.build(config)
     system.freeze("encoder")
     batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
-    torch.nn.init.zeros_(system.encoder.finding_maps.unet.head.bias)
+    torch.nn.init.constant_(system.encoder.finding_maps.unet.head.bias, SURE)
     torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)
     training.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
     for parameter in system.encoder.finding_words.parameters():
