@@ -187,8 +187,7 @@ class Bench:
             write_json(path, {name: seconds_per_step(self, name) for name in names})
         return read_json(path)
 
-    def _loaders(self, batch_size: int, seed: int, steps: int, texts: bool) -> tuple[DataLoader, DataLoader]:
-        config: Any = (self.stage1 if texts else self.stage2).model_copy(update={"seed": seed})
+    def _loaders(self, config: Any, steps: int, texts: bool) -> tuple[DataLoader, DataLoader]:
         annotations = self.annotations
         train = FastMRIDataset(self.volumes["train"], config, annotations, training=True)
         train.masks_per_slice = config.masks_per_slice
@@ -196,12 +195,14 @@ class Bench:
             train.mirror_share = self.stage1.mirror_share
             require_boxes(train, self.stage1.finding_labels)
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
-        sampler = FixedSteps(train, batch_size, seed, steps, self.stage1.finding_share if texts else 0.0)
-        generator = torch.Generator().manual_seed(seed)  # its own: the model's random numbers must not depend on it
+        sampler = FixedSteps(train, config.batch_size, config.seed, steps, config.finding_share if texts else 0.0)
+        generator = torch.Generator().manual_seed(
+            config.seed
+        )  # its own: the model's random numbers must not depend on it
         loader = DataLoader(
             train, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers, generator=generator
         )
-        return loader, make_loader(val, batch_size)
+        return loader, make_loader(val, config.batch_size)
 
     def _claim(self, folder: Path, made_with: dict[str, Any]) -> bool:
         """Whether a folder is done already; refused if it was made with something else."""
@@ -235,7 +236,7 @@ class Bench:
         validations = self.config.validations
         # An interrupted training goes on where it stopped: done.json is missing, its checkpoint is there.
         config = config.model_copy(update={"epochs": validations, "save_interval": validations, "resume": True})
-        loaders = self._loaders(config.batch_size, config.seed, each, texts)
+        loaders = self._loaders(config, each, texts)
         begin = time.perf_counter()
         history = training.fit(stage, config, *loaders, folder)
         return {
@@ -260,6 +261,7 @@ class Bench:
             if (self.directory / f"seed{seed}" / name).exists():
                 shutil.rmtree(self.directory / f"seed{seed}" / name)
         results: dict[str, Any] = {}
+        steps = self.config.stage1_steps
         for name in ("stage1", "control"):
             training.prepare(config)
             if name == "stage1":
@@ -269,7 +271,10 @@ class Bench:
                 control = build_control(config, self.backbone).to(self.device)
                 system = TwoStageModel(control, self.backbone, self.tokenizer)
                 stage = training.AnalysisStage(system, name, config.label_smoothing)
-            results[name] = self._fit(stage, config, folder, self.config.stage1_steps, texts=True)
+                if config.text_from:  # it has no maps: as many steps of text, on slices as they come
+                    steps = round((1 - config.text_from) * steps)
+                    config = config.model_copy(update={"text_from": 0.0, "finding_share": 0.0})
+            results[name] = self._fit(stage, config, folder, steps, texts=True)
         write_json(folder / "done.json", {"made_with": made_with, **results["stage1"], "control": results["control"]})
         return read_json(folder / "done.json")
 
@@ -574,7 +579,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     config: Any = bench.stage1 if name == "stage1" else bench.stage2
     optimizer = build_optimizer(stage.model.freeze(stage.trainable), config.model_copy(update={"learning_rate": 1e-6}))
     stage.model.train()
-    loader, _ = bench._loaders(config.batch_size, 0, steps, texts=name == "stage1")
+    loader, _ = bench._loaders(config.model_copy(update={"seed": 0}), steps, texts=name == "stage1")
     seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
     for batch in loader:
         for stage.progress in (0.0, 1.0) if late else (1.0,):  # before all has joined, and after

@@ -125,7 +125,7 @@ class KSpaceEncoder(nn.Module):
         if activation_checkpointing:
             self.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.projection = nn.Linear(vit_embed_dim, output_dim)
-        self.finding_words = FindingWords(len(finding_labels), output_dim, img_size) if finding_labels else None
+        self.finding_words = FindingWords(len(finding_labels), output_dim) if finding_labels else None
         self.pixel_head = nn.Linear(output_dim, PATCH * PATCH) if pixel_head else None
         self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
         self.end = nn.Parameter(torch.randn(output_dim) * 0.02)

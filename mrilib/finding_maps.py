@@ -7,7 +7,9 @@ to the token of the patch that it lies in, so it still reaches text and image th
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +26,7 @@ POSITIVE_WEIGHT = 3.0
 SURE = 0.5
 DEPTH = Depth(1, (1, 1, 1))
 PATCH = 16  # the ViT's [pixels]; also the decoder's total down-sampling, so that tokens lie on its bottleneck
-CELL = 4  # pixels of a map, each way, of which the greatest value counts
+FEWEST = 3  # pixels of a finding
 KNOTS = 60  # places along an axis with a vector of their own, halfway between which the thirds and the midline end
 
 
@@ -63,8 +65,8 @@ class FindingMaps(nn.Module):
 class FindingWords(nn.Module):
     """What maps of findings say of each patch, in vectors for the language model, trained on by the text alone.
 
-    A patch in which a label is found, by a logit above `SURE`, says the label's vector and those of the row and the
-    column that the finding's centre lies in. A sentence names label, side and region, and these are sums of such
+    The patch in which a finding's centre lies (`findings_of`) says the label's vector and those of the centre's row and
+    column. A sentence names label, side and region, and these are sums of such
     vectors: a few of them, each learned from every finding that has it, where a ViT must learn every label at every
     place. They can start as what the language model's own vocabulary has for these words (`start_from`).
 
@@ -76,11 +78,9 @@ class FindingWords(nn.Module):
     labels : int
     output_dim : int
         Hidden size of the backbone.
-    img_size : int
-        Side of the maps [pixels].
     """
 
-    def __init__(self, labels: int, output_dim: int, img_size: int) -> None:
+    def __init__(self, labels: int, output_dim: int) -> None:
         super().__init__()
         # Tables, kept flat so that Muon leaves them to AdamW: it would turn what few findings say of one knot as far as
         # what all of them say of left and right.
@@ -88,26 +88,19 @@ class FindingWords(nn.Module):
         self.row = nn.Parameter(torch.randn(KNOTS * output_dim))
         self.column = nn.Parameter(torch.randn(KNOTS * output_dim))
         self.output_dim = output_dim
-        # where a cell's centre lies, from 0 to 1
-        self.place: Tensor
-        self.register_buffer("place", (torch.arange(img_size // CELL) + 0.5) * CELL / img_size, persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Logits, float32 (B, labels, img_size, img_size) → (B, (img_size/16)², output_dim)."""
-        with torch.no_grad():
-            cells = F.max_pool2d(maps, CELL)  # (B, labels, img_size/4, img_size/4)
-            each = PATCH // CELL
-            found = (F.max_pool2d(cells, each) > SURE).to(cells.dtype)
-            # a finding's centre: of what is found in a patch and its neighbours
-            weight = cells.sigmoid().square()
-            place = self.place
-            parts = torch.stack([weight, weight * place[:, None], weight * place], dim=2).flatten(1, 2)
-            sums = F.avg_pool2d(parts, 3 * each, stride=each, padding=each)
-            total, down, across = sums.unflatten(1, (-1, 3)).unbind(2)
-            rows, columns = (self._knots(one / total.clamp_min(1e-9)) for one in (down, across))
+        found = findings_of(maps)
         label, row, column = (table.unflatten(0, (-1, self.output_dim)) for table in self.tables)
-        said = label[:, None, None] + rows @ row + columns @ column
-        return (found[..., None] * said).sum(1).flatten(1, 2)
+        length = maps.shape[-1]
+        side = length // PATCH
+        number, which = found[:, :2].long().unbind(1)
+        down, across = found[:, 2:].unbind(1)
+        patch = (number * side + (down // PATCH).long()) * side + (across // PATCH).long()
+        words = label[which] + self._knots(down / length) @ row + self._knots(across / length) @ column
+        silent = label.new_zeros(maps.shape[0] * side * side, self.output_dim)
+        return silent.index_add(0, patch, words.to(silent.dtype)).unflatten(0, (-1, side * side))
 
     @property
     def tables(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -132,6 +125,30 @@ class FindingWords(nn.Module):
         """Weights of the two nearest of the evenly spaced knots: (...) in [0, 1] → (..., KNOTS)."""
         knots = torch.arange(KNOTS, device=place.device)
         return (1 - ((place[..., None] * KNOTS - 0.5).clamp(0, KNOTS - 1) - knots).abs()).clamp_min(0)
+
+
+@torch.no_grad()
+def findings_of(maps: Tensor) -> Tensor:
+    """What maps of findings show: every connected region above `SURE` of `FEWEST` pixels or more.
+
+    Parameters
+    ----------
+    maps : Tensor, float32, shape (B, labels, img_size, img_size)
+        Logits.
+
+    Returns
+    -------
+    Tensor, float32, shape (findings, 4)
+        Slice, label, and the row and column of the centre of its bounding box [pixels], as `analysis` reads a box.
+    """
+    found = []
+    marked = (maps > SURE).cpu().numpy()
+    for number, which in np.argwhere(marked.any((-2, -1))):
+        regions, _ = ndimage.label(marked[number, which], np.ones((3, 3)))
+        for region, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
+            if (regions[rows, columns] == region).sum() >= FEWEST:
+                found.append((number, which, (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2))
+    return torch.tensor(found, dtype=torch.float32, device=maps.device).view(-1, 4)
 
 
 def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]) -> Tensor:

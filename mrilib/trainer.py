@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -86,12 +87,7 @@ class Trainer:
         self.step_batches = config.gradient_accumulation_steps * launched
         self.steps_per_epoch = -(-len(self.sampler.plan()) // self.step_batches)
         self.total_steps = self.steps_per_epoch * config.epochs
-        self.schedule = get_scheduler(
-            SCHEDULES[config.lr_schedule],
-            self.optimizer,
-            num_warmup_steps=round(config.warmup_ratio * self.total_steps),
-            num_training_steps=self.total_steps,
-        )
+        self.schedule = self._build_schedule()
         stage.progress = (self.total_steps - 1) / self.total_steps
         if not stage.complete:
             raise ParameterError(f"{stage.joining}: of {self.total_steps} steps none is left that has all; lower it")
@@ -324,7 +320,7 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if not finite:
             self._not_finite(parts, loss, norm)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = float(self.schedule.get_last_lr()[0])
         if finite:
             self.optimizer.step()
             self.losses.append(loss)
@@ -345,6 +341,24 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         }
         self._tell(entry)
+
+    def _build_schedule(self) -> LRScheduler:
+        """Warm-up and decay over all steps; where a text joins late, over those before it and again over those after.
+
+        A ViT that has not learned yet would otherwise begin at what the maps of findings have left of the rate.
+        """
+        joins = round(getattr(self.config, "text_from", 0.0) * self.total_steps)
+        lengths = [steps for steps in (joins, self.total_steps - joins) if steps]
+        parts = [
+            get_scheduler(
+                SCHEDULES[self.config.lr_schedule],
+                self.optimizer,
+                num_warmup_steps=round(self.config.warmup_ratio * steps),
+                num_training_steps=steps,
+            )
+            for steps in lengths
+        ]
+        return parts[0] if len(parts) == 1 else SequentialLR(self.optimizer, parts, lengths[:1])
 
     def _advance(self) -> None:
         """Tell the stage how far the training is; what joins with this step is looked at as at a first step."""

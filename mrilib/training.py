@@ -110,7 +110,8 @@ class AnalysisStage(Stage):
     text_from : float
         Share of the steps before the text joins, for an encoder with maps of findings. Until then these learn alone,
         without the ViT, the backbone or a graph through VarNet: a text that is taught by maps which know nothing yet
-        learns not to listen to them. From the first whole epoch with text on, `finding_share` no longer counts.
+        learns not to listen to them. The learning rate begins anew with the text, and from its first whole
+        epoch on `finding_share` no longer counts.
     """
 
     trainable, joining = "encoder", "text_from"

@@ -11,7 +11,7 @@ from mrilib.analysis import REGIONS, SIDES, Box, box_finding
 from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_boxes
-from mrilib.finding_maps import SURE, FindingMaps, FindingWords, ellipses, finding_map_losses
+from mrilib.finding_maps import SURE, FindingMaps, FindingWords, ellipses, finding_map_losses, findings_of
 from mrilib.history import History
 from mrilib.style import RecordFigure
 
@@ -229,6 +229,8 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
     history, whole = trained(tmp_path / "a")
     total = len(history.steps)
     assert total % 2 == 0
+    rates = [step["learning_rate"] for step in history.steps]
+    assert rates[: total // 2] == rates[total // 2 :] and rates[0] == 0 < max(rates)  # anew, warm-up and all
     for step in history.steps:
         late = step["step"] > total // 2
         assert (
@@ -335,17 +337,17 @@ def test_the_unet_takes_every_size_of_the_vit():
         assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size)).shape == (1, len(LABELS), size, size)
 
 
-def spoken(size: int) -> FindingWords:
+def spoken() -> FindingWords:
     """Words of which every label, side and region is an axis of its own."""
     axes = torch.eye(len(LABELS) + 6)
-    words = FindingWords(len(LABELS), axes.shape[1], size)
+    words = FindingWords(len(LABELS), axes.shape[1])
     words.start_from(*axes.split([len(LABELS), 3, 3]))
     return words
 
 
 @pytest.mark.parametrize(("size", "recon"), [(128, (128, 128)), (128, (128, 113)), (96, (96, 96))])
 def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
-    words, rng = spoken(size), torch.Generator().manual_seed(0)
+    words, rng = spoken(), torch.Generator().manual_seed(0)
     rows, columns = recon
     for _ in range(40):
         width, height = (int(torch.randint(4, 24, (1,), generator=rng)) for _ in range(2))
@@ -367,16 +369,28 @@ def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
         assert SIDES[int(side.argmax())] == told.side and REGIONS[int(region.argmax())] == told.region, (box, told)
 
 
-def test_a_small_finding_is_said_as_loud_as_a_large_one_and_doubt_is_not_told():
-    words = spoken(128)
+def test_a_finding_is_said_once_whatever_its_size_and_doubt_is_not_told():
+    words = spoken()
 
     def loudest(size: int, logit: float) -> float:
         maps = torch.full((1, len(LABELS), 128, 128), -6.0)
         maps[0, 1, 20 : 20 + size, 20 : 20 + size] = logit
-        return float(words(maps)[0, :, 1].max())
+        return float(words(maps)[0, :, 1].sum().detach())
 
-    assert loudest(1, SURE + 0.01) == loudest(14, SURE + 0.01) == loudest(14, 9.0) == 1
-    assert loudest(8, SURE - 0.01) == loudest(8, -4.0) == 0
+    assert loudest(2, SURE + 0.01) == loudest(14, SURE + 0.01) == loudest(60, 9.0) == 1
+    assert loudest(8, SURE - 0.01) == loudest(8, -4.0) == loudest(1, 9.0) == 0  # a pixel is no finding
+
+
+def test_findings_are_the_maps_regions():
+    maps = torch.full((3, 2, 48, 32), -6.0)
+    maps[0, 1, 4:9, 10:14] = 2.0
+    maps[0, 1, 9:11, 14] = 2.0  # touches it by a corner
+    maps[0, 1, 30:32, 0:2] = 1.0
+    maps[2, 0, 47, 29:32] = 9.0
+    maps[2, 1, 0, 0] = 9.0
+    found = findings_of(maps).tolist()
+    assert found == [[0, 1, 7.5, 12.5], [0, 1, 31, 1], [2, 0, 47.5, 30.5]]
+    assert findings_of(maps[:0]).shape == findings_of(torch.full((1, 2, 32, 32), -6.0)).shape == (0, 4)
 
 
 def test_words_learn_from_the_text(config, dataset):
