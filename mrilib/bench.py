@@ -196,9 +196,8 @@ class Bench:
             require_boxes(train, self.stage1.finding_labels)
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
         sampler = FixedSteps(train, config.batch_size, config.seed, steps, config.finding_share if texts else 0.0)
-        generator = torch.Generator().manual_seed(
-            config.seed
-        )  # its own: the model's random numbers must not depend on it
+        # its own: the model's random numbers must not depend on it
+        generator = torch.Generator().manual_seed(config.seed)
         loader = DataLoader(
             train, batch_sampler=sampler, collate_fn=collate, num_workers=config.num_workers, generator=generator
         )
@@ -258,8 +257,8 @@ class Bench:
             return read_json(folder / "done.json")
         for name in (name for name, method in METHODS.items() if method.tokens):  # they have read another encoder
             self._forget(seed, name)
-            if (self.directory / f"seed{seed}" / name).exists():
-                shutil.rmtree(self.directory / f"seed{seed}" / name)
+            if (folder.parent / name).exists():
+                shutil.rmtree(folder.parent / name)
         results: dict[str, Any] = {}
         steps = self.config.stage1_steps
         for name in ("stage1", "control"):

@@ -372,13 +372,13 @@ def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
 def test_a_finding_is_said_once_whatever_its_size_and_doubt_is_not_told():
     words = spoken()
 
-    def loudest(size: int, logit: float) -> float:
+    def told(size: int, logit: float) -> float:
         maps = torch.full((1, len(LABELS), 128, 128), -6.0)
         maps[0, 1, 20 : 20 + size, 20 : 20 + size] = logit
         return float(words(maps)[0, :, 1].sum().detach())
 
-    assert loudest(2, SURE + 0.01) == loudest(14, SURE + 0.01) == loudest(60, 9.0) == 1
-    assert loudest(8, SURE - 0.01) == loudest(8, -4.0) == loudest(1, 9.0) == 0  # a pixel is no finding
+    assert told(2, SURE + 0.01) == told(14, SURE + 0.01) == told(60, 9.0) == 1
+    assert told(8, SURE - 0.01) == told(8, -4.0) == told(1, 9.0) == 0  # a pixel is no finding
 
 
 def test_findings_are_the_maps_regions():
