@@ -222,6 +222,7 @@ def test_a_method_trained_anew_is_scored_anew(done, monkeypatch, tmp_path):
     directory = tmp_path / "copy"
     shutil.copytree(done.directory, directory)
     one = bench.Bench(done.config, directory)
+    bench_tables.scores_of(one, one.volumes["test"], "reconstructions")
     seed = directory / "seed0"
     for name in ("unet", "model"):
         shutil.rmtree(seed / name)
