@@ -116,6 +116,7 @@ METHODS: dict[str, Method] = {
     "varnet_of_encoder": Method(lambda one, two, backbone: _varnet(one), own_cascades=True),
     "varnet_both_stages": Method(lambda one, two, backbone: _varnet(one)),  # more steps: those of both our stages
 }
+OURS = ("model", "trained_without_tokens", "without_tokens_equal_time", "tokens_alone")
 VARNET_SIZES = (
     "varnet_num_cascades",
     "varnet_chans",
@@ -294,14 +295,20 @@ class Bench:
         self._forget(seed, name)
         training.prepare(config)
         system = self._system(name, seed)
-        stage = training.ReconstructionStage(system, name, tokens_from=config.tokens_from)
+        stage = training.ReconstructionStage.of(system, config, name)
         result = self._fit(stage, config, folder, steps, texts=False)
         write_json(folder / "done.json", {"made_with": made_with, **result})
         return read_json(folder / "done.json")
 
     def _stage2(self, name: str) -> Stage2Parameters:
-        """Stage 2's parameters as a method has them: tokens join late where there is something beside them."""
-        return self.stage2 if name == "model" else self.stage2.model_copy(update={"tokens_from": 0.0})
+        """Stage 2's parameters as a method has them: tokens join late where there is something beside them.
+
+        Rivals are trained by their authors' loss, whatever ours is beside it.
+        """
+        changed = {} if name == "model" else {"tokens_from": 0.0}
+        if name not in OURS:
+            changed["lesion_weight"] = 0.0
+        return self.stage2.model_copy(update=changed)
 
     def _stage1_made_with(self) -> dict[str, Any]:
         return {"steps": self.config.stage1_steps, **_kept(self.stage1)}
@@ -574,7 +581,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         unread = build_control(bench.stage1, bench.backbone).to(bench.device)
         first = encoder if METHODS[name].tokens else unread
         system = TwoStageModel(first, bench.backbone, bench.tokenizer, module)
-        stage = training.ReconstructionStage(system, name, tokens_from=late)
+        stage = training.ReconstructionStage.of(system, bench._stage2(name), name)
     config: Any = bench.stage1 if name == "stage1" else bench.stage2
     optimizer = build_optimizer(stage.model.freeze(stage.trainable), config.model_copy(update={"learning_rate": 1e-6}))
     stage.model.train()

@@ -435,6 +435,9 @@ class Stage2Parameters(TrainingParameters):
         0.0, "share of the steps before image tokens join; until then encoder and backbone need not run", ge=0, lt=1
     )
     sense: bool = P(False, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
+    lesion_weight: float = P(
+        0.0, "weight of 1 − SSIM in fastMRI+ boxes, every lesion alike, beside that of the image; 0: none", ge=0
+    )
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
     )

@@ -231,7 +231,7 @@ class VolumeSSIMLoss(nn.Module):
 
     WINDOW, K1, K2 = 7, 0.01, 0.03
 
-    def forward(self, image: Tensor, target: Tensor, maximum: Tensor) -> Tensor:
+    def forward(self, image: Tensor, target: Tensor, maximum: Tensor, weights: Tensor | None = None) -> Tensor:
         """Loss of each slice.
 
         Parameters
@@ -239,6 +239,8 @@ class VolumeSSIMLoss(nn.Module):
         image, target : Tensor, float32, shape (B, h, w) [file units]
             At least 7×7.
         maximum : Tensor, float32, shape (B,) [file units]
+        weights : Tensor, float32, shape (B, h, w), optional
+            What a window counts by its centre, beside its share in the mean; the weighted sum of 1 − SSIM is added.
 
         Returns
         -------
@@ -257,7 +259,11 @@ class VolumeSSIMLoss(nn.Module):
             first, second = self.K1**2, self.K2**2
             similarity = (2 * mean_x * mean_y + first) * (2 * covariance + second)
             similarity = similarity / ((mean_x**2 + mean_y**2 + first) * (variances + second))
-            return 1 - similarity.mean((-2, -1))
+            losses = 1 - similarity.mean((-2, -1))
+            if weights is not None:
+                rim = self.WINDOW // 2
+                losses = losses + (weights[:, rim:-rim, rim:-rim] * (1 - similarity)).sum((-2, -1))
+            return losses
 
     def _means(self, length: int, device: torch.device) -> Tensor:
         """(length − 6, length): each row averages a window."""

@@ -205,30 +205,33 @@ class KSpaceEncoder(nn.Module):
         return self.tokens_and_maps(kspace, mask)[0]
 
     def tokens_and_maps(
-        self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None
+        self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None, maps_stand: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The same, and the logits of the findings' maps, float32 (B, labels, img_size, img_size), if there are any.
 
-        Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right.
+        Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right. With
+        `maps_stand` there is no graph to VarNet and the maps.
         """
-        pixels = self._pixels(kspace, mask, mirrored)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
+            pixels, maps = self._pixels_and_maps(kspace, mask, mirrored)
         tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
         tokens = self.projection(tokens)
-        maps = None
-        if self.finding_maps is not None:
+        if maps is not None:
             assert self.finding_words is not None
-            maps = self._step(self.finding_maps, pixels)
             tokens = tokens + self.finding_words(maps)
         batch = tokens.shape[0]
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
         return torch.cat([start, tokens, end], dim=1).float(), maps
 
     def maps_alone(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """The maps of `tokens_and_maps`, with a graph to their U-Net alone: neither VarNet nor the ViT learns."""
-        assert self.finding_maps is not None
-        with torch.no_grad():
-            pixels = self._pixels(kspace, mask, mirrored)
-        return self._step(self.finding_maps, pixels)
+        """The maps of `tokens_and_maps`, by VarNet and their U-Net; without the ViT."""
+        maps = self._pixels_and_maps(kspace, mask, mirrored)[1]
+        assert maps is not None
+        return maps
+
+    def _pixels_and_maps(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        pixels = self._pixels(kspace, mask, mirrored)
+        return pixels, None if self.finding_maps is None else self._step(self.finding_maps, pixels)
 
     def _pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None) -> Tensor:
         """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part."""

@@ -105,8 +105,8 @@ class StepGradients:
             self.checked = True
         norms = gradient_norms(self.stage.part)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-        if not self.stage.complete:
-            # What has not joined yet: AdamW would decay it, and count steps that its bias correction is meant for.
+        if self.stage.partial:
+            # What stands still: AdamW would decay it, and count steps that its bias correction is meant for.
             for parameter in self.parameters:
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None

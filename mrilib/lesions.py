@@ -12,8 +12,10 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
 from mrilib.analysis import Annotations, Box
 from mrilib.data import Volume
@@ -96,6 +98,27 @@ def measure(
             continue
         measured.append((box, contrast, float(np.median(image[lesion])) - float(np.median(image[ring]))))
     return measured
+
+
+def lesion_shares(boxes: Sequence[Box], recon: tuple[int, int]) -> Tensor:
+    """What pixels count in a mean over a slice's lesions, in which the small ones count as much as the large.
+
+    Parameters
+    ----------
+    boxes : sequence of Box
+        In array coordinates of the evaluated image.
+    recon : (h, w) [pixels]
+
+    Returns
+    -------
+    Tensor, float32, shape (h, w)
+        Within `GAP` of a box its share, adding up to 1; zeros if there is no box.
+    """
+    shares = torch.zeros(recon)
+    for box in boxes:
+        inside = shares[_slices(box, GAP, recon)]
+        inside += 1 / (max(1, inside.numel()) * len(boxes))
+    return shares
 
 
 def lesions_of(volumes: Sequence[Volume], annotations: Annotations, directory: str | Path) -> tuple[list[Lesion], int]:

@@ -75,11 +75,12 @@ def make_stages(config: StageParameters, device: torch.device) -> Iterator[train
     system, stage1_config = inference.load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
     inference.check_same_input(config, stage1_config)
     system.decoder = model.build_decoder(config, backbone).to(device)
-    yield training.ReconstructionStage(system, tokens_from=config.tokens_from)
+    yield training.ReconstructionStage.of(system, config)
     if config.train_control:
         training.prepare(config)  # the same seed again: the same order of slices and masks
         decoder = model.build_decoder(config, backbone, use_tokens=False).to(device)
-        yield training.ReconstructionStage(model.TwoStageModel(system.encoder, backbone, tokenizer, decoder), "plain")
+        plain = model.TwoStageModel(system.encoder, backbone, tokenizer, decoder)
+        yield training.ReconstructionStage.of(plain, config, "plain")
 
 
 def train(config: StageParameters, only: str = "") -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mrilib import evaluation
-from mrilib.config import Stage1Parameters, TrainingParameters
+from mrilib.config import Stage1Parameters, Stage2Parameters, TrainingParameters
 from mrilib.data import Batch
 from mrilib.decoder import VolumeSSIMLoss, from_patches, positive
 from mrilib.distributed import launched
@@ -25,6 +25,7 @@ from mrilib.encoder import KSpaceEncoder
 from mrilib.finding_maps import finding_map_losses
 from mrilib.history import History
 from mrilib.kspace import center_crop_or_pad
+from mrilib.lesions import lesion_shares
 from mrilib.model import TwoStageModel
 from mrilib.trainer import Trainer
 
@@ -70,6 +71,11 @@ class Stage:
         """Whether all that is trained takes part by now; an epoch before that can be no best one."""
         return True
 
+    @property
+    def partial(self) -> bool:
+        """Whether some of what is trained stands still in this step: its gradient is zero."""
+        return not self.complete
+
     def weight(self, batch: Batch) -> float:
         """Units (analysis tokens, slices) that the batch's loss is a sum over."""
         raise NotImplementedError
@@ -108,10 +114,10 @@ class AnalysisStage(Stage):
         Of the reconstruction term, for an encoder with a `pixel_head`: the mean absolute difference between what it
         reads off the image tokens and the target, both in units of the target's root mean square.
     text_from : float
-        Share of the steps before the text joins, for an encoder with maps of findings. Until then these learn alone,
-        without the ViT, the backbone or a graph through VarNet: a text that is taught by maps which know nothing yet
-        learns not to listen to them. The learning rate begins anew with the text, and from its first whole
-        epoch on `finding_share` no longer counts.
+        Share of the steps before the text joins, for an encoder with maps of findings. Until then VarNet and the maps
+        learn by the maps' loss alone, and then they stand and the rest learns by the text: one that is taught by maps
+        which know nothing yet learns not to listen to them. The learning rate begins anew with the text, and from its
+        first whole epoch on `finding_share` no longer counts.
     """
 
     trainable, joining = "encoder", "text_from"
@@ -138,8 +144,16 @@ class AnalysisStage(Stage):
     @property
     def complete(self) -> bool:
         """Whether the text has joined, where there are maps that it could wait for."""
-        waiting = getattr(self.model.encoder, "finding_maps", None) is not None
-        return not waiting or self.progress >= self.text_from
+        return not self._maps_first or self.progress >= self.text_from
+
+    @property
+    def partial(self) -> bool:
+        """The maps and VarNet learn, or all the rest."""
+        return self._maps_first
+
+    @property
+    def _maps_first(self) -> bool:
+        return self.text_from > 0 and getattr(self.model.encoder, "finding_maps", None) is not None
 
     def weight(self, batch: Batch) -> float:
         """Analysis tokens."""
@@ -153,17 +167,20 @@ class AnalysisStage(Stage):
         mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
         if not self.complete:
             return self._map_loss(batch, encoder, mirrored)
-        prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
+        prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, maps_stand=self._maps_first)
         (total, statistics), tokens = self._text_loss(batch, prefix)
         terms: dict[str, tuple[float, Tensor]] = {}
         if maps is not None:
-            terms["finding_map_loss"] = self.map_weight, self._map_losses(batch, encoder, maps)
+            weight = 0.0 if self._maps_first else self.map_weight
+            terms["finding_map_loss"] = weight, self._map_losses(batch, encoder, maps)
         if encoder.pixel_head is not None:
             terms["recon_loss"] = self.recon_weight, self._recon_losses(batch, prefix, encoder, mirrored)
         for name, (weight, losses) in terms.items():
             term = (losses * tokens).sum()  # a sum over tokens too, so that batches can be split
             statistics[name] = float(term.detach()) / float(tokens.sum())
             total = total + weight * term
+        if self._maps_first:
+            total = total + _zero(encoder.varnet, encoder.finding_maps)
         return BatchLoss(total, statistics)
 
     def _map_loss(self, batch: Batch, encoder: KSpaceEncoder, mirrored: Tensor) -> BatchLoss:
@@ -172,9 +189,7 @@ class AnalysisStage(Stage):
         tokens = (self.model.tokenize(batch.slices).labels != -100).sum(1)
         term = (losses * tokens).sum()
         statistics = {"finding_map_loss": float(term.detach()) / float(tokens.sum())}
-        # The rest of the encoder has a gradient of zeros rather than none.
-        waiting = 0 * sum(p.sum() for p in encoder.parameters() if p.requires_grad)
-        return BatchLoss(self.map_weight * term + waiting, statistics)
+        return BatchLoss(self.map_weight * term + _zero(encoder), statistics)
 
     def _map_losses(self, batch: Batch, encoder: KSpaceEncoder, maps: Tensor) -> Tensor:
         """The maps' loss of each slice (B,)."""
@@ -231,6 +246,8 @@ class ReconstructionStage(Stage):
     tokens_from : float
         Share of the steps before image tokens join. Until then zeros are in their place, and neither encoder nor
         backbone runs: the decoder learns what the measured data say first, which is the longer and cheaper part.
+    lesion_weight : float
+        Of the mean of 1 − SSIM over the windows centred in or close to a lesion's box, beside that over the image.
     """
 
     trainable, joining = "decoder", "tokens_from"
@@ -241,11 +258,23 @@ class ReconstructionStage(Stage):
         name: str = "stage2",
         image_tokens: Callable[[Batch], Tensor] | None = None,
         tokens_from: float = 0.0,
+        lesion_weight: float = 0.0,
     ) -> None:
         super().__init__(model)
-        self.name, self.tokens_from = name, tokens_from
+        self.name, self.tokens_from, self.lesion_weight = name, tokens_from, lesion_weight
         self.image_tokens = image_tokens or model.image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
+
+    @classmethod
+    def of(
+        cls,
+        model: TwoStageModel,
+        config: Stage2Parameters,
+        name: str = "stage2",
+        image_tokens: Callable[[Batch], Tensor] | None = None,
+    ) -> Self:
+        """Stage 2, or its control, as its parameters have it."""
+        return cls(model, name, image_tokens, config.tokens_from, config.lesion_weight)
 
     @property
     def complete(self) -> bool:
@@ -269,11 +298,15 @@ class ReconstructionStage(Stage):
         return self.model.reconstruct(batch, tokens)
 
     def loss(self, batch: Batch) -> BatchLoss:
-        """1 − SSIM, summed over the slices."""
+        """1 − SSIM, and its weighted mean over lesions, summed over the slices."""
         if batch.target is None:
             raise ValueError(f"{batch.slices[0].file} has no reconstruction_rss; stage 2 cannot train on it")
         image = self.reconstruct(batch)
-        losses = self.ssim_loss(image, batch.target, batch.maximum)
+        weights = None
+        if self.lesion_weight:
+            shares = torch.stack([lesion_shares(one.boxes or (), one.recon) for one in batch.slices])
+            weights = self.lesion_weight * shares.to(image.device)
+        losses = self.ssim_loss(image, batch.target, batch.maximum, weights)
         unit = positive(batch.maximum)[:, None, None]
         statistics: dict[str, float] = {}
         for name, values in (("reconstruction", image.detach() / unit), ("target", batch.target / unit)):
@@ -305,6 +338,11 @@ class ReconstructionStage(Stage):
         rows = [evaluation.volume_metrics(slices) for slices in scored]
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in ("ssim", "psnr", "nmse")}
         return {"loss": math.fsum(score["loss"] for score in scores) / len(scores), **means}
+
+
+def _zero(*modules: nn.Module | None) -> Tensor | int:
+    """Zero, with a graph to all that is trained in some modules: what stands has a gradient of zeros, not none."""
+    return 0 * sum(p.sum() for one in modules if one is not None for p in one.parameters() if p.requires_grad)
 
 
 def pick_device(device: str) -> torch.device:

@@ -371,6 +371,25 @@ def test_the_loss_is_the_official_metrics_up_to_its_border() -> None:
     assert 1 - float(found) == pytest.approx(official, abs=1e-4)
 
 
+def test_weighted_windows_add_their_share_by_their_centre() -> None:
+    """What is wrong in one place counts once in the mean, and again by the weights that lie there."""
+    target = torch.rand(2, 24, 21, generator=torch.Generator().manual_seed(0))
+    image = target.clone()
+    image[:, 12, 10] += 0.5
+    loss, maximum = VolumeSSIMLoss(), torch.ones(2)
+    plain = loss(image, target, maximum)
+    assert torch.equal(loss(image, target, maximum, torch.zeros_like(target)), plain)
+    even = torch.ones_like(target) / (18 * 15)  # every window alike: the mean once more
+    torch.testing.assert_close(loss(image, target, maximum, even), 2 * plain)
+    here, elsewhere = torch.zeros_like(target), torch.zeros_like(target)
+    here[:, 15, 13] = 1  # the last window that holds the wrong pixel
+    elsewhere[:, 16, 13] = 1
+    elsewhere[:, :3] = elsewhere[:, :, -3:] = 7  # no window has its centre in the border
+    added = loss(image, target, maximum, here) - plain
+    assert (added > 0.01).all()
+    torch.testing.assert_close(loss(image, target, maximum, elsewhere), plain)
+
+
 def test_the_loss_stays_in_float32_under_autocast() -> None:
     target = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0))
     loss = VolumeSSIMLoss()
