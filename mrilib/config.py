@@ -370,7 +370,7 @@ class Stage1Parameters(TrainingParameters):
     finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
     text_from: float = P(
         0.0,
-        "share of the steps before the text joins; until then maps of findings learn alone, finding_share ends there",
+        "share of the steps before the text joins; VarNet and the maps of findings learn until then, the rest after",
         ge=0,
         lt=1,
     )

@@ -210,10 +210,13 @@ class KSpaceEncoder(nn.Module):
         """The same, and the logits of the findings' maps, float32 (B, labels, img_size, img_size), if there are any.
 
         Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right. With
-        `maps_stand` there is no graph to VarNet and the maps.
+        `maps_stand` there is no graph to VarNet and the maps. Maps that do not learn look at the image both ways.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
-            pixels, maps = self._pixels_and_maps(kspace, mask, mirrored)
+            pixels = self._pixels(kspace, mask, mirrored)
+            maps = None if self.finding_maps is None else self._step(self.finding_maps, pixels)
+            if maps is not None and (maps_stand or not self.training):
+                maps = (maps + self._step(self.finding_maps, pixels.flip(-1)).flip(-1)) / 2
         tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
         tokens = self.projection(tokens)
         if maps is not None:
@@ -224,14 +227,9 @@ class KSpaceEncoder(nn.Module):
         return torch.cat([start, tokens, end], dim=1).float(), maps
 
     def maps_alone(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """The maps of `tokens_and_maps`, by VarNet and their U-Net; without the ViT."""
-        maps = self._pixels_and_maps(kspace, mask, mirrored)[1]
-        assert maps is not None
-        return maps
-
-    def _pixels_and_maps(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        pixels = self._pixels(kspace, mask, mirrored)
-        return pixels, None if self.finding_maps is None else self._step(self.finding_maps, pixels)
+        """The maps of `tokens_and_maps` while they learn: by VarNet and their U-Net, without the ViT."""
+        assert self.finding_maps is not None
+        return self._step(self.finding_maps, self._pixels(kspace, mask, mirrored))
 
     def _pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None) -> Tensor:
         """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part."""

@@ -282,10 +282,6 @@ class Trainer:
         assert isinstance(dataset, FastMRIDataset)
         dataset.epoch = self.epoch
         self.stage.model.train()
-        text_from = getattr(self.config, "text_from", 0.0)
-        if text_from and self.epoch >= text_from * self.config.epochs:
-            # From here on every slice once: a text taught on more findings than there are tells of some unseen.
-            self.sampler.finding_share = 0.0
         done = self.step - self.epoch * self.steps_per_epoch
         self.sampler.skip = done * self.step_batches
         self.sampler.share = (self.accelerator.process_index, self.accelerator.num_processes)

@@ -116,8 +116,7 @@ class AnalysisStage(Stage):
     text_from : float
         Share of the steps before the text joins, for an encoder with maps of findings. Until then VarNet and the maps
         learn by the maps' loss alone, and then they stand and the rest learns by the text: one that is taught by maps
-        which know nothing yet learns not to listen to them. The learning rate begins anew with the text, and from its
-        first whole epoch on `finding_share` no longer counts.
+        which know nothing yet learns not to listen to them. The learning rate begins anew with the text.
     """
 
     trainable, joining = "encoder", "text_from"
