@@ -52,6 +52,7 @@ from mrilib.data import (
     load_annotations,
     make_loader,
     require_boxes,
+    require_lesions,
     require_targets,
     split_volumes,
 )
@@ -195,6 +196,8 @@ class Bench:
         if texts:
             train.mirror_share = self.stage1.mirror_share
             require_boxes(train, self.stage1.finding_labels)
+        elif config.lesion_weight:
+            require_lesions(train)
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
         sampler = FixedSteps(train, config.batch_size, config.seed, steps, config.finding_share if texts else 0.0)
         # its own: the model's random numbers must not depend on it

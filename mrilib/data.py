@@ -189,11 +189,7 @@ def require_boxes(dataset: "FastMRIDataset", labels: Sequence[str]) -> None:
     ParameterError
         Naming the label, the nearest of those that are there, and all of them.
     """
-    there: set[str] = set()
-    if dataset.annotations is not None:
-        for volume in dataset.volumes:
-            for number in range(volume.slices if dataset.annotations.reviewed(volume.file) else 0):
-                there |= {box.label for box in dataset.annotations.boxes(volume.file, number, volume.recon[0])}
+    there = _labels_with_boxes(dataset)
     for label in labels:
         if label not in there:
             near = get_close_matches(label, there, n=1)
@@ -202,6 +198,29 @@ def require_boxes(dataset: "FastMRIDataset", labels: Sequence[str]) -> None:
                 + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(sorted(there)) or 'none'}")
                 + ("" if there else ". Boxes come with annotations_dir")
             )
+
+
+def require_lesions(dataset: "FastMRIDataset") -> None:
+    """Refuse a `lesion_weight` where no slice of the training volumes has a box.
+
+    Raises
+    ------
+    ParameterError
+    """
+    if not _labels_with_boxes(dataset):
+        raise ParameterError("lesion_weight: no training slice has a box; set it to 0, or give annotations_dir")
+
+
+def _labels_with_boxes(dataset: "FastMRIDataset") -> set[str]:
+    annotations = dataset.annotations
+    if annotations is None:
+        return set()
+    return {
+        box.label
+        for volume in dataset.volumes
+        for number in range(volume.slices if annotations.reviewed(volume.file) else 0)
+        for box in annotations.boxes(volume.file, number, volume.recon[0])
+    }
 
 
 def _norm(lines: Tensor) -> float:

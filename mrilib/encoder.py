@@ -214,9 +214,7 @@ class KSpaceEncoder(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
             pixels = self._pixels(kspace, mask, mirrored)
-            maps = None if self.finding_maps is None else self._step(self.finding_maps, pixels)
-            if maps is not None and (maps_stand or not self.training):
-                maps = (maps + self._step(self.finding_maps, pixels.flip(-1)).flip(-1)) / 2
+            maps = self._look(pixels, both_ways=maps_stand or not self.training) if self.finding_maps else None
         tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
         tokens = self.projection(tokens)
         if maps is not None:
@@ -228,8 +226,12 @@ class KSpaceEncoder(nn.Module):
 
     def maps_alone(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """The maps of `tokens_and_maps` while they learn: by VarNet and their U-Net, without the ViT."""
+        return self._look(self._pixels(kspace, mask, mirrored), both_ways=False)
+
+    def _look(self, pixels: Tensor, both_ways: bool) -> Tensor:
         assert self.finding_maps is not None
-        return self._step(self.finding_maps, self._pixels(kspace, mask, mirrored))
+        maps = self._step(self.finding_maps, pixels)
+        return (maps + self._step(self.finding_maps, pixels.flip(-1)).flip(-1)) / 2 if both_ways else maps
 
     def _pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None) -> Tensor:
         """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part."""

@@ -22,6 +22,7 @@ from mrilib.data import (
     load_annotations,
     make_loader,
     require_boxes,
+    require_lesions,
     require_targets,
     split_volumes,
 )
@@ -54,6 +55,8 @@ def make_loaders(
         if config.recon_weight:
             require_targets(volumes["train"], "recon_weight")
         order = {"group_by_length": config.group_by_length, "finding_share": config.finding_share}
+    elif config.lesion_weight:
+        require_lesions(train_data)
     train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, **order)
     return volumes, train_loader, make_loader(val_data, config.batch_size)
 

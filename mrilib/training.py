@@ -247,6 +247,7 @@ class ReconstructionStage(Stage):
         backbone runs: the decoder learns what the measured data say first, which is the longer and cheaper part.
     lesion_weight : float
         Of the mean of 1 − SSIM over the windows centred in or close to a lesion's box, beside that over the image.
+        Small lesions are the first that a mean over the image gives up. Validation judges by the image alone.
     """
 
     trainable, joining = "decoder", "tokens_from"

@@ -23,7 +23,7 @@ def values(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(folder / "backbone")
     common = {"max_val_slices": 3, "center_fractions": [0.16, 0.08], "num_coils": 8}
     one = systems.values(phantom_dir, backbone, **systems.ENCODER, **common)
-    late = {"sense": True, "tokens_from": 0.5}
+    late = {"sense": True, "tokens_from": 0.5, "lesion_weight": 0.1}
     two = systems.values(phantom_dir, backbone, **systems.DECODER, **common, **late, train_control=False)
     for name, content in (("stage1", one), ("stage2", two)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -68,6 +68,13 @@ def test_every_method_had_its_steps_and_says_what_it_cost(done):
         assert [step["gradient_norm_token_projection"] > 0 for step in steps] == [False, False, True, True]
     assert done.trained("model", 0).decoder.sense and done.trained("trained_without_tokens", 0).decoder.sense
     assert json.loads((done.directory / "seed0" / "stage1" / "done.json").read_text())["control"]["steps"] == 2
+
+
+def test_rivals_are_trained_by_their_authors_loss(done):
+    for name, weight in (("model", 0.1), ("trained_without_tokens", 0.1), ("varnet", 0.0), ("unet", 0.0)):
+        told = json.loads((done.directory / "seed0" / name / "done.json").read_text())
+        assert told["made_with"]["lesion_weight"] == weight
+        assert told["made_with"]["tokens_from"] == (0.5 if name == "model" else 0.0)
 
 
 def test_what_is_done_is_not_done_again(done, values, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from mrilib import inference, model, train, trainer, training
 from mrilib.checkpoint import CheckpointError, load_checkpoint
 from mrilib.config import ParameterError
-from mrilib.data import FastMRIDataset, load_annotations, make_loader, split_volumes
+from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_lesions, split_volumes
 from mrilib.history import read_history
 
 
@@ -130,6 +130,35 @@ def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir
         system.encoder.start.add_(1)
     with pytest.raises(CheckpointError, match="another stage-1"):
         inference.load_stage2(tmp_path / "stage2_checkpoints" / "stage2_final_model.pt", system)
+
+
+def test_lesions_weigh_in_stage_2_where_there_are_any(stage1, phantom_dir, backbone_dir):
+    """Every lesion of a slice adds its share; unknown findings and none add nothing; judged by the image alone."""
+    _, directory, _, _ = stage1
+    checkpoint = directory / "stage1_checkpoints" / "stage1_best_model.pt"
+    config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, lesion_weight=0.5)
+    training.prepare(config)
+    stages = []
+    for stage in train.make_stages(config, torch.device("cpu")):
+        stages.append((stage.name, stage.lesion_weight))
+        weighted = stage
+    assert stages == [("stage2", 0.5), ("plain", 0.5)]
+    plain = training.ReconstructionStage(weighted.model, "plain")
+    dataset = FastMRIDataset(index_volumes(phantom_dir), config, load_annotations(config))
+    require_lesions(dataset)
+    seen = set()
+    with torch.no_grad():
+        for batch in make_loader(dataset, 3):
+            parts = batch.chunks(1)
+            added = [float(weighted.loss(one).total - plain.loss(one).total) for one in parts]
+            boxes = [one.boxes for one in batch.slices]
+            assert [value > 0 for value in added] == [bool(one) for one in boxes]
+            assert float(weighted.loss(batch).total - plain.loss(batch).total) == pytest.approx(sum(added), abs=1e-5)
+            assert weighted.score(batch) == plain.score(batch)
+            seen |= {None if one is None else bool(one) for one in boxes}
+    assert seen == {None, False, True}
+    with pytest.raises(ParameterError, match="lesion_weight: no training slice has a box"):
+        require_lesions(FastMRIDataset(dataset.volumes, config))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
