@@ -68,7 +68,7 @@ from mrilib.model import (
 )
 from mrilib.optimizer import build_optimizer
 from mrilib.resume import FREE_ON_RESUME
-from mrilib.runs import read_json, write_json
+from mrilib.runs import git_state, read_json, write_json
 
 logger = logging.getLogger("mrilib")
 Builder = Callable[[Stage1Parameters, Stage2Parameters, PreTrainedModel], nn.Module]
@@ -243,6 +243,7 @@ class Bench:
         begin = time.perf_counter()
         history = training.fit(stage, config, *loaders, folder)
         return {
+            "git": git_state(),
             "steps": len(history.steps),
             "slices": len(history.steps) * config.batch_size,
             # what training costs: forward, backward and update, without loading and validation
@@ -274,7 +275,7 @@ class Bench:
                 control = build_control(config, self.backbone).to(self.device)
                 system = TwoStageModel(control, self.backbone, self.tokenizer)
                 stage = training.AnalysisStage(system, name, config.label_smoothing)
-                if config.text_from:  # it has no maps: as many steps of text, on slices as they come
+                if config.text_from:  # it has no maps: as many steps of text, on slices as they come, as in the test
                     steps = round((1 - config.text_from) * steps)
                     config = config.model_copy(update={"text_from": 0.0, "finding_share": 0.0})
             results[name] = self._fit(stage, config, folder, steps, texts=True)

@@ -101,11 +101,14 @@ def cost_table(bench: Bench) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame()
     each, config = read_json(path), bench.config
-    steps = dict(zip(config.methods, config.steps, strict=True))
-    before = config.stage1_steps * each["stage1"]
+    steps = {"stage1": config.stage1_steps, **dict(zip(config.methods, config.steps, strict=True))}
+    for name in steps:  # as trained, which is a whole number for each validation
+        done = _cost(bench, name)
+        steps[name] = done["steps"] if done else steps[name]
+    before = steps["stage1"] * each["stage1"]
     rows = []
     for name in ("stage1", *_ordered(config.methods)):
-        count = config.stage1_steps if name == "stage1" else steps[name]
+        count = steps[name]
         own = count * each[name]
         both = before if name == "stage1" else own + before if bench_methods[name].tokens else own
         rows.append(
@@ -144,7 +147,7 @@ def differences(scores: Scores, own: str = "model") -> pd.DataFrame:
 def shift_table(bench: Bench, home: Scores) -> pd.DataFrame:
     """SSIM and PSNR [dB] inside the head away from home, and their fall from home (both accelerations' mean).
 
-    Of another acceleration the home is the mean of the trained ones.
+    Of another acceleration the home is the mean of the trained ones. Both are of the seeds that were away.
     """
     rows = []
     for shift in bench.config.shifts:
@@ -153,12 +156,17 @@ def shift_table(bench: Bench, home: Scores) -> pd.DataFrame:
         names = {name for methods in away.values() for name in methods}
         for method in _ordered(sorted(names)):
             row: dict[str, Any] = {"condition": shift, "method": method_label(method)}
+            seeds = {seed for methods in away.values() for seed in methods.get(method, ())}  # compared with themselves
             for metric, label, form in (
                 ("ssim_head", "SSIM in head", "{:.3f}"),
                 ("psnr_head", "PSNR in head", "{:.2f}"),
             ):
                 there, here = (
-                    [np.mean(seed_means(methods[method], metric)) for methods in of.values() if method in methods]
+                    [
+                        np.mean(seed_means({seed: methods[method][seed] for seed in seeds}, metric))
+                        for methods in of.values()
+                        if seeds <= set(methods.get(method, ()))
+                    ]
                     for of in (away, home)
                 )
                 row[label] = form.format(np.mean(there))

@@ -436,7 +436,7 @@ class Stage2Parameters(TrainingParameters):
     )
     sense: bool = P(False, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
     lesion_weight: float = P(
-        0.0, "weight of 1 − SSIM in fastMRI+ boxes, every lesion alike, beside that of the image; 0: none", ge=0
+        0.0, "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none", ge=0
     )
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"

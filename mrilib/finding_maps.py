@@ -21,10 +21,11 @@ from mrilib.unet import Depth, UNet
 
 RARE = -4.0  # logit of a map before training: findings are rare
 # Of a marked pixel's loss, for a finding of `USUAL` size; it falls with the root of the size. A text names a lacune in
-# as many words as a tumour, whose pixels are a hundred times as many.
+# as many words as a tumour, whose pixels are a hundred times as many. With weight w a logit of 0 means that one in
+# 1 + w such pixels is marked: of small findings less than of large ones.
 POSITIVE_WEIGHT = 3.0
 USUAL = 1 / 160  # of the image
-SURE = 1.0  # logit above which a finding is said; chosen on validation patients
+SURE = 1.0  # logit above which a finding is said; chosen on validation patients, for maps that look both ways
 DEPTH = Depth(1, (1, 1, 1))
 PATCH = 16  # the ViT's [pixels]; also the decoder's total down-sampling, so that tokens lie on its bottleneck
 FEWEST = 3  # pixels of a finding

@@ -50,8 +50,9 @@ class Lesion(NamedTuple):
 
 def _slices(box: Box, margin: int, shape: tuple[int, int]) -> tuple[slice, slice]:
     top, left = (max(0, int(np.floor(start)) - margin) for start in (box.y, box.x))
-    bottom = min(shape[0], int(np.ceil(box.y + box.height)) + margin)
-    right = min(shape[1], int(np.ceil(box.x + box.width)) + margin)
+    # not below 0: a box beside the image has no pixels, and a negative end would count from the far side
+    bottom = max(0, min(shape[0], int(np.ceil(box.y + box.height)) + margin))
+    right = max(0, min(shape[1], int(np.ceil(box.x + box.width)) + margin))
     return slice(top, bottom), slice(left, right)
 
 
@@ -101,7 +102,7 @@ def measure(
 
 
 def lesion_shares(boxes: Sequence[Box], recon: tuple[int, int]) -> Tensor:
-    """What pixels count in a mean over a slice's lesions, in which the small ones count as much as the large.
+    """What pixels count in a mean over a slice's boxes, whatever their label; small ones count as much as large.
 
     Parameters
     ----------
@@ -112,7 +113,7 @@ def lesion_shares(boxes: Sequence[Box], recon: tuple[int, int]) -> Tensor:
     Returns
     -------
     Tensor, float32, shape (h, w)
-        Within `GAP` of a box its share, adding up to 1; zeros if there is no box.
+        Within `GAP` of a box its share; they add up to 1 if every box has pixels of the image. Zeros without a box.
     """
     shares = torch.zeros(recon)
     for box in boxes:

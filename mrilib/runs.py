@@ -84,7 +84,12 @@ class Run:
 
     def start(self, notebook: str, config: OutputParameters) -> None:
         """Record that a notebook has begun, with its resolved parameters."""
-        self.record["notebooks"][notebook] = {"status": "running", "started": _now(), "config": config.to_dict()}
+        self.record["notebooks"][notebook] = {
+            "status": "running",
+            "started": _now(),
+            "git": git_state(),  # a folder may be used again with later code
+            "config": config.to_dict(),
+        }
         self.save()
 
     def resumed(self) -> None:

@@ -116,7 +116,8 @@ class AnalysisStage(Stage):
     text_from : float
         Share of the steps before the text joins, for an encoder with maps of findings. Until then VarNet and the maps
         learn by the maps' loss alone, and then they stand and the rest learns by the text: one that is taught by maps
-        which know nothing yet learns not to listen to them. The learning rate begins anew with the text.
+        which know nothing yet learns not to listen to them. The learning rate begins anew with the text. The
+        reconstruction term joins with the text, so it does not reach VarNet.
     """
 
     trainable, joining = "encoder", "text_from"
@@ -246,7 +247,7 @@ class ReconstructionStage(Stage):
         Share of the steps before image tokens join. Until then zeros are in their place, and neither encoder nor
         backbone runs: the decoder learns what the measured data say first, which is the longer and cheaper part.
     lesion_weight : float
-        Of the mean of 1 − SSIM over the windows centred in or close to a lesion's box, beside that over the image.
+        Of the mean of 1 − SSIM over the windows centred in or close to a slice's boxes, beside that over the image.
         Small lesions are the first that a mean over the image gives up. Validation judges by the image alone.
     """
 

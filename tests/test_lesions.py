@@ -63,7 +63,8 @@ def test_lesions_share_a_mean_alike():
     outside = lesions.lesion_shares([Box(38, 36, 9, 9, "Mass")], (40, 41))
     assert float(outside.sum()) == pytest.approx(1) and (outside > 0).sum() == 5 * 4
     assert lesions.lesion_shares([], (9, 8)).sum() == 0
-    assert lesions.lesion_shares([Box(60, 60, 3, 3, "Mass")], (40, 41)).sum() == 0
+    for x, y in ((-30, 10), (10, -30), (-30, -30), (60, 60), (60, 10)):  # beside the image
+        assert lesions.lesion_shares([Box(x, y, 5, 5, "Mass")], (40, 41)).sum() == 0
 
 
 def test_what_the_target_does_not_show_is_left_out(scene):

@@ -324,7 +324,7 @@ def test_the_reconstruction_term_reads_the_image_off_the_tokens(stage1, monkeypa
     assert learned < 0.8 * result.statistics["recon_loss"]
     with torch.no_grad():  # the same tokens whatever is measured: a mirrored slice is held against a mirrored target
         fixed = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
-        monkeypatch.setattr(system.encoder, "tokens_and_maps", lambda *measured: fixed)
+        monkeypatch.setattr(system.encoder, "tokens_and_maps", lambda *measured, **how: fixed)
         flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
         turned = flipped._replace(target=batch.target.flip(-1))
         losses = [stage.loss(one).statistics["recon_loss"] for one in (batch, flipped, turned)]
