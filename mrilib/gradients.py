@@ -106,8 +106,8 @@ class StepGradients:
         norms = gradient_norms(self.stage.part)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         if self.stage.partial:
-            # What stands still, or has nothing to learn from in this step: AdamW would decay it, and count steps that its
-            # bias correction is meant for.
+            # What stands still, or has nothing to learn from in this step: AdamW would decay it, and count steps that
+            # its bias correction is meant for.
             for parameter in self.parameters:
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
