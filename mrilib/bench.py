@@ -80,6 +80,7 @@ class Method(NamedTuple):
     build: Builder  # what stands in the image decoder's place
     tokens: bool = False  # whether it reads image tokens
     own_cascades: bool = False  # whether its VarNet has as many as the encoder's, not `varnet_cascades`
+    ours: bool = False  # whether it is this project's decoder, trained by all of stage 2's loss
 
 
 def _varnet(one: Stage1Parameters, chans: int = 0, measured_lines: bool = False) -> VarNetBaseline:
@@ -100,15 +101,20 @@ def _equal_varnet(one: Stage1Parameters, two: Stage2Parameters, backbone: PreTra
 
 
 METHODS: dict[str, Method] = {
-    "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True),
-    "trained_without_tokens": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False)),
+    "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True, ours=True),
+    "trained_without_tokens": Method(
+        lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False), ours=True
+    ),
     # as many steps as take as long as the model's, which also has encoder and backbone to run
-    "without_tokens_equal_time": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False)),
+    "without_tokens_equal_time": Method(
+        lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False), ours=True
+    ),
     "tokens_alone": Method(
         lambda one, two, backbone: build_decoder(
             two.model_copy(update={"image_skip": False, "sense": False}), backbone
         ),
         tokens=True,
+        ours=True,
     ),
     "unet": Method(lambda one, two, backbone: UNetBaseline(chans=32, pools=4)),
     "varnet": Method(lambda one, two, backbone: _varnet(one)),
@@ -117,7 +123,6 @@ METHODS: dict[str, Method] = {
     "varnet_of_encoder": Method(lambda one, two, backbone: _varnet(one), own_cascades=True),
     "varnet_both_stages": Method(lambda one, two, backbone: _varnet(one)),  # more steps: those of both our stages
 }
-OURS = ("model", "trained_without_tokens", "without_tokens_equal_time", "tokens_alone")
 VARNET_SIZES = (
     "varnet_num_cascades",
     "varnet_chans",
@@ -310,7 +315,7 @@ class Bench:
         Rivals are trained by their authors' loss, whatever ours is beside it.
         """
         changed = {} if name == "model" else {"tokens_from": 0.0}
-        if name not in OURS:
+        if not METHODS[name].ours:
             changed["lesion_weight"] = 0.0
         return self.stage2.model_copy(update=changed)
 
