@@ -4,7 +4,7 @@ Parts run by themselves and in any number of calls: what a part has made lies in
 whose files are there is not run again. ``done.json`` of a trained method is written last and holds what it was made
 with; a call with other parameters is refused rather than mixed in.
 
-    <run>/costs.json               seconds a step of every method, measured side by side
+    <run>/costs.json               seconds a step of every network, measured in turn, a number a round
     <run>/seed0/stage1/            the k-space encoder and its control without k-space
     <run>/seed0/<method>/          checkpoints, logs, done.json
     <run>/seed0/reconstructions/<method>/<acceleration>/<file>.h5, and scores.json, lesions.json made from them
@@ -81,6 +81,7 @@ class Method(NamedTuple):
     tokens: bool = False  # whether it reads image tokens
     own_cascades: bool = False  # whether its VarNet has as many as the encoder's, not `varnet_cascades`
     ours: bool = False  # whether it is this project's decoder, trained by all of stage 2's loss
+    network_of: str = ""  # the method whose network this is, with other steps: what a step costs is the same
 
 
 def _varnet(one: Stage1Parameters, chans: int = 0, measured_lines: bool = False) -> VarNetBaseline:
@@ -107,7 +108,9 @@ METHODS: dict[str, Method] = {
     ),
     # as many steps as take as long as the model's, which also has encoder and backbone to run
     "without_tokens_equal_time": Method(
-        lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False), ours=True
+        lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False),
+        ours=True,
+        network_of="trained_without_tokens",
     ),
     "tokens_alone": Method(
         lambda one, two, backbone: build_decoder(
@@ -121,7 +124,8 @@ METHODS: dict[str, Method] = {
     "varnet_equal_size": Method(_equal_varnet),
     "varnet_measured_lines": Method(lambda one, two, backbone: _varnet(one, measured_lines=True)),
     "varnet_of_encoder": Method(lambda one, two, backbone: _varnet(one), own_cascades=True),
-    "varnet_both_stages": Method(lambda one, two, backbone: _varnet(one)),  # more steps: those of both our stages
+    # more steps: those of both our stages
+    "varnet_both_stages": Method(lambda one, two, backbone: _varnet(one), network_of="varnet"),
 }
 VARNET_SIZES = (
     "varnet_num_cascades",
@@ -130,6 +134,7 @@ VARNET_SIZES = (
     "varnet_sens_chans",
     "varnet_sens_pools",
 )
+COST_ROUNDS = 3
 SCORES = "scores.json"  # of a method at an acceleration, beside its images
 TEXTS = "texts.json"  # what the texts of a seed's stage 1 are worth
 SWAPPED = ("other_patient_tokens", "no_tokens")  # the model given others at test
@@ -183,15 +188,22 @@ class Bench:
 
     # ---------------------------------------------------------------------------------------- training
 
-    def measure_costs(self) -> dict[str, float]:
-        """Seconds of an optimizer step of stage 1 and of every method, measured one after the other, once.
+    def measure_costs(self) -> dict[str, list[float]]:
+        """Seconds of an optimizer step of stage 1 and of every method, measured in turn, once; a number a round.
 
         What a training took (``done.json``) depends on what else the machine did; this says what the steps are worth.
+        Rounds, since a machine's pace drifts; methods of the same network share its numbers.
         """
         path = self.directory / "costs.json"
         if not path.exists():
-            names = ["stage1", *self.config.methods]
-            write_json(path, {name: seconds_per_step(self, name) for name in names})
+            methods = self.config.methods
+            network = {name: METHODS[name].network_of for name in methods}
+            network = {name: other if other in methods else name for name, other in network.items()}
+            each: dict[str, list[float]] = {name: [] for name in ["stage1", *network.values()]}
+            for _ in range(COST_ROUNDS):
+                for name, seconds in each.items():
+                    seconds.append(seconds_per_step(self, name))
+            write_json(path, {name: each[network.get(name, name)] for name in ["stage1", *methods]})
         return read_json(path)
 
     def _loaders(self, config: Any, steps: int, texts: bool) -> tuple[DataLoader, DataLoader]:

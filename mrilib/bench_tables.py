@@ -96,11 +96,12 @@ def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
 
 
 def cost_table(bench: Bench) -> pd.DataFrame:
-    """What trainings cost: seconds a step, measured side by side, times steps; with stage 1, where tokens are read."""
+    """What trainings cost: a step's median seconds over rounds, with their range, times steps; and with stage 1."""
     path = bench.directory / "costs.json"
     if not path.exists():
         return pd.DataFrame()
-    each, config = read_json(path), bench.config
+    rounds, config = read_json(path), bench.config
+    each = {name: float(np.median(seconds)) for name, seconds in rounds.items()}
     steps = {"stage1": config.stage1_steps, **dict(zip(config.methods, config.steps, strict=True))}
     for name in steps:  # as trained, which is a whole number for each validation
         done = _cost(bench, name)
@@ -116,6 +117,7 @@ def cost_table(bench: Bench) -> pd.DataFrame:
                 "training": "stage 1" if name == "stage1" else method_label(name),
                 "steps": count,
                 "a step [s]": f"{each[name]:.3f}",
+                "from, to [s]": f"{min(rounds[name]):.3f}, {max(rounds[name]):.3f}",
                 "all steps [s]": f"{own:.0f}",
                 "with what it needs before [s]": f"{both:.0f}",
             }

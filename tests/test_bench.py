@@ -165,21 +165,37 @@ def test_methods_see_the_same_batches(done):
 
 def test_costs_are_measured_once_side_by_side(done, monkeypatch):
     each = json.loads((done.directory / "costs.json").read_text())
-    assert set(each) == {"stage1", *METHODS} and all(seconds > 0 for seconds in each.values())
+    assert set(each) == {"stage1", *METHODS}
+    assert all(len(rounds) == bench.COST_ROUNDS and min(rounds) > 0 for rounds in each.values())
     monkeypatch.setattr(bench, "seconds_per_step", None)
     assert done.measure_costs() == each
     path, kept = done.directory / "costs.json", (done.directory / "costs.json").read_text()
     own, both = "all steps [s]", "with what it needs before [s]"
     try:
-        path.write_text(json.dumps({name: 10.0 * number for number, name in enumerate(("stage1", *METHODS), 1)}))
+        numbers = {name: 10.0 * number for number, name in enumerate(("stage1", *METHODS), 1)}
+        path.write_text(json.dumps({name: [1.0, number, 2 * number] for name, number in numbers.items()}))
         stage1, model, varnet = 10, 10 * (2 + METHODS.index("model")), 10 * (2 + METHODS.index("varnet"))
-        table = bench_tables.cost_table(done).set_index("training").astype(float)
+        table = bench_tables.cost_table(done).set_index("training")
+        assert table.loc["stage 1", "from, to [s]"] == "1.000, 20.000"
+        table = table.drop(columns="from, to [s]").astype(float)
         assert table.loc["stage 1", "steps"] == 2 and table.loc["two-stage model", "steps"] == 4
         assert table.loc["fastMRI's VarNet", own] == table.loc["fastMRI's VarNet", both] == 4 * varnet
         assert table.loc["two-stage model", own] == 4 * model
         assert table.loc["two-stage model", both] == 4 * model + 2 * stage1
     finally:
         path.write_text(kept)
+
+
+def test_one_network_has_one_cost_and_rounds_go_in_turn(values, tmp_path, monkeypatch):
+    names = ["varnet", "varnet_both_stages", "without_tokens_equal_time"]
+    numbers = {"methods": names, "steps": [4, 8, 4], "learning_rates": [1e-3] * 3}
+    asked = []
+    monkeypatch.setattr(bench, "seconds_per_step", lambda one, name: asked.append(name) or float(len(asked)))
+    each = bench.Bench(BenchParameters.create({**values, **numbers, "bench_parts": []}), tmp_path).measure_costs()
+    # the decoder without tokens is not among the methods, so the one of equal time is timed by itself
+    assert asked == ["stage1", "varnet", "without_tokens_equal_time"] * bench.COST_ROUNDS
+    assert each["varnet"] == each["varnet_both_stages"] == [2.0, 5.0, 8.0]
+    assert list(each) == ["stage1", *names] and each["without_tokens_equal_time"] == [3.0, 6.0, 9.0]
 
 
 def test_tables_hold_every_method_at_every_acceleration(done):
