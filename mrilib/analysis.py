@@ -551,22 +551,15 @@ def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) ->
         f1, precision, recall (1 where there was nothing to claim or to find), any_finding_accuracy (share of slices
         rightly called clean or not), parsed (share of slices with readable findings), samples (reviewed slices)
     """
-    true_positives = false_positives = false_negatives = right = readable = samples = 0
+    right = readable = 0
+    counts = [finding_counts(facts, guess) for facts, guess in zip(truth, predicted, strict=True)]
     for facts, guess in zip(truth, predicted, strict=True):
-        if facts.findings is None:
-            continue
-        samples += 1
-        found = set(facts.findings)
-        if guess is None or guess.findings is None:
-            false_negatives += len(found)
-            false_positives += 1
-            continue
-        claimed = set(guess.findings)
-        readable += 1
-        right += bool(found) == bool(claimed)
-        true_positives += len(found & claimed)
-        false_positives += len(claimed - found)
-        false_negatives += len(found - claimed)
+        if facts.findings is not None and guess is not None and guess.findings is not None:
+            readable += 1
+            right += bool(facts.findings) == bool(guess.findings)
+    reviewed = [one for one in counts if one is not None]
+    true_positives, false_positives, false_negatives = (sum(one[i] for one in reviewed) for i in range(3))
+    samples = len(reviewed)
     return {
         "f1": _ratio(2 * true_positives, 2 * true_positives + false_positives + false_negatives),
         "precision": _ratio(true_positives, true_positives + false_positives),
@@ -575,6 +568,20 @@ def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) ->
         "parsed": _ratio(readable, samples),
         "samples": samples,
     }
+
+
+def finding_counts(facts: Facts, guess: Facts | None) -> tuple[int, int, int] | None:
+    """True positives, false positives and false negatives of one slice, as `finding_scores` sums them.
+
+    None of a slice that nobody reviewed.
+    """
+    if facts.findings is None:
+        return None
+    found = set(facts.findings)
+    if guess is None or guess.findings is None:
+        return 0, 1, len(found)
+    claimed = set(guess.findings)
+    return len(found & claimed), len(claimed - found), len(found - claimed)
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -294,7 +294,6 @@ class Bench:
                 stage = training.AnalysisStage(system, name, config.label_smoothing)
                 if config.text_from:  # it has no maps to learn first: as many steps of text, on slices as often seen
                     steps = round((1 - config.text_from) * steps)
-                    config = config.model_copy(update={"text_from": 0.0})
             results[name] = self._fit(stage, config, folder, steps, texts=True)
         write_json(folder / "done.json", {"made_with": made_with, **results["stage1"], "control": results["control"]})
         return read_json(folder / "done.json")

@@ -267,7 +267,10 @@ def metrics_section(scores: Scores) -> dict[str, Any]:
 
 
 def text_table(bench: Bench) -> pd.DataFrame:
-    """What stage 1 reads in the scan, at each acceleration: mean over the seeds ± half their range."""
+    """What stage 1 reads in the scan, at each acceleration: mean over the seeds ± half their range.
+
+    And the F1's standard error by which patients were tested, the mean over the seeds.
+    """
     paths = [bench.directory / f"seed{seed}" / "texts.json" for seed in bench.config.bench_seeds]
     done = [read_json(path) for path in paths if path.exists()]
     rows = []
@@ -282,5 +285,8 @@ def text_table(bench: Bench) -> pd.DataFrame:
             ("cross_entropy_without_kspace", "of the control"),
         ):
             row[label] = _with_spread([scores[acceleration][name] for scores in done], "{:.3f}")
+            errors = [scores[acceleration].get(f"{name}_se") for scores in done]
+            if name == "finding_f1" and None not in errors:
+                row["its standard error (patients)"] = f"{np.mean(errors):.3f}"
         rows.append(row)
     return pd.DataFrame(rows)

@@ -391,7 +391,7 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
             "cross-entropy [nats per token], lower is better\nbars: ± 2 s.e. of the difference to the first",
         ),
         ("contrast_accuracy", "contrast named rightly\n[share of slices, ± 2 s.e.]"),
-        ("finding_f1", "findings: F1 over exact\nlabel, side and region"),
+        ("finding_f1", "findings: F1 over exact label,\nside and region [± 2 s.e.]"),
     )
     known = dict(section)
     for kind in kinds:

@@ -314,6 +314,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "contrast_commonest_se": guess_error,
         "level_accuracy": analysis.attribute_accuracy(truth, told, "level"),
         "finding_f1": findings["f1"],
+        "finding_f1_se": _clustered_f1(truth, told, patients),
         "finding_precision": findings["precision"],
         "finding_recall": findings["recall"],
         "any_finding_accuracy": findings["any_finding_accuracy"],
@@ -340,6 +341,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         scores["contrast_accuracy_without_kspace"] = analysis.attribute_accuracy(truth, blind, "contrast")
         scores["level_accuracy_without_kspace"] = analysis.attribute_accuracy(truth, blind, "level")
         scores["finding_f1_without_kspace"] = analysis.finding_scores(truth, blind)["f1"]
+        scores["finding_f1_without_kspace_se"] = _clustered_f1(truth, blind, patients)
     return scores
 
 
@@ -349,6 +351,22 @@ def _clustered_share(truth: Sequence[Facts], told: Sequence[Facts | None], patie
         float(guess is not None and guess.contrast == one.contrast) for one, guess in zip(truth, told, strict=True)
     ]
     error = clustered_mean(right, [1.0] * len(right), patients)[1]
+    return error if np.isfinite(error) else None
+
+
+def _clustered_f1(truth: Sequence[Facts], told: Sequence[Facts | None], patients: Sequence[str]) -> float | None:
+    """Standard error of the findings' F1, a ratio of sums over slices, clustered by patient; None of one patient."""
+    parts, wholes, known = [], [], []
+    for one, guess, patient in zip(truth, told, patients, strict=True):
+        counts = analysis.finding_counts(one, guess)
+        if counts is not None:
+            right, wrong, missed = counts
+            parts.append(2.0 * right)
+            wholes.append(2.0 * right + wrong + missed)
+            known.append(patient)
+    if not any(wholes):  # nothing to find and nothing claimed
+        return None
+    error = clustered_mean(parts, wholes, known)[1]
     return error if np.isfinite(error) else None
 
 

@@ -268,9 +268,11 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
         f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['samples']} slices; always "
         f"naming the commonest would give {share:.1%} ± {error:.1%}."
     )
+    error = scores.get("finding_f1_se")
+    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
     lines.append(
-        f"- Findings (exact label, side and region): F1 {scores['finding_f1']:.3f}; the best constant answer has "
-        f"{scores['finding_f1_best_constant']:.3f}."
+        f"- Findings (exact label, side and region): F1 {scores['finding_f1']:.3f}{spread}; the best constant answer "
+        f"has {scores['finding_f1_best_constant']:.3f}."
     )
     return "\n".join(lines)
 

@@ -339,11 +339,8 @@ class Trainer:
         self._tell(entry)
 
     def _build_schedule(self) -> LRScheduler:
-        """Warm-up and decay over all steps; where a text joins late, over those before it and again over those after.
-
-        A ViT that has not learned yet would otherwise begin at what the maps of findings have left of the rate.
-        """
-        joins = round(getattr(self.config, "text_from", 0.0) * self.total_steps)
+        """Warm-up and decay over all steps, or over those before and again over those after `stage.rate_anew_from`."""
+        joins = round(self.stage.rate_anew_from * self.total_steps)
         lengths = [steps for steps in (joins, self.total_steps - joins) if steps]
         parts = [
             get_scheduler(

@@ -76,6 +76,11 @@ class Stage:
         """Whether some of what is trained stands still in this step: its gradient is zero."""
         return not self.complete
 
+    @property
+    def rate_anew_from(self) -> float:
+        """Share of the steps after which the learning rate begins anew, warm-up and all; 0: it never does."""
+        return 0.0
+
     def weight(self, batch: Batch) -> float:
         """Units (analysis tokens, slices) that the batch's loss is a sum over."""
         raise NotImplementedError
@@ -150,6 +155,11 @@ class AnalysisStage(Stage):
     def partial(self) -> bool:
         """The maps and VarNet learn, or all the rest."""
         return self._maps_first
+
+    @property
+    def rate_anew_from(self) -> float:
+        """Where the text joins: a ViT that has not learned yet would begin at what the maps have left of the rate."""
+        return self.text_from if self._maps_first else 0.0
 
     @property
     def _maps_first(self) -> bool:

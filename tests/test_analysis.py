@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from mrilib import analysis
 from mrilib.analysis import Box, Facts, Finding
+from mrilib.inference import score_texts
 
 PLUS = Path(__file__).parents[1] / "data" / "fastmri_plus"
 CSV, FILE_LIST = PLUS / "brain.csv", PLUS / "brain_file_list.csv"
@@ -290,6 +292,40 @@ def test_scores_by_hand():
     assert scores["precision"] == pytest.approx(1 / 4) and scores["recall"] == pytest.approx(1 / 4)
     assert scores["any_finding_accuracy"] == pytest.approx(3 / 5)
     assert scores["parsed"] == pytest.approx(4 / 5) and scores["samples"] == 5
+
+
+def text_rows(truth, guess, patients):
+    """What `Tester.run` has of slices whose texts say `guess`."""
+    return [
+        {
+            "patient": patient,
+            "facts": facts,
+            "tokens": 3,
+            "nats_own": 1.0,
+            "correct_own": 2,
+            "generated": analysis.answer(told) if told else "rubbish",
+            "generated_without_kspace": None,
+        }
+        for facts, told, patient in zip(truth, guess, patients, strict=True)
+    ]
+
+
+def test_standard_error_of_f1_goes_by_patients():
+    truth = [told(MASS), told(MASS), told(MASS, EDEMA), told(EDEMA), Facts("T1", "lower", None)]
+    guess = [told(MASS), None, told(MASS), told(CYST), told(MASS)]
+    rows = text_rows(truth, guess, patients="aabbb")
+    scores = score_texts(rows, truth)
+    # a: 1 hit, 1 unreadable that claims and misses; b: 1 hit, 2 missed, 1 false
+    halves, wholes = np.array([2.0, 2.0]), np.array([4.0, 5.0])
+    f1 = halves.sum() / wholes.sum()
+    assert scores["finding_f1"] == pytest.approx(f1) == analysis.finding_scores(truth, guess)["f1"]
+    left_out = [halves[1] / wholes[1], halves[0] / wholes[0]]
+    residuals = (halves - f1 * wholes) / wholes.sum()
+    assert scores["finding_f1_se"] == pytest.approx(np.sqrt(2 * (residuals**2).sum()))
+    assert scores["finding_f1_se"] == pytest.approx(abs(left_out[0] - left_out[1]) / 2, rel=0.1)  # near the jackknife's
+    assert score_texts(text_rows(truth, guess, "aaaaa"), truth)["finding_f1_se"] is None  # one patient
+    clean = [told(), told()]
+    assert score_texts(text_rows(clean, clean, "ab"), clean)["finding_f1_se"] is None  # nothing to find
 
 
 def test_scores_at_the_ends():

@@ -278,6 +278,41 @@ def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
     )
 
 
+def test_the_control_has_no_maps_to_wait_for(config, dataset, tmp_path):
+    """Its text is there from the first step, and its learning rate rises and falls once."""
+    config = config.model_copy(update={"text_from": 0.5, "epochs": 2, "train_control": True})
+    loader = make_loader(dataset, 4, shuffle=True)
+    control = list(train.make_stages(config, torch.device("cpu")))[1]
+    steps = trainer.Trainer(control, config, loader, loader, tmp_path).run().steps
+    assert control.name == "control" and all("cross_entropy" in step for step in steps)
+    rates = [step["learning_rate"] for step in steps]
+    top = rates.index(max(rates))
+    assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
+
+
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_activation_checkpointing_and_a_kept_varnet_before_and_after_the_text(config, dataset, progress):
+    batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
+    gradients = {}
+    for name, checkpointing, kept in (("plain", False, False), ("checkpointed", True, False), ("kept", False, True)):
+        system = systems.build(config.model_copy(update={"activation_checkpointing": checkpointing}))
+        system.encoder.keep_varnet = kept
+        system.freeze("encoder")
+        stage = training.AnalysisStage(system, map_weight=3.0, text_from=0.5)
+        stage.progress = progress
+        system.train()
+        stage.loss(batch).total.backward()
+        gradients[name] = {key: value.grad for key, value in system.encoder.named_parameters()}
+    learns = {key.split(".")[0] for key, value in gradients["plain"].items() if value is not None and value.any()}
+    assert ("finding_maps" in learns) == ("vit" not in learns) == (progress == 0)
+    for name in ("checkpointed", "kept"):
+        for key, value in gradients[name].items():
+            if name == "kept" and key.startswith("varnet."):
+                assert value is None or not value.any()
+            else:
+                torch.testing.assert_close(value, gradients["plain"][key], rtol=1e-4, atol=1e-6)
+
+
 def test_maps_that_do_not_learn_look_both_ways(config, dataset):
     """Then a flipped slice has the flipped maps, to the last bit; while they learn it need not."""
     encoder = systems.build(config).encoder

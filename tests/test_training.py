@@ -132,7 +132,7 @@ def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir
         inference.load_stage2(tmp_path / "stage2_checkpoints" / "stage2_final_model.pt", system)
 
 
-def test_lesions_weigh_in_stage_2_where_there_are_any(stage1, phantom_dir, backbone_dir):
+def test_lesions_weigh_in_stage_2_where_there_are_any(stage1, phantom_dir, backbone_dir, monkeypatch):
     """Every lesion of a slice adds its share; unknown findings and none add nothing; judged by the image alone."""
     _, directory, _, _ = stage1
     checkpoint = directory / "stage1_checkpoints" / "stage1_best_model.pt"
@@ -159,6 +159,9 @@ def test_lesions_weigh_in_stage_2_where_there_are_any(stage1, phantom_dir, backb
     assert seen == {None, False, True}
     with pytest.raises(ParameterError, match="lesion_weight: no training slice has a box"):
         require_lesions(FastMRIDataset(dataset.volumes, config))
+    monkeypatch.setattr(train, "load_annotations", lambda config: None)
+    with pytest.raises(ParameterError, match="lesion_weight: no training slice has a box"):
+        train.make_loaders(config)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
