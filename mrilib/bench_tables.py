@@ -107,10 +107,12 @@ def cost_table(bench: Bench) -> pd.DataFrame:
         done = _cost(bench, name)
         steps[name] = done["steps"] if done else steps[name]
     before = steps["stage1"] * each["stage1"]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    total = 0.0
     for name in ("stage1", *_ordered(config.methods)):
         count = steps[name]
         own = count * each[name]
+        total += own
         both = before if name == "stage1" else own + before if bench_methods[name].tokens else own
         rows.append(
             {
@@ -122,7 +124,9 @@ def cost_table(bench: Bench) -> pd.DataFrame:
                 "with what it needs before [s]": f"{both:.0f}",
             }
         )
-    return pd.DataFrame(rows)
+    seeds = len(config.bench_seeds)
+    rows.append({"training": f"all, {seeds} seed{'s'[: seeds > 1]}", "all steps [s]": f"{seeds * total:.0f}"})
+    return pd.DataFrame(rows).fillna("")
 
 
 def differences(scores: Scores, own: str = "model") -> pd.DataFrame:

@@ -177,7 +177,9 @@ def test_costs_are_measured_once_side_by_side(done, monkeypatch):
         stage1, model, varnet = 10, 10 * (2 + METHODS.index("model")), 10 * (2 + METHODS.index("varnet"))
         table = bench_tables.cost_table(done).set_index("training")
         assert table.loc["stage 1", "from, to [s]"] == "1.000, 20.000"
-        table = table.drop(columns="from, to [s]").astype(float)
+        table = table.drop(columns="from, to [s]")
+        assert float(table.loc["all, 2 seeds", own]) == 2 * table.drop("all, 2 seeds")[own].astype(float).sum()
+        table = table.drop("all, 2 seeds").astype(float)
         assert table.loc["stage 1", "steps"] == 2 and table.loc["two-stage model", "steps"] == 4
         assert table.loc["fastMRI's VarNet", own] == table.loc["fastMRI's VarNet", both] == 4 * varnet
         assert table.loc["two-stage model", own] == 4 * model
