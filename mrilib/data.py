@@ -6,7 +6,7 @@ attributes are for the loss and the metrics.
 
 import copy
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -241,14 +241,14 @@ class FastMRIDataset(Dataset[Slice]):
     training : bool
         Training masks come from (seed, file, slice, mask number), others from the file name, as fastMRI's do.
     masks_per_slice : int
-        Training masks a slice sees in turn; 0: a new one every epoch.
+        Training masks a slice sees in turn; 0: a new one every epoch, and each time that an epoch sees the slice.
     acceleration : int, optional
         Use this one alone (one of config.accelerations).
     max_slices : int
         Take so many slices, evenly spread; 0: all.
     mirror_share : float
-        Chance of a training slice to be `mirrored`, drawn anew each epoch from (seed, file, slice, epoch). A slice with
-        a report of the user's own never is: its words may name sides.
+        Chance of a training slice to be `mirrored`, drawn anew each epoch from (seed, file, slice, epoch), and each
+        time that an epoch sees it. A slice with a report of the user's own never is: its words may name sides.
 
     Raises
     ------
@@ -352,11 +352,13 @@ class FastMRIDataset(Dataset[Slice]):
         volume, slice_num = self.samples[index]
         return self.volumes[volume], slice_num
 
-    def __getitem__(self, index: int) -> Slice:
+    def __getitem__(self, index: int | tuple[int, int]) -> Slice:
+        """A slice by its index, or by (index, look): what an epoch sees again has another mask, and may be flipped."""
+        index, look = (index, 0) if isinstance(index, int) else index
         volume, slice_num = self._sample(index)
         if self.texts_only:
             nothing = torch.zeros(0)
-            return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0)
+            return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0, look)
         padding, recon, readout, width = volume.padding, volume.recon, volume.readout, volume.matrix[1]
         if cropped := self.config.crop == "image":
             recon = (self.config.img_size, self.config.img_size)
@@ -368,7 +370,7 @@ class FastMRIDataset(Dataset[Slice]):
                     mask[: padding[0]] = False
                     mask[padding[1] :] = False
                 else:
-                    seed = self._mask_seed(volume, slice_num)
+                    seed = self._mask_seed(volume, slice_num, look)
                     mask, acceleration = kspace.sample_mask(self.mask_func, width, seed, padding)
                 target = None
                 if volume.has_target:
@@ -402,7 +404,7 @@ class FastMRIDataset(Dataset[Slice]):
         if 0 < scale < SMALLEST_SCALE:
             raise DataError(f"{volume.path.name}, slice {slice_num}: too small for single precision; scale the file")
         masked[..., measured] = lines / scale if scale else lines
-        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration)
+        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration, look)
 
     def _read_lines(self, stored: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
         """The measured lines (coil, readout, line) of a slice, the readout being the fastest axis in memory.
@@ -435,6 +437,7 @@ class FastMRIDataset(Dataset[Slice]):
         target: Tensor | None,
         recon: tuple[int, int],
         acceleration: int,
+        look: int = 0,
     ) -> Slice:
         volume, slice_num = self._sample(index)
         acquired = torch.ones_like(mask)
@@ -444,7 +447,7 @@ class FastMRIDataset(Dataset[Slice]):
         report = self.reports.get((volume.file, slice_num))
         mirrored = False
         if self.training and self.mirror_share and report is None:
-            words = [self.config.seed, slice_num, self.epoch, *volume.file.encode()]
+            words = [self.config.seed, slice_num, self.epoch, *([look] if look else []), *volume.file.encode()]
             mirrored = bool(np.random.default_rng(words).random() < self.mirror_share)
         return Slice(
             kspace=masked,
@@ -465,14 +468,16 @@ class FastMRIDataset(Dataset[Slice]):
             mirrored=mirrored,
         )
 
-    def _mask_seed(self, volume: Volume, slice_num: int) -> int | tuple[int, ...]:
+    def _mask_seed(self, volume: Volume, slice_num: int, look: int = 0) -> int | tuple[int, ...]:
         if not self.training:
             return kspace.validation_seed(volume.path.name)
-        mask_index = self.epoch % self.masks_per_slice if self.masks_per_slice else self.epoch
-        return kspace.training_seed(self.config.seed, volume.file, slice_num, mask_index)
+        words = self.config.seed, volume.file, slice_num
+        if self.masks_per_slice:
+            return kspace.training_seed(*words, (self.epoch + look) % self.masks_per_slice)
+        return kspace.training_seed(*words, self.epoch, look)
 
 
-class ShapeBatchSampler(Sampler[list[int]]):
+class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
     """Batches of slices of equal shape and about equal number, in an order that depends on (seed, epoch) alone.
 
     Parameters
@@ -550,9 +555,17 @@ class ShapeBatchSampler(Sampler[list[int]]):
         windows = [group[start : start + width] for start in range(0, len(group), width)]
         return [index for window in windows for index in sorted(window, key=self.lengths.__getitem__)]
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int | tuple[int, int]]]:
+        """Batches of indices, or of (index, look) where the epoch has seen the slice before."""
         number, count = self.share
-        return iter(self.plan()[self.skip + number :: count])
+        seen: Counter[int] = Counter()
+        batches: list[list[int | tuple[int, int]]] = []
+        for batch in self.plan():
+            batches.append([])
+            for index in batch:
+                batches[-1].append((index, seen[index]) if seen[index] else index)
+                seen[index] += 1
+        return iter(batches[self.skip + number :: count])
 
     def __len__(self) -> int:
         number, count = self.share

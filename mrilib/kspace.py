@@ -449,15 +449,17 @@ def validation_seed(file: str) -> tuple[int, ...]:
     return tuple(map(ord, file))
 
 
-def training_seed(seed: int, file: str, slice_num: int, mask_index: int) -> int:
+def training_seed(seed: int, file: str, slice_num: int, mask_index: int, look: int = 0) -> int:
     """Seed of a training mask: a function of (seed, file, slice, mask number), so that a resumed run sees the same.
+
+    A slice that an epoch sees more than once has a mask for each `look`.
 
     Returns
     -------
     int
         In [0, 2³²), as NumPy's RandomState wants it.
     """
-    words = [seed, slice_num, mask_index, *file.encode()]
+    words = [seed, slice_num, mask_index, *([look] if look else []), *file.encode()]
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 

@@ -575,6 +575,35 @@ def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volum
     assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
 
 
+def test_a_slice_seen_again_in_an_epoch_looks_different(volumes: list[Volume], phantom_dir: Path) -> None:
+    """Another mask each time, flipped or not; the same again in a second pass over the epoch, and by any process."""
+    config = parameters(phantom_dir, mask_type="random")
+    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True, mirror_share=0.5)
+    dataset.epoch = 3
+    sampler = ShapeBatchSampler(dataset, 4, seed=1, shuffle=True, finding_share=0.9)
+    batches = list(sampler)
+    assert [[one if isinstance(one, int) else one[0] for one in batch] for batch in batches] == sampler.plan()
+    assert batches == list(sampler)
+    sampler.share, sampler.skip = (1, 2), 1
+    assert list(sampler) == batches[2::2]
+    asked = [one for batch in batches for one in batch]
+    assert len(set(asked)) == len(asked)  # no slice looks the same twice
+    index, looks = max(
+        ((index, [one for one in asked if one == index or (not isinstance(one, int) and one[0] == index)])
+         for index in {one for one in asked if isinstance(one, int)}),
+        key=lambda pair: len(pair[1]),
+    )  # fmt: skip
+    assert looks == [index, *((index, look) for look in range(1, len(looks)))] and len(looks) > 2
+    masks = [tuple(dataset[look].mask.tolist()) for look in looks]
+    assert len(set(masks)) == len(masks)
+    several = [dataset[index, look].mirrored for look in range(20)]
+    assert 0 < sum(several) < 20 and several == [dataset[index, look].mirrored for look in range(20)]
+    assert tuple(dataset[index, 0].mask.tolist()) == masks[0] == tuple(dataset[index].mask.tolist())
+    dataset.masks_per_slice = 2  # in turn
+    first, second, third = (dataset[index, look].mask for look in range(3))
+    assert torch.equal(first, third) and not torch.equal(first, second)
+
+
 def test_slices_with_findings_take_their_share_of_an_epoch(volumes: list[Volume], phantom_dir: Path) -> None:
     config = parameters(phantom_dir)
     dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
