@@ -352,6 +352,9 @@ class Stage1Parameters(TrainingParameters):
     )
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
+    varnet_image_weight: float = P(
+        0.0, "weight of VarNet's image: its mean absolute error beside the other losses of stage 1; 0: none", ge=0
+    )
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
     finding_share: float = P(
@@ -411,6 +414,8 @@ class Stage1Parameters(TrainingParameters):
             raise ValueError("varnet_weights: they hold a network for the maps; set varnet_map_network: true")
         if self.varnet_keep and not self.varnet_weights:
             raise ValueError("varnet_keep: there is no trained VarNet to keep; name its varnet_weights")
+        if self.varnet_keep and self.varnet_image_weight:
+            raise ValueError("varnet_image_weight: a VarNet that is kept learns nothing; set it to 0")
         return self
 
 

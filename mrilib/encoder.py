@@ -9,7 +9,7 @@ import functools
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from fastmri.models import VarNet
@@ -35,6 +35,14 @@ class NormalizedPatchEmbeddings(ViTPatchEmbeddings):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, channels, img_size, img_size) → (B, (img_size/16)², vit_embed_dim)."""
         return self.norm(super().forward(pixel_values))
+
+
+class Seen(NamedTuple):
+    """What the encoder makes of a batch."""
+
+    tokens: Tensor  # float32 (B, (img_size/16)² + 2, output_dim)
+    maps: Tensor | None  # logits of the findings' maps, float32 (B, labels, img_size, img_size), if there are any
+    pixels: Tensor  # VarNet's image, real and imaginary part, mean square 1, float32 (B, 2, img_size, img_size)
 
 
 class KSpaceEncoder(nn.Module):
@@ -202,18 +210,18 @@ class KSpaceEncoder(nn.Module):
         Tensor, float32, shape (B, (img_size/16)² + 2, output_dim)
             start, tokens in row-major order of the patches, end.
         """
-        return self.tokens_and_maps(kspace, mask)[0]
+        return self.tokens_and_maps(kspace, mask).tokens
 
     def tokens_and_maps(
         self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None, maps_stand: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The same, and the logits of the findings' maps, float32 (B, labels, img_size, img_size), if there are any.
+    ) -> Seen:
+        """The same, the maps of findings, and the pixels that both come from.
 
         Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right. With
         `maps_stand` there is no graph to VarNet and the maps. Maps that do not learn look at the image both ways.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
-            pixels = self._pixels(kspace, mask, mirrored)
+            pixels = self.pixels(kspace, mask, mirrored)
             maps = self._look(pixels, both_ways=maps_stand or not self.training) if self.finding_maps else None
         tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
         tokens = self.projection(tokens)
@@ -222,18 +230,18 @@ class KSpaceEncoder(nn.Module):
             tokens = tokens + self.finding_words(maps)
         batch = tokens.shape[0]
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
-        return torch.cat([start, tokens, end], dim=1).float(), maps
+        return Seen(torch.cat([start, tokens, end], dim=1).float(), maps, pixels)
 
-    def maps_alone(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """The maps of `tokens_and_maps` while they learn: by VarNet and their U-Net, without the ViT."""
-        return self._look(self._pixels(kspace, mask, mirrored), both_ways=False)
+    def maps_alone(self, pixels: Tensor) -> Tensor:
+        """The maps of `tokens_and_maps` while they learn, from `pixels`, without the ViT."""
+        return self._look(pixels, both_ways=False)
 
     def _look(self, pixels: Tensor, both_ways: bool) -> Tensor:
         assert self.finding_maps is not None
         maps = self._step(self.finding_maps, pixels)
         return (maps + self._step(self.finding_maps, pixels.flip(-1)).flip(-1)) / 2 if both_ways else maps
 
-    def _pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None) -> Tensor:
+    def pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
             image = around_empty_coils(self._upright_image, kspace, mask, torch.complex64)

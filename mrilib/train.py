@@ -52,8 +52,9 @@ def make_loaders(
     if isinstance(config, Stage1Parameters):
         train_data.mirror_share = config.mirror_share
         require_boxes(train_data, config.finding_labels)
-        if config.recon_weight:
-            require_targets(volumes["train"], "recon_weight")
+        for name in ("recon_weight", "varnet_image_weight"):
+            if getattr(config, name):
+                require_targets(volumes["train"], name)
         order = {"group_by_length": config.group_by_length, "finding_share": config.finding_share}
     elif config.lesion_weight:
         require_lesions(train_data)

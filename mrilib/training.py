@@ -118,6 +118,10 @@ class AnalysisStage(Stage):
     recon_weight : float
         Of the reconstruction term, for an encoder with a `pixel_head`: the mean absolute difference between what it
         reads off the image tokens and the target, both in units of the target's root mean square.
+    image_weight : float
+        Of VarNet's image beside the text or, until that joins, the maps: the mean absolute difference between its
+        magnitude and the target, each in units of its own root mean square. Through a map of a few small spots VarNet
+        learns slowly what an image is.
     text_from : float
         Share of the steps before the text joins, for an encoder with maps of findings. Until then VarNet and the maps
         learn by the maps' loss alone, and then they stand and the rest learns by the text: one that is taught by maps
@@ -134,16 +138,18 @@ class AnalysisStage(Stage):
         label_smoothing: float = 0.0,
         map_weight: float = 0.0,
         recon_weight: float = 0.0,
+        image_weight: float = 0.0,
         text_from: float = 0.0,
     ) -> None:
         super().__init__(model)
         self.name, self.label_smoothing = name, label_smoothing
-        self.map_weight, self.recon_weight, self.text_from = map_weight, recon_weight, text_from
+        self.map_weight, self.recon_weight, self.image_weight = map_weight, recon_weight, image_weight
+        self.text_from = text_from
 
     @classmethod
     def of(cls, model: TwoStageModel, config: Stage1Parameters) -> Self:
         """Stage 1 as its parameters have it; its control has no maps to wait for, and is made with less."""
-        weights = config.label_smoothing, config.finding_map_weight, config.recon_weight
+        weights = config.label_smoothing, config.finding_map_weight, config.recon_weight, config.varnet_image_weight
         return cls(model, "stage1", *weights, config.text_from)
 
     @property
@@ -177,29 +183,31 @@ class AnalysisStage(Stage):
         mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
         if not self.complete:
             return self._map_loss(batch, encoder, mirrored)
-        prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, maps_stand=self._maps_first)
+        stand = self._maps_first
+        prefix, maps, pixels = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, maps_stand=stand)
         (total, statistics), tokens = self._text_loss(batch, prefix)
         terms: dict[str, tuple[float, Tensor]] = {}
         if maps is not None:
-            weight = 0.0 if self._maps_first else self.map_weight
-            terms["finding_map_loss"] = weight, self._map_losses(batch, encoder, maps)
+            terms["finding_map_loss"] = 0.0 if stand else self.map_weight, self._map_losses(batch, encoder, maps)
         if encoder.pixel_head is not None:
             terms["recon_loss"] = self.recon_weight, self._recon_losses(batch, prefix, encoder, mirrored)
-        for name, (weight, losses) in terms.items():
-            term = (losses * tokens).sum()  # a sum over tokens too, so that batches can be split
-            statistics[name] = float(term.detach()) / float(tokens.sum())
-            total = total + weight * term
-        if self._maps_first:
+        if self.image_weight and not stand:
+            terms["varnet_image_loss"] = self.image_weight, self._image_losses(batch, pixels, mirrored)
+        added = _weighed(terms, tokens)
+        total = total + added.total
+        if stand:
             total = total + _zero(encoder.varnet, encoder.finding_maps)
-        return BatchLoss(total, statistics)
+        return BatchLoss(total, {**statistics, **added.statistics})
 
     def _map_loss(self, batch: Batch, encoder: KSpaceEncoder, mirrored: Tensor) -> BatchLoss:
-        """That of the maps alone, in the same units."""
-        losses = self._map_losses(batch, encoder, encoder.maps_alone(batch.kspace, batch.mask, mirrored))
-        tokens = (self.model.tokenize(batch.slices).labels != -100).sum(1)
-        term = (losses * tokens).sum()
-        statistics = {"finding_map_loss": float(term.detach()) / float(tokens.sum())}
-        return BatchLoss(self.map_weight * term + _zero(encoder), statistics)
+        """That of the maps, and of VarNet's image, alone, in the same units."""
+        pixels = encoder.pixels(batch.kspace, batch.mask, mirrored)
+        losses = self._map_losses(batch, encoder, encoder.maps_alone(pixels))
+        terms = {"finding_map_loss": (self.map_weight, losses)}
+        if self.image_weight:
+            terms["varnet_image_loss"] = self.image_weight, self._image_losses(batch, pixels, mirrored)
+        total, statistics = _weighed(terms, (self.model.tokenize(batch.slices).labels != -100).sum(1))
+        return BatchLoss(total + _zero(encoder), statistics)
 
     def _map_losses(self, batch: Batch, encoder: KSpaceEncoder, maps: Tensor) -> Tensor:
         """The maps' loss of each slice (B,)."""
@@ -218,16 +226,27 @@ class AnalysisStage(Stage):
 
     def _recon_losses(self, batch: Batch, prefix: Tensor, encoder: KSpaceEncoder, mirrored: Tensor) -> Tensor:
         """The reconstruction term of each slice (B,)."""
-        if batch.target is None:
-            raise ValueError(f"recon_weight: {batch.slices[0].file} has no reconstruction_rss; set it to 0")
         assert encoder.pixel_head is not None
-        size = encoder.img_size
+        target = self._target(batch, mirrored, encoder.img_size, "recon_weight")
+        image = from_patches(encoder.pixel_head(self.model.image_tokens_from_prefix(prefix)), encoder.img_size).float()
+        return (image - target).abs().mean((-2, -1))
+
+    def _image_losses(self, batch: Batch, pixels: Tensor, mirrored: Tensor) -> Tensor:
+        """That of VarNet's image, of each slice (B,)."""
+        target = self._target(batch, mirrored, pixels.shape[-1], "varnet_image_weight")
+        # a root has no gradient at zero, which is what lies beside a narrow image
+        magnitude = pixels.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return (magnitude - target).abs().mean((-2, -1))
+
+    @staticmethod
+    def _target(batch: Batch, mirrored: Tensor, size: int, parameter: str) -> Tensor:
+        """The target as the encoder sees the slice, mean square 1 unless it is empty: (B, size, size)."""
+        if batch.target is None:
+            raise ValueError(f"{parameter}: {batch.slices[0].file} has no reconstruction_rss; set it to 0")
         # by way of the matrix, as the encoder's image: at odd sizes a direct crop may lie a pixel beside it
         target = center_crop_or_pad(center_crop_or_pad(batch.target, batch.kspace.shape[-2:]), (size, size))
         target = torch.where(mirrored[:, None, None], target.flip(-1), target)
-        image = from_patches(encoder.pixel_head(self.model.image_tokens_from_prefix(prefix)), size).float()
-        unit = target.square().mean((-2, -1), keepdim=True).sqrt()
-        return (image - target / positive(unit)).abs().mean((-2, -1))
+        return target / positive(target.square().mean((-2, -1), keepdim=True).sqrt())
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
         """Sums over each slice's analysis tokens: cross-entropy without smoothing [nats], tokens right, tokens."""
@@ -349,6 +368,16 @@ class ReconstructionStage(Stage):
         rows = [evaluation.volume_metrics(slices) for slices in scored]
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in ("ssim", "psnr", "nmse")}
         return {"loss": math.fsum(score["loss"] for score in scores) / len(scores), **means}
+
+
+def _weighed(terms: dict[str, tuple[float, Tensor]], tokens: Tensor) -> BatchLoss:
+    """Slices' losses by their weights, summed over tokens (B,) as a text's are, so that batches can be split."""
+    total, statistics = torch.zeros((), device=tokens.device), {}
+    for name, (weight, losses) in terms.items():
+        term = (losses * tokens).sum()
+        statistics[name] = float(term.detach()) / float(tokens.sum())
+        total = total + weight * term
+    return BatchLoss(total, statistics)
 
 
 def _zero(*modules: nn.Module | None) -> Tensor | int:

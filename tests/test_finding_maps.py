@@ -131,7 +131,7 @@ def test_findings_without_a_box_to_learn_from_are_refused(config, dataset):
 def test_tokens_see_the_maps_and_nothing_of_the_boxes(config, dataset):
     system = systems.build(config)
     batch = batches(dataset)[0]
-    tokens, maps = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
+    tokens, maps, _ = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
     side = config.img_size
     assert maps.shape == (len(batch.slices), len(LABELS), side, side) and maps.dtype == torch.float32
     assert torch.equal(tokens, system.encoder(batch.kspace, batch.mask))
@@ -313,6 +313,21 @@ def test_activation_checkpointing_and_a_kept_varnet_before_and_after_the_text(co
                 torch.testing.assert_close(value, gradients["plain"][key], rtol=1e-4, atol=1e-6)
 
 
+def test_varnets_image_is_learned_with_the_maps_and_stands_with_them(config, dataset):
+    """Also from slices that nobody reviewed, which teach the maps nothing."""
+    system = systems.build(config)
+    system.freeze("encoder")
+    stage = training.AnalysisStage(system, map_weight=3.0, image_weight=1.0, text_from=0.5)
+    batch = next(b for b in batches(dataset, 1) if b.slices[0].boxes is None)
+    for stage.progress in (0.0, 0.9):
+        system.zero_grad()
+        result = stage.loss(batch)
+        result.total.backward()
+        varnet = any(bool(p.grad.any()) for p in system.encoder.varnet.parameters())
+        assert varnet == ("varnet_image_loss" in result.statistics) == (stage.progress == 0)
+        assert not any(bool(p.grad.any()) for p in system.encoder.finding_maps.parameters())
+
+
 def test_maps_that_do_not_learn_look_both_ways(config, dataset):
     """Then a flipped slice has the flipped maps, to the last bit; while they learn it need not."""
     encoder = systems.build(config).encoder
@@ -323,9 +338,10 @@ def test_maps_that_do_not_learn_look_both_ways(config, dataset):
     def maps(mirrored, **how):
         return encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, **how)[1]
 
-    once = encoder.train().maps_alone(batch.kspace, batch.mask)
+    pixels = encoder.train().pixels(batch.kspace, batch.mask)
+    once = encoder.maps_alone(pixels)
     assert torch.equal(maps(None), once)
-    other = encoder.maps_alone(batch.kspace, batch.mask, flipped).flip(-1)
+    other = encoder.maps_alone(encoder.pixels(batch.kspace, batch.mask, flipped)).flip(-1)
     assert not torch.allclose(once, other, atol=1e-3)
     for how in ({"maps_stand": True}, {}):
         if not how:

@@ -7,9 +7,9 @@ import pytest
 import systems
 import torch
 
-from mrilib import inference, model, train, trainer, training
+from mrilib import inference, kspace, model, train, trainer, training
 from mrilib.checkpoint import CheckpointError, load_checkpoint
-from mrilib.config import ParameterError
+from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_lesions, split_volumes
 from mrilib.history import read_history
 
@@ -338,3 +338,46 @@ def test_the_reconstruction_term_reads_the_image_off_the_tokens(stage1, monkeypa
     assert told == [(len(split_volumes(config)["train"]), "recon_weight")]
     with pytest.raises(ValueError, match=r"recon_weight: .* has no reconstruction_rss"):
         stage.loss(batch._replace(target=None))
+
+
+def test_varnets_image_may_learn_from_the_target(stage1, monkeypatch):
+    """Off by default; a sum over slices; of no unit; a mirrored slice is held against a mirrored target."""
+    config, _, _, _ = stage1
+    system = systems.build(config)
+    stage = training.AnalysisStage(system, image_weight=2.0)
+    batch = max(loaders(config)[1], key=lambda one: len(one.slices))
+    result, text, tokens = stage.loss(batch), training.AnalysisStage(system).loss(batch), stage.weight(batch)
+    start = result.statistics["varnet_image_loss"]
+    assert float(result.total - text.total) / tokens == pytest.approx(2 * start, rel=1e-4)
+    parts = torch.stack([stage.loss(part).total for part in batch.chunks(1)])
+    torch.testing.assert_close(parts.sum(), result.total, rtol=1e-4, atol=1e-3)
+    flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
+    for other in (batch._replace(target=3 * batch.target), flipped):
+        assert stage.loss(other).statistics["varnet_image_loss"] == pytest.approx(start, rel=1e-5)
+    wrong = batch._replace(target=batch.target.flip(-1))
+    assert stage.loss(wrong).statistics["varnet_image_loss"] > 1.01 * start
+    with torch.no_grad():
+        pixels = system.encoder.pixels(batch.kspace, batch.mask)
+        size = pixels.shape[-1]
+        target = kspace.center_crop_or_pad(
+            kspace.center_crop_or_pad(batch.target, batch.kspace.shape[-2:]), (size, size)
+        )
+        each = (pixels.norm(dim=1) - target / target.square().mean((1, 2), keepdim=True).sqrt()).abs().mean((1, 2))
+        counts = (system.tokenize(batch.slices).labels != -100).sum(1)
+    assert start == pytest.approx(float((each * counts).sum() / counts.sum()), rel=1e-4)
+    system.freeze("encoder")
+    optimizer = torch.optim.Adam(system.encoder.varnet.parameters(), lr=1e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        stage.loss(batch).total.backward()
+        optimizer.step()
+    assert stage.loss(batch).statistics["varnet_image_loss"] < 0.9 * start
+    told: list = []
+    monkeypatch.setattr(train, "require_targets", lambda volumes, what: told.append(what))
+    train.make_loaders(config.model_copy(update={"varnet_image_weight": 1.0}))
+    assert told == ["varnet_image_weight"]
+    with pytest.raises(ValueError, match=r"varnet_image_weight: .* has no reconstruction_rss"):
+        stage.loss(batch._replace(target=None))
+    kept = {"varnet_keep": True, "varnet_weights": str(__file__), "varnet_image_weight": 1.0}
+    with pytest.raises(ParameterError, match="varnet_image_weight: a VarNet that is kept learns nothing"):
+        Stage1Parameters.create({**config.to_dict(), **kept})
