@@ -551,15 +551,18 @@ def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) ->
         f1, precision, recall (1 where there was nothing to claim or to find), any_finding_accuracy (share of slices
         rightly called clean or not), parsed (share of slices with readable findings), samples (reviewed slices)
     """
-    right = readable = 0
-    counts = [finding_counts(facts, guess) for facts, guess in zip(truth, predicted, strict=True)]
+    true_positives = false_positives = false_negatives = right = readable = samples = 0
     for facts, guess in zip(truth, predicted, strict=True):
-        if facts.findings is not None and guess is not None and guess.findings is not None:
+        counts = finding_counts(facts, guess)
+        if counts is None:
+            continue
+        samples += 1
+        true_positives, false_positives, false_negatives = (
+            before + one for before, one in zip((true_positives, false_positives, false_negatives), counts, strict=True)
+        )
+        if guess is not None and guess.findings is not None:
             readable += 1
             right += bool(facts.findings) == bool(guess.findings)
-    reviewed = [one for one in counts if one is not None]
-    true_positives, false_positives, false_negatives = (sum(one[i] for one in reviewed) for i in range(3))
-    samples = len(reviewed)
     return {
         "f1": _ratio(2 * true_positives, 2 * true_positives + false_positives + false_negatives),
         "precision": _ratio(true_positives, true_positives + false_positives),

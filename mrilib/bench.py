@@ -4,7 +4,7 @@ Parts run by themselves and in any number of calls: what a part has made lies in
 whose files are there is not run again. ``done.json`` of a trained method is written last and holds what it was made
 with; a call with other parameters is refused rather than mixed in.
 
-    <run>/costs.json               seconds a step of every network, measured in turn, a number a round
+    <run>/costs/done.json          seconds a step of every network, measured in turn, a number a round
     <run>/seed0/stage1/            the k-space encoder and its control without k-space
     <run>/seed0/<method>/          checkpoints, logs, done.json
     <run>/seed0/reconstructions/<method>/<acceleration>/<file>.h5, and scores.json, lesions.json made from them
@@ -189,22 +189,23 @@ class Bench:
     # ---------------------------------------------------------------------------------------- training
 
     def measure_costs(self) -> dict[str, list[float]]:
-        """Seconds of an optimizer step of stage 1 and of every method, measured in turn, once; a number a round.
+        """Seconds of an optimizer step of stage 1, its control and every method, measured once; a number a round.
 
         What a training took (``done.json``) depends on what else the machine did; this says what the steps are worth.
-        Rounds, since a machine's pace drifts; methods of the same network share its numbers.
         """
-        path = self.directory / "costs.json"
-        if not path.exists():
-            methods = self.config.methods
-            network = {name: METHODS[name].network_of for name in methods}
-            network = {name: other if other in methods else name for name, other in network.items()}
-            each: dict[str, list[float]] = {name: [] for name in ["stage1", *network.values()]}
-            for _ in range(COST_ROUNDS):
-                for name, seconds in each.items():
-                    seconds.append(seconds_per_step(self, name))
-            write_json(path, {name: each[network.get(name, name)] for name in ["stage1", *methods]})
-        return read_json(path)
+        folder = self.directory / "costs"
+        names = ["stage1", "control", *self.config.methods]
+        # what a training was made with decides what its steps cost too
+        made_with = {"stage1": _kept(self.stage1), "stage2": _kept(self.stage2)}
+        if not self._claim(folder, made_with):
+            write_json(folder / "done.json", {"made_with": made_with, "seconds": measure_rounds(self, names)})
+        seconds = read_json(folder / "done.json")["seconds"]
+        if missing := [name for name in names if name not in seconds]:
+            raise ParameterError(
+                f"{display_path(folder)} was measured without {', '.join(missing)}; remove the folder, so that all are "
+                "measured in the same rounds"
+            )
+        return seconds
 
     def _loaders(self, config: Any, steps: int, texts: bool) -> tuple[DataLoader, DataLoader]:
         annotations = self.annotations
@@ -282,21 +283,24 @@ class Bench:
             if (folder.parent / name).exists():
                 shutil.rmtree(folder.parent / name)
         results: dict[str, Any] = {}
-        steps = self.config.stage1_steps
-        for name in ("stage1", "control"):
+        for name, steps in (("stage1", self.config.stage1_steps), ("control", self.control_steps)):
             training.prepare(config)
-            if name == "stage1":
-                encoder = build_encoder(config, self.backbone, self.tokenizer).to(self.device)
-                stage = training.AnalysisStage.of(TwoStageModel(encoder, self.backbone, self.tokenizer), config)
-            else:
-                control = build_control(config, self.backbone).to(self.device)
-                system = TwoStageModel(control, self.backbone, self.tokenizer)
-                stage = training.AnalysisStage(system, name, config.label_smoothing)
-                if config.text_from:  # it has no maps to learn first: as many steps of text, on slices as often seen
-                    steps = round((1 - config.text_from) * steps)
-            results[name] = self._fit(stage, config, folder, steps, texts=True)
+            results[name] = self._fit(self._analysis_stage(name, config), config, folder, steps, texts=True)
         write_json(folder / "done.json", {"made_with": made_with, **results["stage1"], "control": results["control"]})
         return read_json(folder / "done.json")
+
+    @property
+    def control_steps(self) -> int:
+        """Of stage 1's control. It has no maps to learn first: as many as stage 1 has with its text."""
+        return round((1 - self.stage1.text_from) * self.config.stage1_steps)
+
+    def _analysis_stage(self, name: str, config: Stage1Parameters) -> training.AnalysisStage:
+        """Stage 1 or its control, untrained."""
+        if name == "stage1":
+            encoder = build_encoder(config, self.backbone, self.tokenizer).to(self.device)
+            return training.AnalysisStage.of(TwoStageModel(encoder, self.backbone, self.tokenizer), config)
+        system = TwoStageModel(build_control(config, self.backbone).to(self.device), self.backbone, self.tokenizer)
+        return training.AnalysisStage(system, name, config.label_smoothing)
 
     def train_method(self, name: str, seed: int) -> dict[str, Any]:
         """Train one method for its steps; what done.json says.
@@ -585,27 +589,40 @@ def _plain(epoch: dict[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in epoch.items() if name != "epoch"}
 
 
+def measure_rounds(bench: Bench, names: Sequence[str]) -> dict[str, list[float]]:
+    """`seconds_per_step` of some, in turn, a number a round: a machine's pace drifts.
+
+    Methods of the same network share its numbers.
+    """
+    network = {name: METHODS[name].network_of if name in METHODS else "" for name in names}
+    network = {name: other if other in names else name for name, other in network.items()}
+    each: dict[str, list[float]] = {name: [] for name in network.values()}
+    for _ in range(COST_ROUNDS):
+        for name, seconds in each.items():
+            seconds.append(seconds_per_step(bench, name))
+    return {name: each[network[name]] for name in names}
+
+
 def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
-    """Seconds of an optimizer step of a method, or of "stage1", as trained: the median of some after the first.
+    """Seconds of an optimizer step of a method, "stage1" or "control", as trained: the median of some after the first.
 
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
-    encoder = build_encoder(bench.stage1, bench.backbone).to(bench.device)
-    late = bench.stage1.text_from if name == "stage1" else bench._stage2(name).tokens_from
+    texts = name not in METHODS
+    config: Any = bench.stage1 if texts else bench.stage2
     stage: training.Stage
-    if name == "stage1":
-        system = TwoStageModel(encoder, bench.backbone, bench.tokenizer)
-        stage = training.AnalysisStage.of(system, bench.stage1)
+    if texts:
+        late = bench.stage1.text_from if name == "stage1" else 0.0
+        stage = bench._analysis_stage(name, bench.stage1)
     else:
-        module = bench.build(name)
-        unread = build_control(bench.stage1, bench.backbone).to(bench.device)
-        first = encoder if METHODS[name].tokens else unread
-        system = TwoStageModel(first, bench.backbone, bench.tokenizer, module)
+        late = bench._stage2(name).tokens_from
+        build_first = build_encoder if METHODS[name].tokens else build_control
+        first = build_first(bench.stage1, bench.backbone).to(bench.device)
+        system = TwoStageModel(first, bench.backbone, bench.tokenizer, bench.build(name))
         stage = training.ReconstructionStage.of(system, bench._stage2(name), name)
-    config: Any = bench.stage1 if name == "stage1" else bench.stage2
     optimizer = build_optimizer(stage.model.freeze(stage.trainable), config.model_copy(update={"learning_rate": 1e-6}))
     stage.model.train()
-    loader, _ = bench._loaders(config.model_copy(update={"seed": 0}), steps, texts=name == "stage1")
+    loader, _ = bench._loaders(config.model_copy(update={"seed": 0}), steps, texts)
     seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
     for batch in loader:
         for stage.progress in (0.0, 1.0) if late else (1.0,):  # before all has joined, and after
@@ -622,10 +639,9 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
 
 
 def calibrate(params: str, seconds: float = 300.0) -> Iterator[tuple[str, float, int]]:
-    """Seconds a step, and the steps that take `seconds`, of stage 1 and every learned method here and now."""
-    one = Bench(_without_running(params), Path())
-    for name in ("stage1", *METHODS):
-        each = seconds_per_step(one, name)
+    """Median seconds a step, and the steps that take `seconds`, of stage 1 and every learned method here and now."""
+    for name, rounds in measure_rounds(Bench(_without_running(params), Path()), ["stage1", *METHODS]).items():
+        each = float(np.median(rounds))
         yield name, each, round(seconds / each)
 
 

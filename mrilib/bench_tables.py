@@ -96,28 +96,33 @@ def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
 
 
 def cost_table(bench: Bench) -> pd.DataFrame:
-    """What trainings cost: a step's median seconds over rounds, with their range, times steps; and with stage 1."""
-    path = bench.directory / "costs.json"
+    """What trainings cost: steps times a step's median seconds over the rounds, whose range is told.
+
+    And with stage 1, for a method that reads its tokens; and all of them for all seeds, trained or still to be.
+    """
+    path = bench.directory / "costs" / "done.json"
     if not path.exists():
         return pd.DataFrame()
-    rounds, config = read_json(path), bench.config
+    rounds, config = bench.measure_costs(), bench.config  # or refused, where they are another comparison's
     each = {name: float(np.median(seconds)) for name, seconds in rounds.items()}
-    steps = {"stage1": config.stage1_steps, **dict(zip(config.methods, config.steps, strict=True))}
+    steps = {"stage1": config.stage1_steps, "control": bench.control_steps}
+    steps |= dict(zip(config.methods, config.steps, strict=True))
     for name in steps:  # as trained, which is a whole number for each validation
-        done = _cost(bench, name)
+        done = (_cost(bench, "stage1") or {}).get("control") if name == "control" else _cost(bench, name)
         steps[name] = done["steps"] if done else steps[name]
     before = steps["stage1"] * each["stage1"]
+    labels = {"stage1": "stage 1", "control": "its control without k-space"}
     rows: list[dict[str, Any]] = []
     total = 0.0
-    for name in ("stage1", *_ordered(config.methods)):
+    for name in (*labels, *_ordered(config.methods)):
         count = steps[name]
         own = count * each[name]
         total += own
-        both = before if name == "stage1" else own + before if bench_methods[name].tokens else own
+        both = own + before if name in bench_methods and bench_methods[name].tokens else own
         rows.append(
             {
-                "training": "stage 1" if name == "stage1" else method_label(name),
-                "steps": count,
+                "training": labels.get(name) or method_label(name),
+                "steps": str(count),
                 "a step [s]": f"{each[name]:.3f}",
                 "from, to [s]": f"{min(rounds[name]):.3f}, {max(rounds[name]):.3f}",
                 "all steps [s]": f"{own:.0f}",
@@ -125,8 +130,9 @@ def cost_table(bench: Bench) -> pd.DataFrame:
             }
         )
     seeds = len(config.bench_seeds)
-    rows.append({"training": f"all, {seeds} seed{'s'[: seeds > 1]}", "all steps [s]": f"{seeds * total:.0f}"})
-    return pd.DataFrame(rows).fillna("")
+    last = dict.fromkeys(rows[0], "")
+    last |= {"training": f"all, {seeds} seed{'s'[: seeds > 1]}", "all steps [s]": f"{seeds * total:.0f}"}
+    return pd.DataFrame([*rows, last])
 
 
 def differences(scores: Scores, own: str = "model") -> pd.DataFrame:
@@ -290,7 +296,7 @@ def text_table(bench: Bench) -> pd.DataFrame:
         ):
             row[label] = _with_spread([scores[acceleration][name] for scores in done], "{:.3f}")
             errors = [scores[acceleration].get(f"{name}_se") for scores in done]
-            if name == "finding_f1" and None not in errors:
-                row["its standard error (patients)"] = f"{np.mean(errors):.3f}"
+            if name == "finding_f1":
+                row["its standard error (patients)"] = "–" if None in errors else f"{np.mean(errors):.3f}"
         rows.append(row)
     return pd.DataFrame(rows)

@@ -284,7 +284,7 @@ class TrainingParameters(BackboneParameters):
     gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1)
     mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
     activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
-    masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one every epoch", ge=0)
+    masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0)
     max_train_slices: int = P(0, "use so many training slices an epoch at most; 0: all", ge=0)
     max_val_slices: int = P(0, "use so many validation slices at most, spread evenly; 0: all", ge=0)
     save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1)
@@ -353,7 +353,10 @@ class Stage1Parameters(TrainingParameters):
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
     varnet_image_weight: float = P(
-        0.0, "weight of VarNet's image: its mean absolute error beside the other losses of stage 1; 0: none", ge=0
+        0.0,
+        "weight of the mean absolute difference between VarNet's image and the target, each in units of its root mean "
+        "square, for as long as VarNet learns; 0: none",
+        ge=0,
     )
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")

@@ -241,7 +241,8 @@ class FastMRIDataset(Dataset[Slice]):
     training : bool
         Training masks come from (seed, file, slice, mask number), others from the file name, as fastMRI's do.
     masks_per_slice : int
-        Training masks a slice sees in turn; 0: a new one every epoch, and each time that an epoch sees the slice.
+        Training masks a slice sees in turn, epoch by epoch (where an epoch sees it again, those of the epochs to come);
+        0: a new one every epoch, and each time that an epoch sees the slice.
     acceleration : int, optional
         Use this one alone (one of config.accelerations).
     max_slices : int
@@ -354,7 +355,7 @@ class FastMRIDataset(Dataset[Slice]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> Slice:
         """A slice by its index, or by (index, look): what an epoch sees again has another mask, and may be flipped."""
-        index, look = (index, 0) if isinstance(index, int) else index
+        index, look = index if isinstance(index, tuple) else (index, 0)
         volume, slice_num = self._sample(index)
         if self.texts_only:
             nothing = torch.zeros(0)

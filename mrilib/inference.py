@@ -355,7 +355,10 @@ def _clustered_share(truth: Sequence[Facts], told: Sequence[Facts | None], patie
 
 
 def _clustered_f1(truth: Sequence[Facts], told: Sequence[Facts | None], patients: Sequence[str]) -> float | None:
-    """Standard error of the findings' F1, a ratio of sums over slices, clustered by patient; None of one patient."""
+    """Standard error of the findings' F1, a ratio of sums over slices, clustered by patient.
+
+    None of one patient, and where there is nothing to find and nothing claimed.
+    """
     parts, wholes, known = [], [], []
     for one, guess, patient in zip(truth, told, patients, strict=True):
         counts = analysis.finding_counts(one, guess)

@@ -77,15 +77,16 @@ class CachedSlices(FastMRIDataset):
         vars(self).update(vars(dataset))
         self.places = places
 
-    def place(self, index: int, look: int = 0) -> tuple[Shard, int]:
-        """Shard and row of a slice under the present epoch's mask, or that of a further look at it."""
-        return self.places[(self.epoch + look) % self.masks_per_slice if self.training else 0, index]
+    def place(self, index: int) -> tuple[Shard, int]:
+        """Shard and row of a slice under the present epoch's mask."""
+        return self.places[self.epoch % self.masks_per_slice if self.training else 0, index]
 
     def __getitem__(self, index: int | tuple[int, int]) -> Slice:
-        index, look = (index, 0) if isinstance(index, int) else index
-        entry = read_entry(*self.place(index, look))
+        if isinstance(index, tuple):
+            raise ValueError("the token cache has one mask a slice and epoch; its slices are seen once an epoch")
+        entry = read_entry(*self.place(index))
         if entry is None:
-            return super().__getitem__((index, look))
+            return super().__getitem__(index)
         tensors, facts = entry
         mask = tensors["mask"]
         lines = torch.view_as_complex(tensors["lines"])

@@ -1,8 +1,8 @@
 """The training loop, the same for all stages: it can be killed at any moment and goes on where it was.
 
 A `Trainer`'s state is everything that the next step depends on: weights, optimizer, schedule, random numbers, steps and
-epochs done. The order of the slices is a function of (seed, epoch), a training mask one of (seed, file, slice, epoch):
-going on means leaving out batches, unread.
+epochs done. The order of the slices is a function of (seed, epoch), a training mask one of (seed, file, slice, epoch)
+and of how often the epoch has seen the slice: going on means leaving out batches, unread.
 """
 
 import logging

@@ -124,9 +124,9 @@ class AnalysisStage(Stage):
         learns slowly what an image is.
     text_from : float
         Share of the steps before the text joins, for an encoder with maps of findings. Until then VarNet and the maps
-        learn by the maps' loss alone, and then they stand and the rest learns by the text: one that is taught by maps
-        which know nothing yet learns not to listen to them. The learning rate begins anew with the text. The
-        reconstruction term joins with the text, so it does not reach VarNet.
+        learn by the maps' loss, and that of VarNet's image, alone, and then they stand and the rest learns by the text:
+        one that is taught by maps which know nothing yet learns not to listen to them. The learning rate begins anew
+        with the text. The reconstruction term joins with the text, so it does not reach VarNet.
     """
 
     trainable, joining = "encoder", "text_from"

@@ -163,19 +163,29 @@ def test_methods_see_the_same_batches(done):
     assert first != list(bench.FixedSteps(data, 3, seed=5, steps=11)) != list(bench.FixedSteps(data, 3, 6, 11))
 
 
-def test_costs_are_measured_once_side_by_side(done, monkeypatch):
-    each = json.loads((done.directory / "costs.json").read_text())
-    assert set(each) == {"stage1", *METHODS}
+def test_costs_are_measured_once_side_by_side(done, values, monkeypatch):
+    path = done.directory / "costs" / "done.json"
+    each = json.loads(path.read_text())["seconds"]
+    assert set(each) == {"stage1", "control", *METHODS}
     assert all(len(rounds) == bench.COST_ROUNDS and min(rounds) > 0 for rounds in each.values())
     monkeypatch.setattr(bench, "seconds_per_step", None)
     assert done.measure_costs() == each
-    path, kept = done.directory / "costs.json", (done.directory / "costs.json").read_text()
+    kept = path.read_text()
+    more = {"methods": [*METHODS, "varnet_equal_size"], "steps": [4] * 5, "learning_rates": [1e-3] * 5}
+    other = bench.Bench(BenchParameters.create({**values, **more, "bench_parts": []}), done.directory)
+    with pytest.raises(ParameterError, match="measured without varnet_equal_size; remove the folder"):
+        other.measure_costs()
+    other.stage1 = other.stage1.model_copy(update={"varnet_image_weight": 1.0})
+    with pytest.raises(ParameterError, match="costs was made with other values of stage1; remove the folder"):
+        other.measure_costs()
     own, both = "all steps [s]", "with what it needs before [s]"
     try:
-        numbers = {name: 10.0 * number for number, name in enumerate(("stage1", *METHODS), 1)}
-        path.write_text(json.dumps({name: [1.0, number, 2 * number] for name, number in numbers.items()}))
+        numbers = {name: 10.0 * number for number, name in enumerate(("stage1", *METHODS, "control"), 1)}
+        seconds = {name: [1.0, number, 2 * number] for name, number in numbers.items()}
+        path.write_text(json.dumps({**json.loads(kept), "seconds": seconds}))
         stage1, model, varnet = 10, 10 * (2 + METHODS.index("model")), 10 * (2 + METHODS.index("varnet"))
         table = bench_tables.cost_table(done).set_index("training")
+        assert table["steps"].tolist() == ["2", "2", *["4"] * len(METHODS), ""]
         assert table.loc["stage 1", "from, to [s]"] == "1.000, 20.000"
         table = table.drop(columns="from, to [s]")
         assert float(table.loc["all, 2 seeds", own]) == 2 * table.drop("all, 2 seeds")[own].astype(float).sum()
@@ -195,9 +205,24 @@ def test_one_network_has_one_cost_and_rounds_go_in_turn(values, tmp_path, monkey
     monkeypatch.setattr(bench, "seconds_per_step", lambda one, name: asked.append(name) or float(len(asked)))
     each = bench.Bench(BenchParameters.create({**values, **numbers, "bench_parts": []}), tmp_path).measure_costs()
     # the decoder without tokens is not among the methods, so the one of equal time is timed by itself
-    assert asked == ["stage1", "varnet", "without_tokens_equal_time"] * bench.COST_ROUNDS
-    assert each["varnet"] == each["varnet_both_stages"] == [2.0, 5.0, 8.0]
-    assert list(each) == ["stage1", *names] and each["without_tokens_equal_time"] == [3.0, 6.0, 9.0]
+    assert asked == ["stage1", "control", "varnet", "without_tokens_equal_time"] * bench.COST_ROUNDS
+    assert each["varnet"] == each["varnet_both_stages"] == [3.0, 7.0, 11.0]
+    assert list(each) == ["stage1", "control", *names] and each["without_tokens_equal_time"] == [4.0, 8.0, 12.0]
+
+
+def test_the_control_has_as_many_steps_of_text(values, tmp_path, monkeypatch):
+    one = bench.Bench(BenchParameters.create({**values, "stage1_steps": 12, "bench_parts": []}), tmp_path)
+    late = {"text_from": 2 / 3, "finding_labels": ["Mass"], "finding_share": 0.5}
+    one.stage1 = one.stage1.model_copy(update=late)
+    told = []
+
+    def fit(stage, config, folder, steps, texts):
+        told.append((stage.name, steps, config.finding_share, stage.rate_anew_from))
+        return {}
+
+    monkeypatch.setattr(one, "_fit", fit)
+    one.train_stage1(0)
+    assert told == [("stage1", 12, 0.5, 2 / 3), ("control", 4, 0.5, 0.0)]
 
 
 def test_tables_hold_every_method_at_every_acceleration(done):
@@ -314,6 +339,8 @@ def test_shifts_and_lesions_and_figures(done):
     texts = json.loads((done.directory / "seed1" / "texts.json").read_text())
     assert bench_tables.text_table(done)["acceleration"].tolist() == ["all", "4x", "8x"]
     assert {"all", "4", "8"} == set(texts) and "finding_f1_without_kspace" in texts["4"]
+    errors = bench_tables.text_table(done)["its standard error (patients)"].tolist()
+    assert all(error == "–" or float(error) >= 0 for error in errors)
 
 
 def test_other_volumes_by_folder(values, phantom_dir, tmp_path):
