@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from fastmri.models import VarNet
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
@@ -130,6 +131,12 @@ class KSpaceEncoder(nn.Module):
         self.vit = ViTModel(vit_config, add_pooling_layer=False)
         self.vit.embeddings.patch_embeddings = NormalizedPatchEmbeddings(vit_config)
         initialize_vit(self.vit)
+        self.patch_features: nn.Linear | None = None
+        if self.finding_maps is not None:
+            self.patch_features = nn.Linear(self.finding_maps.features, vit_embed_dim)
+            # as loud as the patches that it is added to
+            nn.init.normal_(self.patch_features.weight, std=self.finding_maps.features**-0.5)
+            nn.init.zeros_(self.patch_features.bias)
         if activation_checkpointing:
             self.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.projection = nn.Linear(vit_embed_dim, output_dim)
@@ -222,9 +229,10 @@ class KSpaceEncoder(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
             pixels = self.pixels(kspace, mask, mirrored)
-            maps = self._look(pixels, both_ways=maps_stand or not self.training) if self.finding_maps else None
-        tokens = self.vit(pixel_values=pixels).last_hidden_state[:, 1:]  # the class token says nothing of a place
-        tokens = self.projection(tokens)
+            maps = features = None
+            if self.finding_maps is not None:
+                maps, features = self._look(pixels, both_ways=maps_stand or not self.training)
+        tokens = self.projection(self._patches(pixels, features))
         if maps is not None:
             assert self.finding_words is not None
             tokens = tokens + self.finding_words(maps)
@@ -234,12 +242,30 @@ class KSpaceEncoder(nn.Module):
 
     def maps_alone(self, pixels: Tensor) -> Tensor:
         """The maps of `tokens_and_maps` while they learn, from `pixels`, without the ViT."""
-        return self._look(pixels, both_ways=False)
+        return self._look(pixels, both_ways=False)[0]
 
-    def _look(self, pixels: Tensor, both_ways: bool) -> Tensor:
+    def _look(self, pixels: Tensor, both_ways: bool) -> tuple[Tensor, Tensor]:
         assert self.finding_maps is not None
-        maps = self._step(self.finding_maps, pixels)
-        return (maps + self._step(self.finding_maps, pixels.flip(-1)).flip(-1)) / 2 if both_ways else maps
+        maps, features = self._step(self.finding_maps, pixels)
+        if both_ways:
+            maps = (maps + self._step(self.finding_maps, pixels.flip(-1))[0].flip(-1)) / 2
+        return maps, features
+
+    def _patches(self, pixels: Tensor, features: Tensor | None) -> Tensor:
+        """What the ViT makes of the patches, (B, (img_size/16)², vit_embed_dim).
+
+        Each is a linear map of its pixels, and of the features of the maps' U-Net (the hybrid of Dosovitskiy et al.,
+        ICLR 2021): whether grey matter is darker than white is seen in folds and edges, not in a sum of pixels. As with
+        what is found, no gradient of the text goes back that way.
+        """
+        patches = self.vit.embeddings(pixels)
+        if self.patch_features is not None:
+            assert features is not None
+            added = self.patch_features(F.layer_norm(features.detach(), features.shape[-1:]))
+            patches = patches + F.pad(added, (0, 0, 1, 0))  # not to the class token, which comes first
+        for layer in self.vit.layers:
+            patches = layer(patches)
+        return self.vit.layernorm(patches)[:, 1:]  # the class token says nothing of a place
 
     def pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part."""

@@ -2,7 +2,8 @@
 
 A text says "mass, left, central" in a few of its tokens, and of some slices only: its cross-entropy takes far longer to
 teach an encoder what a lesion looks like than to name the contrast. fastMRI+ knows the pixels. What is found is added
-to the token of the patch that it lies in, so it still reaches text and image through nothing but tokens.
+to the token of the patch that it lies in, so it still reaches text and image through nothing but tokens. What the U-Net
+makes of each patch on the way is of use to the ViT too, whose own patches are seen through one linear map.
 """
 
 import math
@@ -56,12 +57,17 @@ class FindingMaps(nn.Module):
             if label in labels[:number]:
                 raise ValueError(f"finding_labels: '{label}' is named twice")
         self.unet = UNet(2, len(labels), chans, DEPTH)
+        self.features = self.unet.features
         nn.init.zeros_(self.unet.head.weight)
         nn.init.constant_(self.unet.head.bias, RARE)  # type: ignore[arg-type]
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 2, img_size, img_size), real and imaginary part → logits, float32 (B, labels, img_size, img_size)."""
-        return self.unet(pixels).float()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 2, img_size, img_size), real and imaginary part → maps and the bottleneck's features of each patch.
+
+        Logits, float32 (B, labels, img_size, img_size), and float32 (B, (img_size/16)², `features`).
+        """
+        maps, features = self.unet.with_bottleneck(pixels)
+        return maps.float(), features.flatten(2).mT.float()
 
 
 class FindingWords(nn.Module):

@@ -107,7 +107,7 @@ class UNet(nn.Module):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         widths = [width, 2 * width, 4 * width]
-        bottom = 6 * width
+        self.features = bottom = 6 * width  # at the bottleneck
         below = [*widths[1:], bottom]
         self.stem = nn.Conv2d(inputs * FOLD**2, width, 3, padding=1) if inputs else None
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
@@ -130,6 +130,10 @@ class UNet(nn.Module):
 
     def forward(self, pixels: Tensor | None, joined: Tensor | None = None) -> Tensor:
         """Image (B, inputs, H, W), sides multiples of 16, and map (B, joined, H/16, W/16) → (B, outputs, H, W)."""
+        return self.with_bottleneck(pixels, joined)[0]
+
+    def with_bottleneck(self, pixels: Tensor | None, joined: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same, and what the bottleneck makes, (B, features, H/16, W/16)."""
         skips: list[Tensor] = []
         parts: list[Tensor] = []
         if self.stem is not None:
@@ -142,7 +146,7 @@ class UNet(nn.Module):
             parts.append(x)
         if joined is not None:
             parts.append(joined.to(parts[0].dtype) if parts else joined)
-        x = self._step(self.bottleneck, torch.cat(parts, dim=1))
+        x = bottleneck = self._step(self.bottleneck, torch.cat(parts, dim=1))
         for level, (grow, blocks) in enumerate(zip(self.grow, self.up, strict=True)):
             x = grow(x)
             if skips:
@@ -152,7 +156,7 @@ class UNet(nn.Module):
                 here = F.interpolate(joined, x.shape[-2:], mode="bilinear", align_corners=False)
                 factor, shift = self.modulate[level](here).to(x.dtype).chunk(2, dim=1)
                 x = x * (1 + factor) + shift
-        return F.pixel_shuffle(self.head(F.silu(x)), FOLD)
+        return F.pixel_shuffle(self.head(F.silu(x)), FOLD), bottleneck
 
     def _step(self, module: nn.Module, x: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

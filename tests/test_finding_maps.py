@@ -167,8 +167,8 @@ def test_the_encoder_flips_the_image_of_a_mirrored_slice(config, dataset, monkey
     encoder = systems.build(config).encoder
     batch = next(b for b in batches(dataset) if len(b.slices) == 3)
     seen = []
-    real = encoder.vit.forward
-    monkeypatch.setattr(encoder.vit, "forward", lambda pixel_values: seen.append(pixel_values) or real(pixel_values))
+    real = encoder.vit.embeddings.forward
+    monkeypatch.setattr(encoder.vit.embeddings, "forward", lambda pixels: seen.append(pixels) or real(pixels))
     encoder.tokens_and_maps(batch.kspace, batch.mask)
     encoder.tokens_and_maps(batch.kspace, batch.mask, torch.tensor([True, False, True]))
     for number, flipped in enumerate((True, False, True)):
@@ -193,8 +193,42 @@ def test_a_stage_trains_on_mirrored_slices_and_judges_on_none(config, dataset):
 
 def test_without_maps_the_encoder_is_as_before(config):
     plain = systems.build(config.model_copy(update={"finding_labels": []})).encoder
-    assert plain.finding_maps is None and not any("finding" in name for name in plain.state_dict())
+    names = [name for name in plain.state_dict() if "finding" in name or "patch_features" in name]
+    assert plain.finding_maps is None and not names
     assert plain.vit.embeddings.patch_embeddings.projection.in_channels == 2
+
+
+def test_the_vit_sees_what_the_maps_unet_makes_of_each_patch(config, dataset):
+    """A patch's features reach its token first, stay out of the class token, and bring no gradient back."""
+    encoder = systems.build(config).encoder.eval()
+    batch = batches(dataset)[0]
+    pixels = encoder.pixels(batch.kspace, batch.mask)
+    maps, features = encoder.finding_maps(pixels)
+    side = pixels.shape[-1] // 16
+    assert features.shape == (len(pixels), side * side, encoder.patch_features.in_features) and maps.shape[1:] == (
+        len(LABELS),
+        *pixels.shape[-2:],
+    )
+    # row by row, as the ViT's patches: a spot in one patch changes that one's features most
+    spot = pixels.clone()
+    spot[:, :, 16:32, :16] += 3
+    change = (encoder.finding_maps(spot)[1] - features).norm(dim=-1)
+    assert change.argmax(1).tolist() == [side] * len(pixels)
+    seen = []
+    hook = encoder.vit.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    one = torch.randn_like(features[:1]).expand_as(features).clone()
+    other = one.clone()
+    other[:, 1] = -other[:, 1]
+    for given in (one, 3 * one + 1, other):  # normalized: neither size nor offset of the features is heard
+        encoder._patches(pixels, given)
+    hook.remove()
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-3, atol=1e-4)
+    changed = (seen[0] - seen[2]).abs().amax((0, -1)) > 1e-6
+    assert changed.nonzero().flatten().tolist() == [2]  # behind the class token
+    encoder.patch_features.requires_grad_(True)
+    features = features.detach().requires_grad_()
+    encoder._patches(pixels, features).square().sum().backward()
+    assert features.grad is None and encoder.patch_features.weight.grad.abs().sum() > 0
 
 
 def test_the_loss_of_parts_adds_up_to_the_batchs(config, dataset):
@@ -407,7 +441,7 @@ def test_maps_learn_where_findings_are(config, dataset):
 
 def test_the_unet_takes_every_size_of_the_vit():
     for size in (32, 48):
-        assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size)).shape == (1, len(LABELS), size, size)
+        assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size))[0].shape == (1, len(LABELS), size, size)
 
 
 def spoken() -> FindingWords:
