@@ -557,9 +557,10 @@ def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) ->
         if counts is None:
             continue
         samples += 1
-        true_positives, false_positives, false_negatives = (
-            before + one for before, one in zip((true_positives, false_positives, false_negatives), counts, strict=True)
-        )
+        right_ones, wrong_ones, missed = counts
+        true_positives += right_ones
+        false_positives += wrong_ones
+        false_negatives += missed
         if guess is not None and guess.findings is not None:
             readable += 1
             right += bool(facts.findings) == bool(guess.findings)

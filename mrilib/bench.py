@@ -196,7 +196,11 @@ class Bench:
         folder = self.directory / "costs"
         names = ["stage1", "control", *self.config.methods]
         # what a training was made with decides what its steps cost too
-        made_with = {"stage1": _kept(self.stage1), "stage2": _kept(self.stage2)}
+        made_with = {
+            "varnet_cascades": self.config.varnet_cascades,
+            "stage1": _kept(self.stage1),
+            "stage2": _kept(self.stage2),
+        }
         if not self._claim(folder, made_with):
             write_json(folder / "done.json", {"made_with": made_with, "seconds": measure_rounds(self, names)})
         seconds = read_json(folder / "done.json")["seconds"]
