@@ -1,6 +1,7 @@
 """What people would use instead: fastMRI's U-Net and VarNet, in the image decoder's place.
 
-Each is a module with the decoder's own call, without image tokens (``token_dim`` 0): masked k-space to the magnitude
+Each is a module with the decoder's own call, without image tokens (``token_dim`` 0) or
+anything else of the encoder: masked k-space to the magnitude
 image in file units. So `TwoStageModel` holds it as it holds an `ImageDecoder`, and the same loop trains it on the same
 batches with the same loss.
 """
@@ -28,7 +29,7 @@ class UNetBaseline(nn.Module):
         Channels of the first level and number of down-samplings.
     """
 
-    token_dim = 0
+    token_dim, encoder_image = 0, False
 
     def __init__(self, chans: int = 32, pools: int = 4) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class VarNetBaseline(nn.Module):
         Put the measured lines back into its last k-space, which its own soft data consistency does not keep.
     """
 
-    token_dim = 0
+    token_dim, encoder_image = 0, False
 
     def __init__(
         self,

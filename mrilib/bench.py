@@ -79,6 +79,7 @@ class Method(NamedTuple):
 
     build: Builder  # what stands in the image decoder's place
     tokens: bool = False  # whether it reads image tokens
+    image: bool = False  # whether it starts from the encoder's image, where stage 2 does
     own_cascades: bool = False  # whether its VarNet has as many as the encoder's, not `varnet_cascades`
     ours: bool = False  # whether it is this project's decoder, trained by all of stage 2's loss
     network_of: str = ""  # the method whose network this is, with other steps: what a step costs is the same
@@ -102,19 +103,22 @@ def _equal_varnet(one: Stage1Parameters, two: Stage2Parameters, backbone: PreTra
 
 
 METHODS: dict[str, Method] = {
-    "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True, ours=True),
+    "model": Method(lambda one, two, backbone: build_decoder(two, backbone), tokens=True, image=True, ours=True),
     "trained_without_tokens": Method(
-        lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False), ours=True
+        lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False), image=True, ours=True
     ),
+    # nothing of stage 1
+    "decoder_alone": Method(lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False), ours=True),
     # as many steps as take as long as the model's, which also has encoder and backbone to run
     "without_tokens_equal_time": Method(
         lambda one, two, backbone: build_decoder(two, backbone, use_tokens=False),
+        image=True,
         ours=True,
         network_of="trained_without_tokens",
     ),
     "tokens_alone": Method(
         lambda one, two, backbone: build_decoder(
-            two.model_copy(update={"image_skip": False, "sense": False}), backbone
+            two.model_copy(update={"image_skip": False, "sense": False, "encoder_image": False}), backbone
         ),
         tokens=True,
         ours=True,
@@ -282,7 +286,7 @@ class Bench:
         made_with = self._stage1_made_with()
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
-        for name in (name for name, method in METHODS.items() if method.tokens):  # they have read another encoder
+        for name in filter(self._reads_encoder, METHODS):  # they have read another one
             self._forget(seed, name)
             if (folder.parent / name).exists():
                 shutil.rmtree(folder.parent / name)
@@ -312,7 +316,7 @@ class Bench:
         Raises
         ------
         ParameterError
-            If the method needs image tokens and stage 1 of this seed is not trained.
+            If the method reads the encoder and stage 1 of this seed is not trained.
         """
         folder = self.directory / f"seed{seed}" / name
         steps, rate = self._plan(name)
@@ -333,17 +337,22 @@ class Bench:
 
         Rivals are trained by their authors' loss, whatever ours is beside it.
         """
-        changed = {} if name == "model" else {"tokens_from": 0.0}
+        changed: dict[str, Any] = {} if name == "model" else {"tokens_from": 0.0}
+        if not METHODS[name].image:
+            changed["encoder_image"] = False
         if not METHODS[name].ours:
             changed["lesion_weight"] = 0.0
         return self.stage2.model_copy(update=changed)
+
+    def _reads_encoder(self, name: str) -> bool:
+        return METHODS[name].tokens or self._stage2(name).encoder_image
 
     def _stage1_made_with(self) -> dict[str, Any]:
         return {"steps": self.config.stage1_steps, **_kept(self.stage1)}
 
     def _needed(self, name: str) -> dict[str, Any]:
-        """What a method takes from stage 1: the whole of it with its tokens, a VarNet's sizes, or nothing."""
-        if METHODS[name].tokens:
+        """What a method takes from stage 1: the whole of it with its tokens or image, a VarNet's sizes, or nothing."""
+        if self._reads_encoder(name):
             return {"stage1": self._stage1_made_with()}
         if name.startswith("varnet"):
             return {key: value for key, value in self._sizes(name).to_dict().items() if key in VARNET_SIZES}
@@ -354,7 +363,7 @@ class Bench:
 
     def build(self, name: str) -> Any:
         """A method's untrained module in the decoder's place."""
-        module = METHODS[name].build(self._sizes(name), self.stage2, self.backbone)
+        module = METHODS[name].build(self._sizes(name), self._stage2(name), self.backbone)
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _plan(self, name: str) -> tuple[int, float]:
@@ -366,13 +375,13 @@ class Bench:
     def _system(self, name: str, seed: int) -> TwoStageModel:
         """A method's untrained module in the decoder's place of a frozen model."""
         module = self.build(name)
-        if METHODS[name].tokens:
+        if self._reads_encoder(name):
             checkpoint = self._encoder_checkpoint(seed)
             system, _ = inference.load_stage1(checkpoint, self.backbone, self.tokenizer)
             system.decoder = module
             system.freeze(None)
             return system
-        # Read by nothing: a method without tokens takes neither encoder nor backbone.
+        # Read by nothing: such a method takes neither encoder nor backbone.
         unread = build_control(self.stage1, self.backbone).to(self.device)
         return TwoStageModel(unread, self.backbone, self.tokenizer, module)
 
@@ -620,7 +629,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         stage = bench._analysis_stage(name, bench.stage1)
     else:
         late = bench._stage2(name).tokens_from
-        build_first = build_encoder if METHODS[name].tokens else build_control
+        build_first = build_encoder if bench._reads_encoder(name) else build_control
         first = build_first(bench.stage1, bench.backbone).to(bench.device)
         system = TwoStageModel(first, bench.backbone, bench.tokenizer, bench.build(name))
         stage = training.ReconstructionStage.of(system, bench._stage2(name), name)

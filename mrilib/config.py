@@ -352,10 +352,13 @@ class Stage1Parameters(TrainingParameters):
     )
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
+    restore_chans: int = P(
+        0, "width of a U-Net that restores VarNet's image before ViT and maps of findings look at it; 0: none", ge=0
+    )
     varnet_image_weight: float = P(
         0.0,
-        "weight of the mean absolute difference between VarNet's image and the target, each in units of its root mean "
-        "square, for as long as VarNet learns; 0: none",
+        "weight of the mean absolute difference between VarNet's (restored) image and the target, each in units of its root "
+        "mean square, for as long as VarNet learns; 0: none",
         ge=0,
     )
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
@@ -400,6 +403,14 @@ class Stage1Parameters(TrainingParameters):
         return self
 
     @model_validator(mode="after")
+    def _restoration(self) -> Self:
+        if self.restore_chans and self.img_size < 32:
+            raise ValueError("restore_chans: its U-Net halves the image four times; img_size is below 32")
+        if self.restore_chans and not self.varnet_image_weight:
+            raise ValueError("restore_chans: only the target teaches to restore; set varnet_image_weight above 0")
+        return self
+
+    @model_validator(mode="after")
     def _maps_learn(self) -> Self:
         if self.finding_labels and not self.finding_map_weight:
             raise ValueError("finding_map_weight: nothing else teaches the maps of finding_labels; set it above 0")
@@ -417,7 +428,7 @@ class Stage1Parameters(TrainingParameters):
             raise ValueError("varnet_weights: they hold a network for the maps; set varnet_map_network: true")
         if self.varnet_keep and not self.varnet_weights:
             raise ValueError("varnet_keep: there is no trained VarNet to keep; name its varnet_weights")
-        if self.varnet_keep and self.varnet_image_weight:
+        if self.varnet_keep and self.varnet_image_weight and not self.restore_chans:
             raise ValueError("varnet_image_weight: a VarNet that is kept learns nothing; set it to 0")
         return self
 
@@ -443,6 +454,7 @@ class Stage2Parameters(TrainingParameters):
         0.0, "share of the steps before image tokens join; until then encoder and backbone need not run", ge=0, lt=1
     )
     sense: bool = P(False, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
+    encoder_image: bool = P(False, "the U-Net starts from the image of stage 1's encoder, VarNet's as it is restored")
     lesion_weight: float = P(
         0.0, "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none", ge=0
     )
@@ -463,7 +475,7 @@ class Stage2Parameters(TrainingParameters):
 
     @model_validator(mode="after")
     def _has_measured_data(self) -> Self:
-        for name in ("sense", "tokens_from"):
+        for name in ("sense", "encoder_image", "tokens_from"):
             if getattr(self, name) and not self.image_skip:
                 raise ValueError(f"{name}: there is nothing but tokens without the measured data; set image_skip: true")
         return self

@@ -5,7 +5,8 @@
     RSS ◄─ data consistency ◄─ complex image ◄─ 2×2 pixels from channels ◄─ up, up, up ◄──────────────────┘
      └────────────◄───────────── noise power ◄────────────┘
 
-With ``sense`` the U-Net sees a SENSE image too, and another SENSE solve precedes the data consistency.
+With ``sense`` the U-Net sees a SENSE image too, and another SENSE solve precedes the data consistency. With
+``encoder_image`` it sees what the frozen encoder made of the scan in the SENSE image's place, and starts from that.
 With ``image_skip=False`` there is no down path: tokens alone, magnitude out, the description's literal reading.
 """
 
@@ -49,6 +50,9 @@ class ImageDecoder(nn.Module):
         The U-Net also sees a regularised SENSE image and starts from it instead of the zero-filled one, and what it
         makes is brought into line with all coils' measured lines (`physics.sense`, as in MoDL: Aggarwal et al., IEEE
         TMI 38:394, 2019) before these are put back. Physics alone: no parameter more but the stem's two inputs.
+    encoder_image : bool
+        The U-Net also sees the frozen encoder's image (`KSpaceEncoder.restored_image`) and starts from it, not from
+        SENSE's: what stage 1 has learned of images need not be learned again. Two inputs of the stem.
     activation_checkpointing : bool
         Recompute each level in the backward pass.
     """
@@ -64,6 +68,7 @@ class ImageDecoder(nn.Module):
         token_modulation: bool = False,
         token_pixels: bool = False,
         sense: bool = False,
+        encoder_image: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -73,18 +78,20 @@ class ImageDecoder(nn.Module):
             raise ValueError(f"decoder_hidden_dim {decoder_hidden_dim} is not a multiple of 4")
         if img_size % PATCH:
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}")
-        if sense and not image_skip:
-            raise ValueError("sense works on the measured data; set image_skip: true")
+        for name, wanted in (("sense", sense), ("encoder_image", encoder_image)):
+            if wanted and not image_skip:
+                raise ValueError(f"{name} works on the measured data; set image_skip: true")
         if not token_dim and not image_skip:
             raise ValueError("a decoder needs image tokens, the measured data (image_skip), or both")
-        self.token_dim, self.img_size, self.image_skip, self.sense = token_dim, img_size, image_skip, sense
+        self.token_dim, self.img_size, self.image_skip = token_dim, img_size, image_skip
+        self.sense, self.encoder_image = sense, encoder_image
         hidden = decoder_hidden_dim
         if token_dim:
             self.token_norm = nn.LayerNorm(token_dim)
             self.token_projection = nn.Linear(token_dim, hidden)
         self.token_pixels = nn.Linear(token_dim, PATCH * PATCH) if token_pixels and token_dim else None
         self.unet = UNet(
-            inputs=2 + 2 * sense + (self.token_pixels is not None) if image_skip else 0,
+            inputs=2 + 2 * (sense or encoder_image) + (self.token_pixels is not None) if image_skip else 0,
             outputs=3 if image_skip else 1,
             width=hidden // 4,
             depth=DEPTHS[decoder_type],
@@ -93,7 +100,7 @@ class ImageDecoder(nn.Module):
             bilinear=use_bilinear_upsample,
             activation_checkpointing=activation_checkpointing,
         )
-        if image_skip:  # start from the zero-filled image, or SENSE's: data consistency alone
+        if image_skip:  # start from the zero-filled image, SENSE's or the encoder's: data consistency alone
             nn.init.zeros_(self.unet.head.weight)
             nn.init.zeros_(self.unet.head.bias)  # type: ignore[arg-type]
 
@@ -105,6 +112,7 @@ class ImageDecoder(nn.Module):
         scale: Tensor,
         recon: tuple[int, int],
         acquired: Tensor | None = None,
+        refined: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct a batch of slices.
 
@@ -119,6 +127,8 @@ class ImageDecoder(nn.Module):
         recon : (h, w) [pixels]
         acquired : Tensor, bool, shape (B, phase), optional
             False on lines that no scan of this acquisition has; by default all are.
+        refined : Tensor, complex64, shape (B, readout, phase), optional
+            `KSpaceEncoder.restored_image` of the same `kspace` and `mask`, which `encoder_image` needs.
 
         Returns
         -------
@@ -141,7 +151,11 @@ class ImageDecoder(nn.Module):
         height, width = zero_filled.shape[-2:]
         padded = (self._padded(height), self._padded(width))
         seen = [zero_filled]
-        if self.sense:
+        if self.encoder_image:
+            if refined is None:
+                raise ValueError("encoder_image: this decoder starts from the encoder's image, and none was given")
+            seen.append(refined * physics.background_phase(zero_filled))  # the phase that these coil maps give it
+        elif self.sense:
             seen.append(physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=zero_filled))
         channels = [torch.view_as_real(image).movedim(-1, 1) / size for image in seen]
         inputs = physics.center_crop_or_pad(torch.cat(channels, dim=1), padded)

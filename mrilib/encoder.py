@@ -1,8 +1,9 @@
 """The k-space encoder: fastMRI's VarNet, then a ViT, then a linear map to the backbone's width.
 
 masked k-space (B, coil, readout, phase) → VarNet's refined coil images → one complex image, combined with VarNet's own
-sensitivity maps → 16×16 patches → tokens (B, (img_size/16)², vit_embed_dim) (+ what maps of findings say of each
-patch, if they are asked for) → between a learned start and end vector (B, (img_size/16)² + 2, output_dim).
+sensitivity maps (→ a U-Net that restores it, if one is asked for) → 16×16 patches → tokens
+(B, (img_size/16)², vit_embed_dim) (+ what maps of findings say of each patch, if they are asked for) → between a
+learned start and end vector (B, (img_size/16)² + 2, output_dim).
 """
 
 import functools
@@ -20,7 +21,8 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from mrilib import kspace as physics
-from mrilib.finding_maps import PATCH, FindingMaps, FindingWords
+from mrilib.finding_maps import DEPTH, PATCH, FindingMaps, FindingWords
+from mrilib.unet import UNet
 
 FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
 SENSE_START = 5  # steps of conjugate gradients to the SENSE image that `sense` starts from
@@ -43,7 +45,7 @@ class Seen(NamedTuple):
 
     tokens: Tensor  # float32 (B, (img_size/16)² + 2, output_dim)
     maps: Tensor | None  # logits of the findings' maps, float32 (B, labels, img_size, img_size), if there are any
-    pixels: Tensor  # VarNet's image, real and imaginary part, mean square 1, float32 (B, 2, img_size, img_size)
+    pixels: Tensor  # what both come from, `KSpaceEncoder.pixels`
 
 
 class KSpaceEncoder(nn.Module):
@@ -69,6 +71,9 @@ class KSpaceEncoder(nn.Module):
         change nothing else.
     keep_varnet : bool
         VarNet is not trained, and runs without a graph: what it was trained to before, on images, stays.
+    restore_chans : int
+        Width of a U-Net that restores VarNet's image, where the ViT sees it, before anything looks at it; 0: none. It
+        begins as nothing, is fast where VarNet's own U-Nets are slow, and is of stage 2's use too (`restored_image`).
     finding_labels : sequence of str
         Findings that a U-Net maps on VarNet's image; what it finds is added to the tokens where it lies. Empty: none.
     finding_chans : int
@@ -95,6 +100,7 @@ class KSpaceEncoder(nn.Module):
         map_network: bool = True,
         sense: bool = False,
         keep_varnet: bool = False,
+        restore_chans: int = 0,
         finding_labels: Sequence[str] = (),
         finding_chans: int = 8,
         pixel_head: bool = False,
@@ -115,6 +121,11 @@ class KSpaceEncoder(nn.Module):
             for cascade in self.varnet.cascades:
                 for tensor in cascade.model.unet.up_conv[-1][-1].parameters():
                     nn.init.zeros_(tensor)
+        self.restoration: UNet | None = None
+        if restore_chans:
+            self.restoration = UNet(2, 2, restore_chans, DEPTH)
+            for tensor in self.restoration.head.parameters():
+                nn.init.zeros_(tensor)
         self.finding_labels = tuple(finding_labels)
         self.finding_maps = FindingMaps(finding_labels, finding_chans) if finding_labels else None
         vit_config = ViTConfig(
@@ -229,6 +240,15 @@ class KSpaceEncoder(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
             pixels = self.pixels(kspace, mask, mirrored)
+        return self._read(pixels, maps_stand)
+
+    def tokens_and_image(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` and `restored_image` give, for a stage that trains neither: VarNet runs once."""
+        image, pixels = self._restore(kspace, mask)
+        return self._read(pixels, maps_stand=True).tokens, image
+
+    def _read(self, pixels: Tensor, maps_stand: bool) -> Seen:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
             maps = features = None
             if self.finding_maps is not None:
                 maps, features = self._look(pixels, both_ways=maps_stand or not self.training)
@@ -268,9 +288,36 @@ class KSpaceEncoder(nn.Module):
         return self.vit.layernorm(patches)[:, 1:]  # the class token says nothing of a place
 
     def pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part."""
+        """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part.
+
+        Of mean square 1 before it is restored.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
-            image = around_empty_coils(self._upright_image, kspace, mask, torch.complex64)
+            image = self.upright_image(kspace, mask)
+        pixels, _ = self._normalized(image, mirrored)
+        return pixels if self.restoration is None else pixels + self._step(self.restoration, pixels).float()
+
+    def restored_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
+        """`upright_image`, restored where the ViT sees it; what a decoder with `encoder_image` starts from.
+
+        Returns
+        -------
+        Tensor, complex64, shape (B, readout, phase); in the units of `kspace`
+        """
+        return self._restore(kspace, mask)[0]
+
+    def _restore(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """`restored_image`, and its `pixels`."""
+        image = self.upright_image(kspace, mask)
+        pixels, size = self._normalized(image)
+        if self.restoration is None:
+            return image, pixels
+        change = self._step(self.restoration, pixels).float()
+        whole = physics.center_crop_or_pad(change * size, image.shape[-2:])
+        return image + torch.view_as_complex(whole.movedim(1, -1).contiguous()), pixels + change
+
+    def _normalized(self, image: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A complex image as the ViT's input, mean square 1, (B, 2, img_size, img_size), and its size (B, 1, 1, 1)."""
         image = physics.center_crop_or_pad(image, (self.img_size, self.img_size))
         if mirrored is not None:
             image = torch.where(mirrored[:, None, None], image.flip(-1), image)
@@ -278,7 +325,7 @@ class KSpaceEncoder(nn.Module):
         # depend on the number of coils.
         power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
         image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-        return torch.view_as_real(image).movedim(-1, 1)
+        return torch.view_as_real(image).movedim(-1, 1), power.sqrt()[:, None]
 
     def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """VarNet's refined coil images combined with its own sensitivity maps.
@@ -289,13 +336,21 @@ class KSpaceEncoder(nn.Module):
         """
         return around_empty_coils(lambda *measured: self._refine(*measured)[0], kspace, mask, torch.complex64)
 
-    def _upright_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
+    def upright_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """The refined image without the background phase of the one that the cascades start from.
 
         Not without its own: VarNet's U-Nets may then say what they find in the image's sign and imaginary part too.
+
+        Returns
+        -------
+        Tensor, complex64, shape (B, readout, phase); in the units of `kspace`
         """
-        refined, start = self._refine(kspace, mask)
-        return physics.remove_background_phase(refined, like=start)
+
+        def upright(*measured: Tensor) -> Tensor:
+            refined, start = self._refine(*measured)
+            return physics.remove_background_phase(refined, like=start)
+
+        return around_empty_coils(upright, kspace, mask, torch.complex64)
 
     def _refine(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """VarNet's refined image, and the one that its cascades start from, each (B, readout, phase).

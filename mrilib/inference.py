@@ -230,11 +230,13 @@ class Tester:
         self, batch: Batch, prefix: Tensor, other_prefix: Tensor | None
     ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
         model = self.model
+        refined = model.encoder_image(batch)
         yield "zero_filled", zero_filled(batch.kspace, batch.scale, batch.recon)
-        yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix))
+        yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix), refined)
         if other_prefix is not None:
-            yield "other_patient_tokens", model.reconstruct(batch, model.image_tokens_from_prefix(other_prefix))
-        yield "no_tokens", model.reconstruct(batch, None)
+            tokens = model.image_tokens_from_prefix(other_prefix)
+            yield "other_patient_tokens", model.reconstruct(batch, tokens, refined)
+        yield "no_tokens", model.reconstruct(batch, None, refined)
         if self.plain is not None:
             yield "trained_without_tokens", self.plain.reconstruct(batch, None)
         if self.nearest is not None and batch.target is not None:

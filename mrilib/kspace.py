@@ -482,9 +482,21 @@ def remove_background_phase(image: Tensor, like: Tensor | None = None, width: in
     -------
     Tensor, complex64, same shape; its magnitude is the image's
     """
+    return image * background_phase(image if like is None else like, width).conj()
+
+
+def background_phase(image: Tensor, width: int = 16) -> Tensor:
+    """An image's low-pass phase, as `remove_background_phase` takes it off: complex64, magnitude 1, or 0 for no signal.
+
+    Parameters
+    ----------
+    image : Tensor, complex64, shape (..., H, W)
+        No gradient goes to it.
+    width : int
+        Width of the Hann-tapered centre block of k-space that holds the phase [lines].
+    """
     windows = [_hann_block(n, n // 2 - min(width, n) // 2, n // 2 + min(width, n) // 2 + 1) for n in image.shape[-2:]]
     window = (windows[0][:, None] * windows[1][None, :]).to(image.device)
-    reference = ifft2c(fft2c((image if like is None else like).detach()) * window)
+    reference = ifft2c(fft2c(image.detach()) * window)
     magnitude = torch.view_as_real(reference).square().sum(-1)
-    tiny = torch.finfo(torch.float32).tiny
-    return image * reference.conj() * magnitude.clamp_min(tiny).rsqrt()
+    return reference * magnitude.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()

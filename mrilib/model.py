@@ -229,6 +229,13 @@ class TwoStageModel(nn.Module):
         """The same from k-space tokens (B, N + 2, hidden)."""
         return self.hidden_states(prefix).float()
 
+    def tokens_and_image(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Image tokens, and the encoder's image for a decoder that starts from it; the encoder runs once for both."""
+        if self.decoder is None or not self.decoder.encoder_image:
+            return self.image_tokens(batch), None
+        prefix, image = self.encoder.tokens_and_image(batch.kspace, batch.mask)
+        return self.image_tokens_from_prefix(prefix), image
+
     def hidden_states(self, prefix: Tensor) -> Tensor:
         """The same in the type that the backbone works in, which is what the token cache keeps."""
         prefix = prefix.to(word_embeddings(self.backbone).dtype)
@@ -236,16 +243,29 @@ class TwoStageModel(nn.Module):
         base: Any = self.backbone.base_model
         return base(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 
-    def reconstruct(self, batch: Batch, tokens: Tensor | None) -> Tensor:
-        """The decoder's image (B, h, w) [file units] from image tokens, or from none."""
+    def reconstruct(self, batch: Batch, tokens: Tensor | None, refined: Tensor | None = None) -> Tensor:
+        """The decoder's image (B, h, w) [file units] from image tokens, or from none.
+
+        A decoder with `encoder_image` needs the encoder's: `refined` if it is there already, else it is made here.
+        """
         if self.decoder is None:
             raise ValueError("this model has no image decoder; train stage 2 first")
-        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
+        inputs = (tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
+        if not self.decoder.encoder_image:
+            return self.decoder(*inputs)
+        return self.decoder(*inputs, refined=self.encoder_image(batch) if refined is None else refined)
+
+    @torch.no_grad()
+    def encoder_image(self, batch: Batch) -> Tensor | None:
+        """`KSpaceEncoder.restored_image` for a decoder that starts from it, without a graph; None for another."""
+        if self.decoder is None or not self.decoder.encoder_image:
+            return None
+        return self.encoder.restored_image(batch.kspace, batch.mask)
 
     def forward(self, batch: Batch) -> Tensor:
         """From masked k-space to the image (B, h, w) [file units]."""
         use_tokens = self.decoder is None or self.decoder.token_dim > 0
-        return self.reconstruct(batch, self.image_tokens(batch) if use_tokens else None)
+        return self.reconstruct(batch, *(self.tokens_and_image(batch) if use_tokens else (None,)))
 
 
 def word_embeddings(backbone: PreTrainedModel) -> Tensor:
@@ -367,6 +387,7 @@ def build_encoder(
         map_network=config.varnet_map_network,
         sense=config.varnet_sense,
         keep_varnet=config.varnet_keep,
+        restore_chans=config.restore_chans,
         finding_labels=config.finding_labels,
         finding_chans=config.finding_chans,
         pixel_head=config.recon_weight > 0,
@@ -378,7 +399,7 @@ def build_encoder(
         encoder.finding_words.start_from(*(word_vectors(one, backbone, tokenizer).cpu() for one in words))
     if config.varnet_weights:
         encoder.load_varnet(resolve(config.varnet_weights))
-    for convolutions in (encoder.varnet, encoder.finding_maps):
+    for convolutions in (encoder.varnet, encoder.restoration, encoder.finding_maps):
         if convolutions is not None:
             convolutions.to(memory_format=torch.channels_last)  # halves the time of narrow convolutions on CPUs
     return encoder
@@ -401,6 +422,7 @@ def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_token
         token_modulation=config.token_modulation,
         token_pixels=config.token_pixels,
         sense=config.sense,
+        encoder_image=config.encoder_image,
         activation_checkpointing=config.activation_checkpointing,
     )
     return decoder.to(memory_format=torch.channels_last)

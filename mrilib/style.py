@@ -22,6 +22,7 @@ METHODS = {
     "model": ("two-stage model", BLUE),
     "tokens_alone": ("decoder of tokens alone", PURPLE),
     "trained_without_tokens": ("decoder trained without tokens", GREEN),
+    "decoder_alone": ("decoder without stage 1", GREY),
     "without_tokens_equal_time": ("decoder trained without tokens, equal time", ORANGE),
     "no_tokens": ("no tokens", SKY),
     "other_patient_tokens": ("another patient's tokens", PURPLE),

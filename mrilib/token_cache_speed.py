@@ -77,10 +77,11 @@ def _stage(stage1: Stage1Parameters, config: Stage2Parameters) -> training.Recon
 def _seconds(stage: training.ReconstructionStage, loaders: Iterable[DataLoader]) -> float:
     """Everything that an epoch does before the decoder: slices loaded, image tokens got."""
     begin = time.perf_counter()
+    source = stage.image_tokens or stage.model.image_tokens
     with torch.no_grad():
         for loader in loaders:
             for batch in loader:
-                stage.image_tokens(batch.to(stage.model.device))
+                source(batch.to(stage.model.device))
     return time.perf_counter() - begin
 
 

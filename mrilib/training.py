@@ -119,9 +119,9 @@ class AnalysisStage(Stage):
         Of the reconstruction term, for an encoder with a `pixel_head`: the mean absolute difference between what it
         reads off the image tokens and the target, both in units of the target's root mean square.
     image_weight : float
-        Of VarNet's image beside the text or, until that joins, the maps: the mean absolute difference between its
-        magnitude and the target, each in units of its own root mean square. Through a map of a few small spots VarNet
-        learns slowly what an image is.
+        Of VarNet's image, restored where the encoder restores it, beside the text or, until that joins, the maps: the
+        mean absolute difference between its magnitude and the target, each in units of its own root mean square.
+        Through a map of a few small spots VarNet learns slowly what an image is.
     text_from : float
         Share of the steps before the text joins, for an encoder with maps of findings. Until then VarNet and the maps
         learn by the maps' loss, and that of VarNet's image, alone, and then they stand and the rest learns by the text:
@@ -196,7 +196,7 @@ class AnalysisStage(Stage):
         added = _weighed(terms, tokens)
         total = total + added.total
         if stand:
-            total = total + _zero(encoder.varnet, encoder.finding_maps)
+            total = total + _zero(encoder.varnet, encoder.restoration, encoder.finding_maps)
         return BatchLoss(total, {**statistics, **added.statistics})
 
     def _map_loss(self, batch: Batch, encoder: KSpaceEncoder, mirrored: Tensor) -> BatchLoss:
@@ -292,7 +292,7 @@ class ReconstructionStage(Stage):
     ) -> None:
         super().__init__(model)
         self.name, self.tokens_from, self.lesion_weight = name, tokens_from, lesion_weight
-        self.image_tokens = image_tokens or model.image_tokens
+        self.image_tokens = image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
     @classmethod
@@ -321,11 +321,14 @@ class ReconstructionStage(Stage):
         """The image (B, h, w) [file units]; encoder and backbone are frozen, so they run without a graph."""
         decoder = self.model.decoder
         assert decoder is not None
-        tokens = None
+        tokens = refined = None
         if decoder.token_dim and self.complete:
             with torch.no_grad():
-                tokens = self.image_tokens(batch)
-        return self.model.reconstruct(batch, tokens)
+                if self.image_tokens is not None:
+                    tokens = self.image_tokens(batch)
+                else:
+                    tokens, refined = self.model.tokens_and_image(batch)
+        return self.model.reconstruct(batch, tokens, refined)
 
     def loss(self, batch: Batch) -> BatchLoss:
         """1 − SSIM, and its weighted mean over lesions, summed over the slices."""

@@ -15,7 +15,7 @@ from mrilib.config import BenchParameters, ParameterError
 from mrilib.data import FastMRIDataset
 from mrilib.runs import read_json_lines
 
-METHODS = ["model", "trained_without_tokens", "varnet", "unet"]
+METHODS = ["model", "trained_without_tokens", "decoder_alone", "varnet", "unet"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def values(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(folder / "backbone")
     common = {"max_val_slices": 3, "center_fractions": [0.16, 0.08], "num_coils": 8, "split_seed": 2}
     one = systems.values(phantom_dir, backbone, **systems.ENCODER, **common)
-    late = {"sense": True, "tokens_from": 0.5, "lesion_weight": 0.1}
+    late = {"sense": True, "encoder_image": True, "tokens_from": 0.5, "lesion_weight": 0.1}
     two = systems.values(phantom_dir, backbone, **systems.DECODER, **common, **late, train_control=False)
     for name, content in (("stage1", one), ("stage2", two)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -72,7 +72,7 @@ def test_every_method_had_its_steps_and_says_what_it_cost(done):
 
 
 def test_rivals_are_trained_by_their_authors_loss(done):
-    for name, weight in (("model", 0.1), ("trained_without_tokens", 0.1), ("varnet", 0.0), ("unet", 0.0)):
+    for name, weight in (("model", 0.1), ("decoder_alone", 0.1), ("varnet", 0.0), ("unet", 0.0)):
         told = json.loads((done.directory / "seed0" / name / "done.json").read_text())
         assert told["made_with"]["lesion_weight"] == weight
         assert told["made_with"]["tokens_from"] == (0.5 if name == "model" else 0.0)
@@ -130,7 +130,7 @@ def test_a_parameter_newer_than_a_training_counts_as_its_default(done, monkeypat
 
 
 def test_other_parameters_are_refused_rather_than_mixed(done, values):
-    changed = BenchParameters.create({**values, "steps": [4, 6, 4, 4]})
+    changed = BenchParameters.create({**values, "steps": [4, 6, 4, 4, 4]})
     with pytest.raises(ParameterError, match=r"trained_without_tokens was made with other values of steps"):
         bench.Bench(changed, done.directory).run()
 
@@ -147,8 +147,9 @@ def test_a_limit_of_seconds_leaves_jobs_for_the_next_call(values, tmp_path, monk
 
 def test_tokens_need_stage_1(values, tmp_path):
     one = bench.Bench(BenchParameters.create({**values, "bench_parts": ["train"]}), tmp_path)
-    with pytest.raises(ParameterError, match="stage 1 of seed 0 is not trained"):
-        one.train_method("model", 0)
+    for name in ("model", "trained_without_tokens"):  # the latter has its image
+        with pytest.raises(ParameterError, match="stage 1 of seed 0 is not trained"):
+            one.train_method(name, 0)
     with pytest.raises(ParameterError, match="varnet of seed 1 is not trained"):
         one.trained("varnet", 1)
 
@@ -171,7 +172,7 @@ def test_costs_are_measured_once_side_by_side(done, values, monkeypatch):
     monkeypatch.setattr(bench, "seconds_per_step", None)
     assert done.measure_costs() == each
     kept = path.read_text()
-    more = {"methods": [*METHODS, "varnet_equal_size"], "steps": [4] * 5, "learning_rates": [1e-3] * 5}
+    more = {"methods": [*METHODS, "varnet_equal_size"], "steps": [4] * 6, "learning_rates": [1e-3] * 6}
     other = bench.Bench(BenchParameters.create({**values, **more, "bench_parts": []}), done.directory)
     with pytest.raises(ParameterError, match="measured without varnet_equal_size; remove the folder"):
         other.measure_costs()
@@ -296,7 +297,7 @@ def test_decoders_are_not_kept_beside_a_new_stage_1(done, values, monkeypatch, t
     monkeypatch.setattr(one, "_fit", lambda *args, **kwargs: {})
     one.train_stage1(0)
     left = {path.parent.name for path in directory.rglob("done.json") if path.parent.parent.name == "seed0"}
-    assert left == {"stage1", "trained_without_tokens", "varnet", "unet"}
+    assert left == {"stage1", "decoder_alone", "varnet", "unet"}
     assert not (directory / "seed0" / "reconstructions" / "model").exists()
     assert (directory / "seed1" / "model" / "done.json").exists()
 
@@ -356,9 +357,9 @@ def test_other_volumes_by_folder(values, phantom_dir, tmp_path):
     ("changed", "told"),
     [
         ({"steps": [1]}, "one value per method"),
-        ({"methods": ["unet"] * 4}, "named twice"),
+        ({"methods": ["unet"] * 5}, "named twice"),
         ({"bench_parts": ["trian"]}, "trian is not known"),
-        ({"learning_rates": [0.0] * 4}, "above 0"),
+        ({"learning_rates": [0.0] * 5}, "above 0"),
     ],
 )
 def test_parameters_that_do_not_fit_are_refused(values, changed, told):
@@ -376,6 +377,8 @@ def test_every_known_method_is_built_and_gives_an_image(done):
     assert sizes["varnet_equal_size"] == pytest.approx(sizes["model"], rel=0.3) and sizes["varnet"] < sizes["model"]
     assert built["varnet_measured_lines"].decoder.measured_lines and not built["varnet"].decoder.measured_lines
     assert not built["tokens_alone"].decoder.image_skip
+    reading = {name for name, system in built.items() if system.decoder.encoder_image}
+    assert reading == {"model", "trained_without_tokens", "without_tokens_equal_time"}
 
 
 def test_rates_are_tried_on_validation(values, tmp_path):

@@ -165,7 +165,7 @@ def test_stages_check_what_belongs_together(data: dict[str, Any]) -> None:
         config.Stage1Parameters.create({**own(config.Stage1Parameters, data), "vit_num_heads": 5})
     with pytest.raises(ParameterError, match=r"train_control: .*image_skip"):
         config.Stage2Parameters.create({**own(config.Stage2Parameters, data), "image_skip": False})
-    for name, value in (("sense", True), ("tokens_from", 0.5)):
+    for name, value in (("sense", True), ("encoder_image", True), ("tokens_from", 0.5)):
         with pytest.raises(ParameterError, match=rf"{name}: .*image_skip"):
             changed = {"image_skip": False, "train_control": False, name: value}
             config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **changed})

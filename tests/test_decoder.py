@@ -205,6 +205,32 @@ def test_sense_learns_through_its_steps() -> None:
 
 
 @pytest.mark.parametrize("sense", [False, True])
+def test_the_encoders_image_is_what_it_starts_from(sense: bool) -> None:
+    """With the background phase of these coil maps; that of the encoder's own does not matter."""
+    data = measured(height=33, width=45)
+    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
+    start = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
+    if sense:
+        start = kspace.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
+    zero = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
+    upright = kspace.remove_background_phase(start, like=zero)
+    plain, model = (decoder(sense=sense, encoder_image=image, trained=False).eval() for image in (False, True))
+    assert model.unet.stem.in_channels == 4 * 4  # with SENSE's image or in its place
+    with torch.no_grad():
+        expected = plain(some_tokens(), **data, recon=(33, 45))
+        found = model(some_tokens(), **data, recon=(33, 45), refined=upright)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+        other = model(some_tokens(), **data, recon=(33, 45), refined=upright.flip(-1))
+        assert not torch.allclose(other, expected, rtol=1e-2)
+        trained = decoder(sense=sense, encoder_image=True).eval()
+        together = trained(some_tokens(), **data, recon=(32, 32), refined=upright)
+        one = trained(some_tokens()[1:], **{k: v[1:] for k, v in data.items()}, recon=(32, 32), refined=upright[1:])
+    torch.testing.assert_close(together[1:], one, rtol=1e-3, atol=1e-8)
+    with pytest.raises(ValueError, match="none was given"):
+        model(some_tokens(), **data, recon=(33, 45))
+
+
+@pytest.mark.parametrize("sense", [False, True])
 def test_noise_power_is_added_under_the_root(sense: bool) -> None:
     """In units of the measured image's mean power, wherever it lies; what is less than nothing is zero."""
     data = measured(height=33, width=45)
@@ -398,12 +424,16 @@ def test_the_loss_stays_in_float32_under_autocast() -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, loss(target * 1.01, target, torch.ones(1)))
 
 
-@pytest.mark.parametrize(("image_skip", "sense"), [(True, False), (True, True), (False, False)])
-def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool) -> None:
-    model, data = decoder(image_skip=image_skip, sense=sense).train(), measured()
+@pytest.mark.parametrize(
+    ("image_skip", "sense", "encoder_image"),
+    [(True, False, False), (True, True, False), (True, True, True), (False, False, False)],
+)
+def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool, encoder_image: bool) -> None:
+    model, data = decoder(image_skip=image_skip, sense=sense, encoder_image=encoder_image).train(), measured()
     data["kspace"][0] = 0
     data["scale"][0] = 1.0
-    image = model(some_tokens(), **data, recon=(32, 32))
+    refined = kspace.ifft2c(data["kspace"])[:, 0] if encoder_image else None  # of an empty slice it is empty
+    image = model(some_tokens(), **data, recon=(32, 32), refined=refined)
     assert image.isfinite().all() and (not image_skip or image[0].max() < 1e-12)
     target = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0)) * 1e-4
     target[0] = 0

@@ -94,6 +94,38 @@ def test_a_start_from_sense_is_left_as_it_is_by_untrained_cascades() -> None:
     assert not torch.allclose(found, plain)
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 37), (20, 33)])
+def test_restoration_begins_as_nothing_and_reaches_where_the_vit_sees(height: int, width: int) -> None:
+    data, mask = measured(height=height, width=width)
+    plain, model = encoder().eval(), encoder(restore_chans=4).eval()
+    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+    with torch.no_grad():
+        image = plain.restored_image(data, mask)
+        assert torch.equal(image, plain.upright_image(data, mask))
+        assert torch.equal(image.abs() > 0, plain.refined_image(data, mask).abs() > 0)
+        torch.testing.assert_close(model.restored_image(data, mask), image)
+        torch.testing.assert_close(model.pixels(data, mask), plain.pixels(data, mask))
+        torch.nn.init.normal_(model.restoration.head.weight, std=0.3)
+        restored, pixels = model.restored_image(data, mask), model.pixels(data, mask)
+        # what the ViT sees is the restored image, in units of the one before
+        size = kspace.center_crop_or_pad(image, (32, 32)).abs().square().mean((1, 2)).sqrt()[:, None, None]
+        seen = torch.view_as_real(kspace.center_crop_or_pad(restored, (32, 32)) / size).movedim(-1, 1)
+        inside = kspace.center_crop_or_pad(torch.ones(height, width), (32, 32)) > 0
+        torch.testing.assert_close(seen[..., inside], pixels[..., inside], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(pixels, plain.pixels(data, mask), atol=0.01)
+        beyond = kspace.center_crop_or_pad(torch.ones(32, 32), (height, width)) == 0
+        assert torch.equal(restored[..., beyond], image[..., beyond])
+        tokens, again = model.tokens_and_image(data, mask)
+        torch.testing.assert_close(tokens, model(data, mask))
+        torch.testing.assert_close(again, restored)
+        # a mirrored slice is mirrored before it is restored
+        flipped = model.pixels(data, mask, torch.tensor([True, False]))
+        torch.testing.assert_close(flipped[1], pixels[1])
+        assert not torch.allclose(flipped[0], pixels[0].flip(-1), atol=0.01)
+        nothing = model.restored_image(torch.zeros_like(data), mask)
+        assert nothing.abs().max() < 1e-12 and model.pixels(torch.zeros_like(data), mask).isfinite().all()
+
+
 def test_slices_of_a_batch_do_not_matter_to_each_other() -> None:
     model = encoder().eval()
     data, mask = measured(3)

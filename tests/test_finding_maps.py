@@ -349,7 +349,7 @@ def test_activation_checkpointing_and_a_kept_varnet_before_and_after_the_text(co
 
 def test_varnets_image_is_learned_with_the_maps_and_stands_with_them(config, dataset):
     """Also from slices that nobody reviewed, which teach the maps nothing."""
-    system = systems.build(config)
+    system = systems.build(config.model_copy(update={"restore_chans": 4}))
     system.freeze("encoder")
     stage = training.AnalysisStage(system, map_weight=3.0, image_weight=1.0, text_from=0.5)
     batch = next(b for b in batches(dataset, 1) if b.slices[0].boxes is None)
@@ -358,7 +358,8 @@ def test_varnets_image_is_learned_with_the_maps_and_stands_with_them(config, dat
         result = stage.loss(batch)
         result.total.backward()
         varnet = any(bool(p.grad.any()) for p in system.encoder.varnet.parameters())
-        assert varnet == ("varnet_image_loss" in result.statistics) == (stage.progress == 0)
+        restored = any(bool(p.grad.any()) for p in system.encoder.restoration.parameters())
+        assert varnet == restored == ("varnet_image_loss" in result.statistics) == (stage.progress == 0)
         assert not any(bool(p.grad.any()) for p in system.encoder.finding_maps.parameters())
 
 

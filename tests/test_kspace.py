@@ -436,6 +436,14 @@ def test_background_phase_of_another_image_leaves_the_difference() -> None:
     torch.testing.assert_close(kspace.remove_background_phase(*turned), result, atol=1e-5, rtol=1e-4)
 
 
+def test_background_phase_taken_off_and_put_back_is_the_image() -> None:
+    image, other = noise(2, 24, 31), noise(2, 24, 31)
+    phase = kspace.background_phase(other)
+    torch.testing.assert_close(phase.abs(), torch.ones(2, 24, 31))
+    torch.testing.assert_close(kspace.remove_background_phase(image, like=other) * phase, image)
+    assert not kspace.background_phase(torch.zeros(1, 9, 8, dtype=torch.complex64)).any()
+
+
 def test_background_phase_of_zeros_is_zero_with_a_finite_gradient() -> None:
     image = torch.zeros(1, 9, 8, dtype=torch.complex64, requires_grad=True)
     result = kspace.remove_background_phase(image)

@@ -11,6 +11,7 @@ from mrilib import inference, kspace, model, train, trainer, training
 from mrilib.checkpoint import CheckpointError, load_checkpoint
 from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_lesions, split_volumes
+from mrilib.encoder import KSpaceEncoder
 from mrilib.history import read_history
 
 
@@ -223,6 +224,42 @@ def test_stages_are_made_as_the_parameters_say(stage1, phantom_dir, backbone_dir
     assert stage.model.decoder.sense and control.model.decoder.sense
     stage.progress = control.progress = 0.2
     assert not stage.complete and control.complete
+
+
+def test_a_decoder_may_start_from_the_encoders_image(stage1, phantom_dir, backbone_dir, monkeypatch):
+    """It is restored, has no graph, and is made once a batch: with the tokens where there are any."""
+    config = systems.stage2_config(phantom_dir, backbone_dir, stage1[1] / "none.pt", encoder_image=True)
+    system = systems.build(stage1[0].model_copy(update={"restore_chans": 4, "varnet_image_weight": 1.0}))
+    torch.nn.init.normal_(system.encoder.restoration.head.weight, std=0.1)
+    batch = next(iter(loaders(config)[1]))
+    calls, original = [], KSpaceEncoder.upright_image
+
+    def counted(self, kspace_, mask):
+        calls.append(torch.is_grad_enabled())
+        return original(self, kspace_, mask)
+
+    monkeypatch.setattr(KSpaceEncoder, "upright_image", counted)
+    for use_tokens in (True, False):
+        torch.manual_seed(0)
+        system.decoder = model.build_decoder(config, system.backbone, use_tokens)
+        stage = training.ReconstructionStage.of(system, config)
+        system.freeze("decoder")
+        calls.clear()
+        stage.loss(batch).total.backward()
+        system.check_gradients()
+        assert calls == [False]
+        with torch.no_grad():
+            image = stage.reconstruct(batch)
+            refined = system.encoder.restored_image(batch.kspace, batch.mask)
+            tokens = system.image_tokens(batch) if use_tokens else None
+            torch.testing.assert_close(system.reconstruct(batch, tokens), image)
+            torch.testing.assert_close(system.reconstruct(batch, tokens, refined), image)
+            torch.testing.assert_close(system(batch), image)
+            assert not torch.allclose(system.reconstruct(batch, tokens, refined.flip(-1)), image, rtol=0.01, atol=0)
+            stage.image_tokens = system.image_tokens  # of a cache, which has no images
+            torch.testing.assert_close(stage.reconstruct(batch), image)
+    with pytest.raises(ParameterError, match="restore_chans: only the target teaches to restore"):
+        Stage1Parameters.create({**stage1[0].to_dict(), "restore_chans": 4})
 
 
 def test_accumulated_batches_give_the_gradient_of_the_whole(stage1):
