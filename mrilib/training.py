@@ -202,7 +202,9 @@ class AnalysisStage(Stage):
     def _map_loss(self, batch: Batch, encoder: KSpaceEncoder, mirrored: Tensor) -> BatchLoss:
         """That of the maps, and of VarNet's image, alone, in the same units."""
         pixels = encoder.pixels(batch.kspace, batch.mask, mirrored)
-        losses = self._map_losses(batch, encoder, encoder.maps_alone(pixels))
+        # Held against the target, the image is learned from that alone: what maps ask of it is mostly noise beside.
+        maps = encoder.maps_alone(pixels.detach() if self.image_weight else pixels)
+        losses = self._map_losses(batch, encoder, maps)
         terms = {"finding_map_loss": (self.map_weight, losses)}
         if self.image_weight:
             terms["varnet_image_loss"] = self.image_weight, self._image_losses(batch, pixels, mirrored)
