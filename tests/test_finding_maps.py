@@ -363,6 +363,24 @@ def test_varnets_image_is_learned_with_the_maps_and_stands_with_them(config, dat
         assert not any(bool(p.grad.any()) for p in system.encoder.finding_maps.parameters())
 
 
+def test_an_image_held_against_the_target_learns_from_that_alone(config, dataset):
+    """The maps ask nothing of VarNet then; without a target they are all that teaches it."""
+    system = systems.build(config)
+    torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight, std=0.3)
+    system.freeze("encoder")
+    batch = next(b for b in batches(dataset, 1) if b.slices[0].boxes)
+    for image_weight in (1.0, 0.0):
+        gradients = []
+        for map_weight in (3.0, 0.0):
+            system.zero_grad()
+            stage = training.AnalysisStage(system, map_weight=map_weight, image_weight=image_weight, text_from=0.5)
+            stage.loss(batch).total.backward()
+            gradients.append([p.grad.clone() for p in system.encoder.varnet.parameters()])
+            assert any(bool(p.grad.any()) for p in system.encoder.finding_maps.parameters()) == (map_weight > 0)
+        same = all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+        assert same == (image_weight > 0) and any(bool(each.any()) for each in gradients[0])
+
+
 def test_maps_that_do_not_learn_look_both_ways(config, dataset):
     """Then a flipped slice has the flipped maps, to the last bit; while they learn it need not."""
     encoder = systems.build(config).encoder
