@@ -154,7 +154,9 @@ class ImageDecoder(nn.Module):
         if self.encoder_image:
             if refined is None:
                 raise ValueError("encoder_image: this decoder starts from the encoder's image, and none was given")
-            seen.append(refined * physics.background_phase(zero_filled))  # the phase that these coil maps give it
+            # In these coil maps' phase and of the measured data's size: what taught the encoder cares for neither.
+            start = refined * physics.background_phase(zero_filled)
+            seen.append(start * physics.fitted_scale(start, mask, maps, zero_filled))
         elif self.sense:
             seen.append(physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=zero_filled))
         channels = [torch.view_as_real(image).movedim(-1, 1) / size for image in seen]

@@ -206,20 +206,23 @@ def test_sense_learns_through_its_steps() -> None:
 
 @pytest.mark.parametrize("sense", [False, True])
 def test_the_encoders_image_is_what_it_starts_from(sense: bool) -> None:
-    """With the background phase of these coil maps; that of the encoder's own does not matter."""
+    """In the background phase of these coil maps and of the measured data's size: the encoder's own do not matter."""
     data = measured(height=33, width=45)
     maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    start = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
-    if sense:
-        start = kspace.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
     zero = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
-    upright = kspace.remove_background_phase(start, like=zero)
-    plain, model = (decoder(sense=sense, encoder_image=image, trained=False).eval() for image in (False, True))
+    upright = kspace.remove_background_phase(zero.roll(2, -1))
+    model = decoder(sense=sense, encoder_image=True, trained=False).eval()
     assert model.unet.stem.in_channels == 4 * 4  # with SENSE's image or in its place
+    start = upright * kspace.background_phase(zero)
+    start = start * kspace.fitted_scale(start, data["mask"], maps, zero)
+    if sense:
+        start = kspace.sense(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=start)
+    coils = kspace.data_consistency(start, maps, data["kspace"], data["mask"])
+    expected = kspace.rss(coils) * data["scale"][:, None, None]
     with torch.no_grad():
-        expected = plain(some_tokens(), **data, recon=(33, 45))
-        found = model(some_tokens(), **data, recon=(33, 45), refined=upright)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+        for refined in (upright, 5 * upright):
+            found = model(some_tokens(), **data, recon=(33, 45), refined=refined)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
         other = model(some_tokens(), **data, recon=(33, 45), refined=upright.flip(-1))
         assert not torch.allclose(other, expected, rtol=1e-2)
         trained = decoder(sense=sense, encoder_image=True).eval()
