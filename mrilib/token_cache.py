@@ -2,7 +2,8 @@
 
 Encoder and backbone are frozen in stage 2, so the image tokens of a (slice, mask) never change. A file, called a shard
 here, holds a few slices of one volume under one mask: the backbone's raw hidden states in their own type, the sampled
-lines of the masked, normalised k-space, mask, scale and target, so that neither the h5 file nor the model is needed.
+lines of the masked, normalised k-space, mask, scale and target, so that neither the h5 file nor the model is needed; a
+decoder with `encoder_image` still has the encoder run up to its image.
 
 A shard is named after a hash of all that it was computed from: weights, settings, code, mask parameters, the h5 file's
 bytes. What has changed is therefore not found and computed anew; nothing stale can be read. It is computed in a batch
