@@ -374,6 +374,7 @@ def test_an_image_held_against_the_target_learns_from_that_alone(config, dataset
         for map_weight in (3.0, 0.0):
             system.zero_grad()
             stage = training.AnalysisStage(system, map_weight=map_weight, image_weight=image_weight, text_from=0.5)
+            stage.progress = 0.0
             stage.loss(batch).total.backward()
             gradients.append([p.grad.clone() for p in system.encoder.varnet.parameters()])
             assert any(bool(p.grad.any()) for p in system.encoder.finding_maps.parameters()) == (map_weight > 0)
