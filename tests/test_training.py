@@ -228,7 +228,7 @@ def test_stages_are_made_as_the_parameters_say(stage1, phantom_dir, backbone_dir
 
 def test_a_decoder_may_start_from_the_encoders_image(stage1, phantom_dir, backbone_dir, monkeypatch):
     """It is restored, has no graph, and is made once a batch: with the tokens where there are any."""
-    config = systems.stage2_config(phantom_dir, backbone_dir, stage1[1] / "none.pt", encoder_image=True)
+    config = systems.stage2_config(phantom_dir, backbone_dir, stage1[1], encoder_image=True)
     system = systems.build(stage1[0].model_copy(update={"restore_chans": 4, "varnet_image_weight": 1.0}))
     torch.nn.init.normal_(system.encoder.restoration.head.weight, std=0.1)
     batch = next(iter(loaders(config)[1]))
