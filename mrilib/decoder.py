@@ -6,7 +6,8 @@
      └────────────◄───────────── noise power ◄────────────┘
 
 With ``sense`` the U-Net sees a SENSE image too, and another SENSE solve precedes the data consistency. With
-``encoder_image`` it sees what the frozen encoder made of the scan in the SENSE image's place, and starts from that.
+``encoder_image`` it sees what the frozen encoder made of the scan in the SENSE image's place, as it is and brought into
+line with the data, and starts from the latter: two networks with the data between them.
 With ``image_skip=False`` there is no down path: tokens alone, magnitude out, the description's literal reading.
 """
 
@@ -51,8 +52,9 @@ class ImageDecoder(nn.Module):
         makes is brought into line with all coils' measured lines (`physics.sense`, as in MoDL: Aggarwal et al., IEEE
         TMI 38:394, 2019) before these are put back. Physics alone: no parameter more but the stem's two inputs.
     encoder_image : bool
-        The U-Net also sees the frozen encoder's image (`KSpaceEncoder.restored_image`) and starts from it, not from
-        SENSE's: what stage 1 has learned of images need not be learned again. Two inputs of the stem.
+        The U-Net also sees the frozen encoder's image (`KSpaceEncoder.restored_image`), as it is and brought into line
+        with the measured lines, and starts from the latter, not from SENSE's image: what stage 1 has learned of images
+        need not be learned again. Four inputs of the stem.
     activation_checkpointing : bool
         Recompute each level in the backward pass.
     """
@@ -91,7 +93,7 @@ class ImageDecoder(nn.Module):
             self.token_projection = nn.Linear(token_dim, hidden)
         self.token_pixels = nn.Linear(token_dim, PATCH * PATCH) if token_pixels and token_dim else None
         self.unet = UNet(
-            inputs=2 + 2 * (sense or encoder_image) + (self.token_pixels is not None) if image_skip else 0,
+            inputs=2 + (4 if encoder_image else 2 * sense) + (self.token_pixels is not None) if image_skip else 0,
             outputs=3 if image_skip else 1,
             width=hidden // 4,
             depth=DEPTHS[decoder_type],
@@ -156,7 +158,9 @@ class ImageDecoder(nn.Module):
                 raise ValueError("encoder_image: this decoder starts from the encoder's image, and none was given")
             # In these coil maps' phase and of the measured data's size: what taught the encoder cares for neither.
             start = refined * physics.background_phase(zero_filled)
-            seen.append(start * physics.fitted_scale(start, mask, maps, zero_filled))
+            start = start * physics.fitted_scale(start, mask, maps, zero_filled)
+            # Brought into line with the data it says what the encoder's networks have left out or made up.
+            seen += [start, self._consistent(start, kspace, mask, maps, zero_filled, measured)]
         elif self.sense:
             seen.append(physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=zero_filled))
         channels = [torch.view_as_real(image).movedim(-1, 1) / size for image in seen]
@@ -172,14 +176,22 @@ class ImageDecoder(nn.Module):
         pixels = (channels[-1] + residual[:, :2]) * size
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
         if self.sense:
-            image = physics.sense(
-                kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image, zero_filled=zero_filled
-            )
+            image = self._consistent(image, kspace, mask, maps, zero_filled, measured)
         coil_images = physics.data_consistency(image, maps, kspace, mask, acquired, measured)
         # The target is an RSS of noisy lines: the missing ones' noise too adds to its power, and no image predicts it.
         power = physics.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()
         magnitude = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         return physics.center_crop_or_pad(magnitude, recon) * scale[:, None, None]
+
+    def _consistent(
+        self, image: Tensor, kspace: Tensor, mask: Tensor, maps: Tensor, zero_filled: Tensor, measured: Tensor
+    ) -> Tensor:
+        """An image brought into line with the measured lines."""
+        if self.sense:
+            return physics.sense(
+                kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image, zero_filled=zero_filled
+            )
+        return physics.combine(physics.data_consistency(image, maps, kspace, mask, None, measured), maps)
 
     def _padded(self, length: int) -> int:
         # img_size plus a multiple of 32: the ViT's crop then starts on a token's edge; tokens meet their own pixels.

@@ -212,11 +212,18 @@ def test_the_encoders_image_is_what_it_starts_from(sense: bool) -> None:
     zero = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
     upright = kspace.remove_background_phase(zero.roll(2, -1))
     model = decoder(sense=sense, encoder_image=True, trained=False).eval()
-    assert model.unet.stem.in_channels == 4 * 4  # with SENSE's image or in its place
+    assert model.unet.stem.in_channels == 6 * 4  # with SENSE's image or in its place
     start = upright * kspace.background_phase(zero)
     start = start * kspace.fitted_scale(start, data["mask"], maps, zero)
-    if sense:
-        start = kspace.sense(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=start)
+
+    def consistent(image: Tensor) -> Tensor:
+        return kspace.sense(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image)
+
+    if sense:  # before the U-Net and behind it
+        start = consistent(consistent(start))
+    else:
+        filled = kspace.data_consistency(start, maps, data["kspace"], data["mask"])
+        start = kspace.combine(filled, maps)
     coils = kspace.data_consistency(start, maps, data["kspace"], data["mask"])
     expected = kspace.rss(coils) * data["scale"][:, None, None]
     with torch.no_grad():
