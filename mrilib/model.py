@@ -233,7 +233,7 @@ class TwoStageModel(nn.Module):
         """Image tokens, and the encoder's image for a decoder that starts from it; the encoder runs once for both."""
         if self.decoder is None or not self.decoder.encoder_image:
             return self.image_tokens(batch), None
-        prefix, image = self.encoder.tokens_and_image(batch.kspace, batch.mask)
+        prefix, image = self._sees_images().tokens_and_image(batch.kspace, batch.mask)
         return self.image_tokens_from_prefix(prefix), image
 
     def hidden_states(self, prefix: Tensor) -> Tensor:
@@ -260,7 +260,12 @@ class TwoStageModel(nn.Module):
         """`KSpaceEncoder.restored_image` for a decoder that starts from it, without a graph; None for another."""
         if self.decoder is None or not self.decoder.encoder_image:
             return None
-        return self.encoder.restored_image(batch.kspace, batch.mask)
+        return self._sees_images().restored_image(batch.kspace, batch.mask)
+
+    def _sees_images(self) -> KSpaceEncoder:
+        if not isinstance(self.encoder, KSpaceEncoder):
+            raise ValueError("encoder_image: a learned prefix makes no image that the decoder could start from")
+        return self.encoder
 
     def forward(self, batch: Batch) -> Tensor:
         """From masked k-space to the image (B, h, w) [file units]."""

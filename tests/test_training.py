@@ -258,6 +258,10 @@ def test_a_decoder_may_start_from_the_encoders_image(stage1, phantom_dir, backbo
             assert not torch.allclose(system.reconstruct(batch, tokens, refined.flip(-1)), image, rtol=0.01, atol=0)
             stage.image_tokens = system.image_tokens  # of a cache, which has no images
             torch.testing.assert_close(stage.reconstruct(batch), image)
+    control = model.TwoStageModel(model.build_control(stage1[0], system.backbone), system.backbone, system.tokenizer)
+    control.decoder = system.decoder
+    with pytest.raises(ValueError, match="encoder_image: a learned prefix makes no image"):
+        control(batch)
     with pytest.raises(ParameterError, match="restore_chans: only the target teaches to restore"):
         Stage1Parameters.create({**stage1[0].to_dict(), "restore_chans": 4})
 
