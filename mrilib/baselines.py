@@ -1,9 +1,8 @@
 """What people would use instead: fastMRI's U-Net and VarNet, in the image decoder's place.
 
-Each is a module with the decoder's own call, without image tokens (``token_dim`` 0) or
-anything else of the encoder: masked k-space to the magnitude
-image in file units. So `TwoStageModel` holds it as it holds an `ImageDecoder`, and the same loop trains it on the same
-batches with the same loss.
+Each is a module with the decoder's own call, without image tokens (``token_dim`` 0) or anything else of the encoder:
+masked k-space to the magnitude image in file units. So `TwoStageModel` holds it as it holds an `ImageDecoder`, and the
+same loop trains it on the same batches with the same loss.
 """
 
 import fastmri

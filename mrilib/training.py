@@ -121,7 +121,8 @@ class AnalysisStage(Stage):
     image_weight : float
         Of VarNet's image, restored where the encoder restores it, beside the text or, until that joins, the maps: the
         mean absolute difference between its magnitude and the target, each in units of its own root mean square.
-        Through a map of a few small spots VarNet learns slowly what an image is.
+        Through a map of a few small spots VarNet learns slowly what an image is, so before the text joins
+        (`text_from`) the maps then ask nothing of it.
     text_from : float
         Share of the steps before the text joins, for an encoder with maps of findings. Until then VarNet and the maps
         learn by the maps' loss, and that of VarNet's image, alone, and then they stand and the rest learns by the text:
@@ -275,8 +276,9 @@ class ReconstructionStage(Stage):
     image_tokens : callable, optional
         Gives a batch's image tokens: the model if left out, or `TokenCache.image_tokens`.
     tokens_from : float
-        Share of the steps before image tokens join. Until then zeros are in their place, and neither encoder nor
-        backbone runs: the decoder learns what the measured data say first, which is the longer and cheaper part.
+        Share of the steps before image tokens join. Until then zeros are in their place, and neither encoder (but for
+        the image that a decoder with `encoder_image` starts from) nor backbone runs: the decoder learns what the
+        measured data say first, which is the longer and cheaper part.
     lesion_weight : float
         Of the mean of 1 − SSIM over the windows centred in or close to a slice's boxes, beside that over the image.
         Small lesions are the first that a mean over the image gives up. Validation judges by the image alone.
