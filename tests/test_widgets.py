@@ -94,21 +94,27 @@ def test_overview_shows_what_the_static_figure_shows(browser):
 
 
 def test_the_browser_is_fast_at_full_size(tmp_path):
-    """From a moved slider to the PNG's bytes at 320 × 320 with 16 coils: 0.3 s are wanted.
+    """From a moved slider to the PNG's bytes at 320 × 320 with 16 coils: 0.3 s are wanted, where an FFT takes 0.06 s.
 
-    The best of some, as other processes may run: this catches what has become much more work, not a busy machine.
+    Machines differ and other processes may run: the best of some, in the slice's own Fourier transforms, of which it
+    takes four or five. This catches what has become much more work.
     """
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((6, 16, 640, 320, 2), dtype=np.float32).view(np.complex64)[..., 0]
     write_h5(tmp_path / "f.h5", noise, (320, 320), "AXT2", "p", sequence=SEQUENCES["AXT2"])
     config = DataParameters.create({"data_dir": str(tmp_path), "num_coils": 16, "img_size": 320})
     browser = widgets.SliceBrowser([read_volume(tmp_path / "f.h5")], config)
-    seconds = []
-    for number in (0, 1, 2, 4, 5):  # it began with slice 3
+
+    def seconds(work) -> float:
         start = time.perf_counter()
-        browser.slice.value = number
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.3
+        work()
+        return time.perf_counter() - start
+
+    moved, transformed = [], []
+    for number in (0, 1, 2, 4, 5):  # it began with slice 3
+        moved.append(seconds(lambda number=number: setattr(browser.slice, "value", number)))
+        transformed.append(seconds(lambda number=number: np.fft.ifft2(noise[number])))
+    assert min(moved) < 10 * min(transformed)
 
 
 def test_error_scale_is_the_error_map_from_its_start_to_its_end():
