@@ -149,20 +149,26 @@ class FixedSteps(ShapeBatchSampler):
     """So many shuffled batches each time, whatever the size of the data set; a function of (seed, epoch) alone."""
 
     def __init__(
-        self, dataset: FastMRIDataset, batch_size: int, seed: int, steps: int, finding_share: float = 0.0
+        self, dataset: FastMRIDataset, batch_size: int, seed: int, steps: int, finding_share: float = 0.0, echo: int = 1
     ) -> None:
-        super().__init__(dataset, batch_size, seed, shuffle=True, finding_share=finding_share)
+        super().__init__(dataset, batch_size, seed, shuffle=True, finding_share=finding_share, echo=echo)
         self.steps = steps
 
     def plan(self) -> list[list[int]]:
         """Passes over the shuffled slices, one after the other, cut off after so many batches."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
         batches: list[list[int]] = []
-        while len(batches) < self.steps:
+        count = -(-self.steps // self.echo)
+        while len(batches) < count:
             seed = int(rng.integers(2**32))
             share = self.finding_share
             batches += ShapeBatchSampler(self.dataset, self.batch_size, seed, True, finding_share=share).plan()
-        return batches[: self.steps]
+        return batches[:count]
+
+    @property
+    def total(self) -> int:
+        """The steps."""
+        return self.steps
 
 
 class Bench:
@@ -225,7 +231,8 @@ class Bench:
         elif config.lesion_weight:
             require_lesions(train)
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
-        sampler = FixedSteps(train, config.batch_size, config.seed, steps, config.finding_share if texts else 0.0)
+        order = {"finding_share": config.finding_share} if texts else {"echo": config.data_echo}
+        sampler = FixedSteps(train, config.batch_size, config.seed, steps, **order)
         # its own: the model's random numbers must not depend on it
         generator = torch.Generator().manual_seed(config.seed)
         loader = DataLoader(
@@ -340,6 +347,8 @@ class Bench:
         changed: dict[str, Any] = {} if name == "model" else {"tokens_from": 0.0}
         if not METHODS[name].image:
             changed["encoder_image"] = False
+        if not (METHODS[name].image or METHODS[name].tokens):
+            changed["data_echo"] = 1  # nothing frozen that could be kept: new slices are better than old ones
         if not METHODS[name].ours:
             changed["lesion_weight"] = 0.0
         return self.stage2.model_copy(update=changed)
@@ -635,17 +644,22 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         stage = training.ReconstructionStage.of(system, bench._stage2(name), name)
     optimizer = build_optimizer(stage.model.freeze(stage.trainable), config.model_copy(update={"learning_rate": 1e-6}))
     stage.model.train()
-    loader, _ = bench._loaders(config.model_copy(update={"seed": 0}), steps, texts)
+    echo = 1 if texts else bench._stage2(name).data_echo
+    loader, _ = bench._loaders(
+        config.model_copy(update={"seed": 0, **({} if texts else {"data_echo": 1})}), steps, texts
+    )
     seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
     for batch in loader:
         for stage.progress in (0.0, 1.0) if late else (1.0,):  # before all has joined, and after
+            stage.begin_epoch()
             begin = time.perf_counter()
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-                loss = stage.loss(batch.to(bench.device)).total / config.batch_size
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds[stage.progress].append(time.perf_counter() - begin)
+            for _ in range(echo):
+                with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                    loss = stage.loss(batch.to(bench.device)).total / config.batch_size
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            seconds[stage.progress].append((time.perf_counter() - begin) / echo)
     stage.model.freeze(None)
     before, after = (float(np.median(each[1:] or each or [0.0])) for each in seconds.values())
     return late * before + (1 - late) * after

@@ -458,6 +458,9 @@ class Stage2Parameters(TrainingParameters):
     lesion_weight: float = P(
         0.0, "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none", ge=0
     )
+    data_echo: int = P(
+        1, "steps that each batch is decoded in; encoder and backbone run for the first of them alone", ge=1
+    )
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
     )

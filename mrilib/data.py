@@ -493,6 +493,9 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
     finding_share : float
         So much of a shuffled epoch, drawn anew each time, gives its place to random slices of its shape that have a
         finding, where there are any; some may come twice.
+    echo : int
+        Times that each batch comes, the same slices under the same masks, `ECHO_SPAN` batches apart (data echoing: Choi
+        et al., arXiv:1907.05550): for a stage that keeps what it has made of a batch the first time.
 
     Attributes
     ----------
@@ -503,6 +506,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
     """
 
     WINDOW = 8
+    ECHO_SPAN = 24  # so that of up to four processes, or of six, eight or twelve, each gets its own batches again
 
     def __init__(
         self,
@@ -512,8 +516,10 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         shuffle: bool = False,
         group_by_length: bool = False,
         finding_share: float = 0.0,
+        echo: int = 1,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
+        self.echo = echo
         self.finding_share = finding_share if shuffle else 0.0
         self.found: dict[tuple[int, ...], list[int]] = defaultdict(list)  # slices with a finding, by shape
         for index in range(len(dataset)) if self.finding_share else ():
@@ -527,8 +533,13 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
         self.skip, self.share = 0, (0, 1)
 
+    @property
+    def total(self) -> int:
+        """Batches of the dataset's epoch, of all processes, with their echoes."""
+        return len(self.plan()) * self.echo
+
     def plan(self) -> list[list[int]]:
-        """The batches of the dataset's epoch, of all processes."""
+        """The batches of the dataset's epoch, of all processes, each once."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
         order: Iterable[int] = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
         if self.finding_share:
@@ -566,11 +577,13 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
             for index in batch:
                 batches[-1].append((index, seen[index]) if seen[index] else index)
                 seen[index] += 1
-        return iter(batches[self.skip + number :: count])
+        blocks = [batches[start : start + self.ECHO_SPAN] for start in range(0, len(batches), self.ECHO_SPAN)]
+        echoed = [batch for block in blocks for _ in range(self.echo) for batch in block]
+        return iter(echoed[self.skip + number :: count])
 
     def __len__(self) -> int:
         number, count = self.share
-        return len(range(self.skip + number, len(self.plan()), count))
+        return len(range(self.skip + number, self.total, count))
 
 
 def collate(slices: list[Slice]) -> Batch:
@@ -598,11 +611,12 @@ def make_loader(
     shuffle: bool = False,
     group_by_length: bool = False,
     finding_share: float = 0.0,
+    echo: int = 1,
 ) -> DataLoader:
     """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
     return DataLoader(
         dataset,
-        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length, finding_share),
+        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length, finding_share, echo),
         collate_fn=collate,
         num_workers=dataset.config.num_workers,
         pin_memory=torch.cuda.is_available(),

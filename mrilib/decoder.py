@@ -114,7 +114,7 @@ class ImageDecoder(nn.Module):
         scale: Tensor,
         recon: tuple[int, int],
         acquired: Tensor | None = None,
-        refined: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct a batch of slices.
 
@@ -129,8 +129,8 @@ class ImageDecoder(nn.Module):
         recon : (h, w) [pixels]
         acquired : Tensor, bool, shape (B, phase), optional
             False on lines that no scan of this acquisition has; by default all are.
-        refined : Tensor, complex64, shape (B, readout, phase), optional
-            `KSpaceEncoder.restored_image` of the same `kspace` and `mask`, which `encoder_image` needs.
+        starts : Tensor, complex64, shape (B, 2, readout, phase), optional
+            `start_images` of the same `kspace` and `mask`, which `encoder_image` needs.
 
         Returns
         -------
@@ -154,13 +154,9 @@ class ImageDecoder(nn.Module):
         padded = (self._padded(height), self._padded(width))
         seen = [zero_filled]
         if self.encoder_image:
-            if refined is None:
+            if starts is None:
                 raise ValueError("encoder_image: this decoder starts from the encoder's image, and none was given")
-            # In these coil maps' phase and of the measured data's size: what taught the encoder cares for neither.
-            start = refined * physics.background_phase(zero_filled)
-            start = start * physics.fitted_scale(start, mask, maps, zero_filled)
-            # Brought into line with the data it says what the encoder's networks have left out or made up.
-            seen += [start, self._consistent(start, kspace, mask, maps, zero_filled, measured)]
+            seen += starts.unbind(1)
         elif self.sense:
             seen.append(physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=zero_filled))
         channels = [torch.view_as_real(image).movedim(-1, 1) / size for image in seen]
@@ -182,6 +178,30 @@ class ImageDecoder(nn.Module):
         power = physics.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()
         magnitude = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         return physics.center_crop_or_pad(magnitude, recon) * scale[:, None, None]
+
+    @torch.no_grad()
+    def start_images(self, kspace: Tensor, mask: Tensor, refined: Tensor) -> Tensor:
+        """What a decoder with `encoder_image` starts from: the encoder's image, as it is and in line with the data.
+
+        Nothing of this is learned. In line with the data the image says what the encoder's networks have left out or
+        made up.
+
+        Parameters
+        ----------
+        kspace, mask
+            As of `forward`.
+        refined : Tensor, complex64, shape (B, readout, phase)
+            `KSpaceEncoder.restored_image` of them, of any size and phase: what taught the encoder cares for neither.
+
+        Returns
+        -------
+        Tensor, complex64, shape (B, 2, readout, phase)
+        """
+        maps, measured = physics.center_coil_maps(kspace, mask), physics.ifft2c(kspace)
+        zero_filled = physics.combine(measured, maps)
+        start = refined * physics.background_phase(zero_filled)
+        start = start * physics.fitted_scale(start, mask, maps, zero_filled)
+        return torch.stack([start, self._consistent(start, kspace, mask, maps, zero_filled, measured)], dim=1)
 
     def _consistent(
         self, image: Tensor, kspace: Tensor, mask: Tensor, maps: Tensor, zero_filled: Tensor, measured: Tensor

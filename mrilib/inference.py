@@ -230,13 +230,13 @@ class Tester:
         self, batch: Batch, prefix: Tensor, other_prefix: Tensor | None
     ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
         model = self.model
-        refined = model.encoder_image(batch)
+        starts = model.start_images(batch)
         yield "zero_filled", zero_filled(batch.kspace, batch.scale, batch.recon)
-        yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix), refined)
+        yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix), starts)
         if other_prefix is not None:
             tokens = model.image_tokens_from_prefix(other_prefix)
-            yield "other_patient_tokens", model.reconstruct(batch, tokens, refined)
-        yield "no_tokens", model.reconstruct(batch, None, refined)
+            yield "other_patient_tokens", model.reconstruct(batch, tokens, starts)
+        yield "no_tokens", model.reconstruct(batch, None, starts)
         if self.plain is not None:
             yield "trained_without_tokens", self.plain.reconstruct(batch, None)
         if self.nearest is not None and batch.target is not None:

@@ -229,12 +229,12 @@ class TwoStageModel(nn.Module):
         """The same from k-space tokens (B, N + 2, hidden)."""
         return self.hidden_states(prefix).float()
 
-    def tokens_and_image(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Image tokens, and the encoder's image for a decoder that starts from it; the encoder runs once for both."""
+    def tokens_and_starts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Image tokens, and `start_images`; the encoder runs once for both."""
         if self.decoder is None or not self.decoder.encoder_image:
             return self.image_tokens(batch), None
         prefix, image = self._sees_images().tokens_and_image(batch.kspace, batch.mask)
-        return self.image_tokens_from_prefix(prefix), image
+        return self.image_tokens_from_prefix(prefix), self.decoder.start_images(batch.kspace, batch.mask, image)
 
     def hidden_states(self, prefix: Tensor) -> Tensor:
         """The same in the type that the backbone works in, which is what the token cache keeps."""
@@ -243,24 +243,26 @@ class TwoStageModel(nn.Module):
         base: Any = self.backbone.base_model
         return base(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 
-    def reconstruct(self, batch: Batch, tokens: Tensor | None, refined: Tensor | None = None) -> Tensor:
+    def reconstruct(self, batch: Batch, tokens: Tensor | None, starts: Tensor | None = None) -> Tensor:
         """The decoder's image (B, h, w) [file units] from image tokens, or from none.
 
-        A decoder with `encoder_image` needs the encoder's: `refined` if it is there already, else it is made here.
+        A decoder with `encoder_image` needs `start_images`: `starts` if they are there already, else they are made
+        here.
         """
         if self.decoder is None:
             raise ValueError("this model has no image decoder; train stage 2 first")
         inputs = (tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
         if not self.decoder.encoder_image:
             return self.decoder(*inputs)
-        return self.decoder(*inputs, refined=self.encoder_image(batch) if refined is None else refined)
+        return self.decoder(*inputs, starts=self.start_images(batch) if starts is None else starts)
 
     @torch.no_grad()
-    def encoder_image(self, batch: Batch) -> Tensor | None:
-        """`KSpaceEncoder.restored_image` for a decoder that starts from it, without a graph; None for another."""
+    def start_images(self, batch: Batch) -> Tensor | None:
+        """`ImageDecoder.start_images` of a decoder that starts from the encoder's image; None for another."""
         if self.decoder is None or not self.decoder.encoder_image:
             return None
-        return self._sees_images().restored_image(batch.kspace, batch.mask)
+        image = self._sees_images().restored_image(batch.kspace, batch.mask)
+        return self.decoder.start_images(batch.kspace, batch.mask, image)
 
     def _sees_images(self) -> KSpaceEncoder:
         if not isinstance(self.encoder, KSpaceEncoder):
@@ -270,7 +272,7 @@ class TwoStageModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """From masked k-space to the image (B, h, w) [file units]."""
         use_tokens = self.decoder is None or self.decoder.token_dim > 0
-        return self.reconstruct(batch, *(self.tokens_and_image(batch) if use_tokens else (None,)))
+        return self.reconstruct(batch, *(self.tokens_and_starts(batch) if use_tokens else (None,)))
 
 
 def word_embeddings(backbone: PreTrainedModel) -> Tensor:

@@ -297,7 +297,8 @@ def cached_loaders(
     cache = TokenCache(stage.model, config)
     train, val = cache.hold(*datasets)  # type: ignore[arg-type]
     stage.image_tokens = cache.image_tokens
-    return make_loader(train, config.batch_size, config.seed, shuffle=True), make_loader(val, config.batch_size)
+    loader = make_loader(train, config.batch_size, config.seed, shuffle=True, echo=config.data_echo)
+    return loader, make_loader(val, config.batch_size)
 
 
 def _uncached(dataset: FastMRIDataset, number: int) -> FastMRIDataset:

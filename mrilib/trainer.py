@@ -85,7 +85,7 @@ class Trainer:
         # Batches of one step, over all processes; what this process takes of them is up to the sampler.
         launched = self.accelerator.num_processes if distributed.launched() else config.num_processes
         self.step_batches = config.gradient_accumulation_steps * launched
-        self.steps_per_epoch = -(-len(self.sampler.plan()) // self.step_batches)
+        self.steps_per_epoch = -(-self.sampler.total // self.step_batches)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.schedule = self._build_schedule()
         stage.progress = (self.total_steps - 1) / self.total_steps
@@ -281,11 +281,12 @@ class Trainer:
         dataset = self.train_loader.dataset
         assert isinstance(dataset, FastMRIDataset)
         dataset.epoch = self.epoch
+        self.stage.begin_epoch()
         self.stage.model.train()
         done = self.step - self.epoch * self.steps_per_epoch
         self.sampler.skip = done * self.step_batches
         self.sampler.share = (self.accelerator.process_index, self.accelerator.num_processes)
-        count = len(self.sampler.plan())
+        count = self.sampler.total
         batches = iter(self.train_loader)
         for step in range(done, self.steps_per_epoch):
             first, last = step * self.step_batches, min((step + 1) * self.step_batches, count)

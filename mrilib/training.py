@@ -7,7 +7,7 @@ same for all of them is `trainer.Trainer`. A loss of your own is a subclass of a
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -80,6 +80,9 @@ class Stage:
     def rate_anew_from(self) -> float:
         """Share of the steps after which the learning rate begins anew, warm-up and all; 0: it never does."""
         return 0.0
+
+    def begin_epoch(self) -> None:
+        """Called before an epoch's first step, or the first after a resumption."""
 
     def weight(self, batch: Batch) -> float:
         """Units (analysis tokens, slices) that the batch's loss is a sum over."""
@@ -266,6 +269,14 @@ class AnalysisStage(Stage):
         return {"loss": total["loss"] / total["tokens"], "token_accuracy": total["correct"] / total["tokens"]}
 
 
+class _Kept(NamedTuple):
+    """What a frozen encoder and backbone have made of a slice under a mask, on the host."""
+
+    tokens: Tensor | None  # (tokens, hidden)
+    starts: Tensor | None  # (2, readout, phase)
+    uses: int  # so far
+
+
 class ReconstructionStage(Stage):
     """Stage 2: SSIM loss on the image; trains the image decoder.
 
@@ -279,6 +290,9 @@ class ReconstructionStage(Stage):
         Share of the steps before image tokens join. Until then zeros are in their place, and neither encoder (but for
         the image that a decoder with `encoder_image` starts from) nor backbone runs: the decoder learns what the
         measured data say first, which is the longer and cheaper part.
+    data_echo : int
+        Steps that each batch is decoded in (`ShapeBatchSampler`'s `echo`): what encoder and backbone make of it, and
+        what of the decoder is not learned, is kept from the first to the last of them, in the host's memory.
     lesion_weight : float
         Of the mean of 1 − SSIM over the windows centred in or close to a slice's boxes, beside that over the image.
         Small lesions are the first that a mean over the image gives up. Validation judges by the image alone.
@@ -293,8 +307,11 @@ class ReconstructionStage(Stage):
         image_tokens: Callable[[Batch], Tensor] | None = None,
         tokens_from: float = 0.0,
         lesion_weight: float = 0.0,
+        data_echo: int = 1,
     ) -> None:
         super().__init__(model)
+        self.data_echo = data_echo
+        self._kept: dict[tuple[str, int, bytes], _Kept] = {}
         self.name, self.tokens_from, self.lesion_weight = name, tokens_from, lesion_weight
         self.image_tokens = image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
@@ -308,7 +325,7 @@ class ReconstructionStage(Stage):
         image_tokens: Callable[[Batch], Tensor] | None = None,
     ) -> Self:
         """Stage 2, or its control, as its parameters have it."""
-        return cls(model, name, image_tokens, config.tokens_from, config.lesion_weight)
+        return cls(model, name, image_tokens, config.tokens_from, config.lesion_weight, config.data_echo)
 
     @property
     def complete(self) -> bool:
@@ -323,16 +340,57 @@ class ReconstructionStage(Stage):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """The image (B, h, w) [file units]; encoder and backbone are frozen, so they run without a graph."""
+        echoes = self.data_echo > 1 and self.part.training
+        return self.model.reconstruct(batch, *(self._echoed(batch) if echoes else self._frozen(batch)))
+
+    @torch.no_grad()
+    def _frozen(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Image tokens, where they have joined, and the images that a decoder with `encoder_image` starts from."""
+        if not self._wants_tokens:
+            return None, self.model.start_images(batch)
+        if self.image_tokens is not None:
+            return self.image_tokens(batch), self.model.start_images(batch)
+        return self.model.tokens_and_starts(batch)
+
+    @property
+    def _wants_tokens(self) -> bool:
         decoder = self.model.decoder
         assert decoder is not None
-        tokens = refined = None
-        if decoder.token_dim and self.complete:
-            with torch.no_grad():
-                if self.image_tokens is not None:
-                    tokens = self.image_tokens(batch)
-                else:
-                    tokens, refined = self.model.tokens_and_image(batch)
-        return self.model.reconstruct(batch, tokens, refined)
+        return decoder.token_dim > 0 and self.complete
+
+    def _echoed(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """`_frozen`, of a batch that was here before from what was kept of it, until it was here for the last time.
+
+        By slice, as a batch may be split where memory is short. Computed anew where nothing is kept: in a training that
+        has just been resumed.
+        """
+        keys = [(one.file, one.slice_num, one.mask.numpy().tobytes()) for one in batch.slices]
+        kept = [self._kept.get(key) for key in keys]
+        rows = [one for one in kept if one is not None and (one.tokens is not None or not self._wants_tokens)]
+        if len(rows) < len(keys):
+            tokens, starts = (None if one is None else one.cpu() for one in self._frozen(batch))
+            rows = [
+                _Kept(
+                    None if tokens is None else tokens[i], None if starts is None else starts[i], old.uses if old else 0
+                )
+                for i, old in enumerate(kept)
+            ]
+        for key, one in zip(keys, rows, strict=True):
+            self._kept[key] = one._replace(uses=one.uses + 1)
+            if one.uses + 1 >= self.data_echo:
+                self._kept.pop(key, None)  # a slice may be twice in a batch
+        tokens, starts = (
+            self._stacked(column) for column in zip(*((one.tokens, one.starts) for one in rows), strict=True)
+        )
+        return (tokens if self._wants_tokens else None), starts
+
+    def _stacked(self, rows: Sequence[Tensor | None]) -> Tensor | None:
+        present = [row for row in rows if row is not None]
+        return torch.stack(present).to(self.model.device) if present else None
+
+    def begin_epoch(self) -> None:
+        """What is kept of batches that did not come back is of no more use."""
+        self._kept.clear()
 
     def loss(self, batch: Batch) -> BatchLoss:
         """1 − SSIM, and its weighted mean over lesions, summed over the slices."""

@@ -24,7 +24,7 @@ def values(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(folder / "backbone")
     common = {"max_val_slices": 3, "center_fractions": [0.16, 0.08], "num_coils": 8, "split_seed": 2}
     one = systems.values(phantom_dir, backbone, **systems.ENCODER, **common)
-    late = {"sense": True, "encoder_image": True, "tokens_from": 0.5, "lesion_weight": 0.1}
+    late = {"sense": True, "encoder_image": True, "tokens_from": 0.5, "lesion_weight": 0.1, "data_echo": 2}
     two = systems.values(phantom_dir, backbone, **systems.DECODER, **common, **late, train_control=False)
     for name, content in (("stage1", one), ("stage2", two)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
@@ -76,6 +76,7 @@ def test_rivals_are_trained_by_their_authors_loss(done):
         told = json.loads((done.directory / "seed0" / name / "done.json").read_text())
         assert told["made_with"]["lesion_weight"] == weight
         assert told["made_with"]["tokens_from"] == (0.5 if name == "model" else 0.0)
+        assert told["made_with"]["data_echo"] == (2 if name == "model" else 1)  # where something is frozen
 
 
 def test_what_is_done_is_not_done_again(done, values, monkeypatch):

@@ -575,6 +575,26 @@ def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volum
     assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
 
 
+def test_echoes_are_the_same_slices_under_the_same_masks(volumes: list[Volume], phantom_dir: Path) -> None:
+    """A block of batches at a time, each process its own batches again; a resumed training goes on within the block."""
+    config = parameters(phantom_dir)
+    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
+    plan = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9).plan()
+    sampler = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9, echo=2)
+    span = sampler.ECHO_SPAN = 4
+    once = list(ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9))
+    assert sampler.plan() == plan and sampler.total == len(sampler) == 2 * len(plan) and len(plan) > span
+    assert any(isinstance(batch[0], tuple) for batch in once)  # a slice that comes again in a new look has echoes too
+    blocks = [once[start : start + span] for start in range(0, len(once), span)]
+    whole = list(sampler)
+    assert whole == [batch for block in blocks for batch in block + block]
+    sampler.skip, sampler.share = 6, (1, 2)
+    assert list(sampler) == whole[7::2] and len(sampler) == len(whole[7::2])
+    sampler.skip = 0
+    first = list(sampler)[:span]
+    assert first[: span // 2] == first[span // 2 :]  # of a block, this process's own
+
+
 def test_a_slice_seen_again_in_an_epoch_looks_different(volumes: list[Volume], phantom_dir: Path) -> None:
     """Another mask each time, flipped or not; the same again in a second pass over the epoch, and by any process."""
     config = parameters(phantom_dir, mask_type="random")

@@ -226,15 +226,17 @@ def test_the_encoders_image_is_what_it_starts_from(sense: bool) -> None:
         start = kspace.combine(filled, maps)
     coils = kspace.data_consistency(start, maps, data["kspace"], data["mask"])
     expected = kspace.rss(coils) * data["scale"][:, None, None]
+    scan = data["kspace"], data["mask"]
     with torch.no_grad():
         for refined in (upright, 5 * upright):
-            found = model(some_tokens(), **data, recon=(33, 45), refined=refined)
+            found = model(some_tokens(), **data, recon=(33, 45), starts=model.start_images(*scan, refined))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
-        other = model(some_tokens(), **data, recon=(33, 45), refined=upright.flip(-1))
+        other = model(some_tokens(), **data, recon=(33, 45), starts=model.start_images(*scan, upright.flip(-1)))
         assert not torch.allclose(other, expected, rtol=1e-2)
         trained = decoder(sense=sense, encoder_image=True).eval()
-        together = trained(some_tokens(), **data, recon=(32, 32), refined=upright)
-        one = trained(some_tokens()[1:], **{k: v[1:] for k, v in data.items()}, recon=(32, 32), refined=upright[1:])
+        starts = trained.start_images(*scan, upright)
+        together = trained(some_tokens(), **data, recon=(32, 32), starts=starts)
+        one = trained(some_tokens()[1:], **{k: v[1:] for k, v in data.items()}, recon=(32, 32), starts=starts[1:])
     torch.testing.assert_close(together[1:], one, rtol=1e-3, atol=1e-8)
     with pytest.raises(ValueError, match="none was given"):
         model(some_tokens(), **data, recon=(33, 45))
@@ -443,7 +445,8 @@ def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool, en
     data["kspace"][0] = 0
     data["scale"][0] = 1.0
     refined = kspace.ifft2c(data["kspace"])[:, 0] if encoder_image else None  # of an empty slice it is empty
-    image = model(some_tokens(), **data, recon=(32, 32), refined=refined)
+    starts = None if refined is None else model.start_images(data["kspace"], data["mask"], refined)
+    image = model(some_tokens(), **data, recon=(32, 32), starts=starts)
     assert image.isfinite().all() and (not image_skip or image[0].max() < 1e-12)
     target = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0)) * 1e-4
     target[0] = 0

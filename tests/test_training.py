@@ -10,7 +10,15 @@ import torch
 from mrilib import inference, kspace, model, train, trainer, training
 from mrilib.checkpoint import CheckpointError, load_checkpoint
 from mrilib.config import ParameterError, Stage1Parameters
-from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_lesions, split_volumes
+from mrilib.data import (
+    FastMRIDataset,
+    ShapeBatchSampler,
+    index_volumes,
+    load_annotations,
+    make_loader,
+    require_lesions,
+    split_volumes,
+)
 from mrilib.encoder import KSpaceEncoder
 from mrilib.history import read_history
 
@@ -226,6 +234,52 @@ def test_stages_are_made_as_the_parameters_say(stage1, phantom_dir, backbone_dir
     assert not stage.complete and control.complete
 
 
+def test_a_batch_may_be_decoded_more_than_once(stage1, phantom_dir, backbone_dir, tmp_path, monkeypatch):
+    """Encoder and backbone run for the first time alone, and nothing else changes; whether it is resumed or not."""
+    checkpoint = stage1[1] / "stage1_checkpoints" / "stage1_best_model.pt"
+    late = {"tokens_from": 0.1, "encoder_image": True}
+    config = systems.stage2_config(
+        phantom_dir, backbone_dir, checkpoint, epochs=2, data_echo=3, train_control=False, batch_size=2, **late
+    )
+    config = config.model_copy(update={"checkpoint_minutes": 0})
+    monkeypatch.setattr(ShapeBatchSampler, "ECHO_SPAN", 2)
+
+    def trained(folder, stop_after=None, keeps=True, **changes):
+        training.prepare(config)
+        (stage,) = train.make_stages(config, torch.device("cpu"))
+        calls, frozen = [], stage._frozen
+        if not keeps:
+            stage.data_echo = 1
+
+        def counted(batch):
+            if stage.part.training:
+                calls.append(stage.progress)
+            return frozen(batch)
+
+        def on_step(entry):
+            if entry["step"] == stop_after:
+                raise KeyboardInterrupt
+
+        stage._frozen = counted
+        _, *data = train.make_loaders(config)
+        one = trainer.Trainer(stage, config.model_copy(update=changes), *data, folder, on_step=on_step)
+        one.run()
+        assert changes or not stage._kept  # nothing for a batch that does not come again
+        return one, len(calls)
+
+    whole, calls = trained(tmp_path / "a")
+    unique = len(whole.sampler.plan())
+    assert whole.step == 2 * 3 * unique and unique > 2
+    assert calls == 2 * unique + 2  # the tokens join in the first block, whose batches were kept without them
+    weights = model.tensor_hash(whole.stage.part)
+    plain, calls = trained(tmp_path / "b", keeps=False)
+    assert calls == plain.step == whole.step and model.tensor_hash(plain.stage.part) == weights
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "c", stop_after=whole.step // 2 + 3)  # within a block
+    resumed, _ = trained(tmp_path / "c", resume=True)
+    assert model.tensor_hash(resumed.stage.part) == weights
+
+
 def test_a_decoder_may_start_from_the_encoders_image(stage1, phantom_dir, backbone_dir, monkeypatch):
     """It is restored, has no graph, and is made once a batch: with the tokens where there are any."""
     config = systems.stage2_config(phantom_dir, backbone_dir, stage1[1], encoder_image=True)
@@ -250,12 +304,12 @@ def test_a_decoder_may_start_from_the_encoders_image(stage1, phantom_dir, backbo
         assert calls == [False]
         with torch.no_grad():
             image = stage.reconstruct(batch)
-            refined = system.encoder.restored_image(batch.kspace, batch.mask)
+            starts = system.start_images(batch)
             tokens = system.image_tokens(batch) if use_tokens else None
             torch.testing.assert_close(system.reconstruct(batch, tokens), image)
-            torch.testing.assert_close(system.reconstruct(batch, tokens, refined), image)
+            torch.testing.assert_close(system.reconstruct(batch, tokens, starts), image)
             torch.testing.assert_close(system(batch), image)
-            assert not torch.allclose(system.reconstruct(batch, tokens, refined.flip(-1)), image, rtol=0.01, atol=0)
+            assert not torch.allclose(system.reconstruct(batch, tokens, starts.flip(-1)), image, rtol=0.01, atol=0)
             stage.image_tokens = system.image_tokens  # of a cache, which has no images
             torch.testing.assert_close(stage.reconstruct(batch), image)
     control = model.TwoStageModel(model.build_control(stage1[0], system.backbone), system.backbone, system.tokenizer)
