@@ -357,8 +357,8 @@ class Stage1Parameters(TrainingParameters):
     )
     varnet_image_weight: float = P(
         0.0,
-        "weight of the mean absolute difference between VarNet's (restored) image and the target, each in units of its "
-        "root mean square, for as long as VarNet learns; 0: none",
+        "weight of the mean absolute difference and of 1 − SSIM between VarNet's (restored) image and the target, for "
+        "as long as VarNet learns; 0: none",
         ge=0,
     )
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)

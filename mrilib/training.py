@@ -123,7 +123,8 @@ class AnalysisStage(Stage):
         reads off the image tokens and the target, both in units of the target's root mean square.
     image_weight : float
         Of VarNet's image, restored where the encoder restores it, beside the text or, until that joins, the maps: the
-        mean absolute difference between its magnitude and the target, each in units of its own root mean square.
+        mean absolute difference between its magnitude and the target, in units of the target's root mean square, and
+        1 − SSIM (the two together: Zhao et al., IEEE TCI 3:47, 2017).
         Through a map of a few small spots VarNet learns slowly what an image is, so before the text joins
         (`text_from`) the maps then ask nothing of it.
     text_from : float
@@ -149,6 +150,7 @@ class AnalysisStage(Stage):
         self.name, self.label_smoothing = name, label_smoothing
         self.map_weight, self.recon_weight, self.image_weight = map_weight, recon_weight, image_weight
         self.text_from = text_from
+        self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
     @classmethod
     def of(cls, model: TwoStageModel, config: Stage1Parameters) -> Self:
@@ -242,7 +244,7 @@ class AnalysisStage(Stage):
         target = self._target(batch, mirrored, pixels.shape[-1], "varnet_image_weight")
         # a root has no gradient at zero, which is what lies beside a narrow image
         magnitude = pixels.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        return (magnitude - target).abs().mean((-2, -1))
+        return (magnitude - target).abs().mean((-2, -1)) + self.ssim_loss(magnitude, target, target.amax((-2, -1)))
 
     @staticmethod
     def _target(batch: Batch, mirrored: Tensor, size: int, parameter: str) -> Tensor:
