@@ -139,9 +139,15 @@ def parameter_table(model: TwoStageModel) -> pd.DataFrame:
             continue
         parts = {name: list(part.parameters())}
         if name == "encoder" and hasattr(part, "varnet"):
-            first = {"encoder: VarNet": list(part.varnet.parameters()), "encoder: ViT": list(part.vit.parameters())}
-            known = {id(parameter) for some in first.values() for parameter in some}
-            parts |= first | {"encoder: map to the backbone": [p for p in parts[name] if id(p) not in known]}
+            modules = {
+                "VarNet": part.varnet,
+                "restoration": part.restoration,
+                "maps of findings": part.finding_maps,
+                "ViT": part.vit,
+            }
+            named = {f"encoder: {label}": list(one.parameters()) for label, one in modules.items() if one is not None}
+            known = {id(parameter) for some in named.values() for parameter in some}
+            parts |= named | {"encoder: map to the backbone": [p for p in parts[name] if id(p) not in known]}
         for label, parameters in parts.items():
             count = sum(p.numel() for p in parameters)
             trainable = sum(p.numel() for p in parameters if p.requires_grad)
