@@ -278,7 +278,7 @@ class Bench:
         return {
             "git": git_state(),
             "steps": len(history.steps),
-            "slices": len(history.steps) * config.batch_size,
+            "slices": len(history.steps) * config.batch_size // getattr(config, "data_echo", 1),  # looks, echoes aside
             # what training costs: forward, backward and update, without loading and validation
             "seconds": sum(step["seconds"] for step in history.steps),
             "seconds_with_validation": time.perf_counter() - begin,
@@ -293,7 +293,7 @@ class Bench:
         made_with = self._stage1_made_with()
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
-        for name in filter(self._reads_encoder, METHODS):  # they have read another one
+        for name in filter(self.reads_encoder, METHODS):  # they have read another one
             self._forget(seed, name)
             if (folder.parent / name).exists():
                 shutil.rmtree(folder.parent / name)
@@ -326,9 +326,7 @@ class Bench:
             If the method reads the encoder and stage 1 of this seed is not trained.
         """
         folder = self.directory / f"seed{seed}" / name
-        steps, rate = self._plan(name)
-        config = self._stage2(name).model_copy(update={"seed": seed, "learning_rate": rate})
-        made_with = {"steps": steps, **self._needed(name), **_kept(config)}
+        steps, config, made_with = self._plan(name, seed)
         if self._claim(folder, made_with):
             return read_json(folder / "done.json")
         self._forget(seed, name)
@@ -353,7 +351,8 @@ class Bench:
             changed["lesion_weight"] = 0.0
         return self.stage2.model_copy(update=changed)
 
-    def _reads_encoder(self, name: str) -> bool:
+    def reads_encoder(self, name: str) -> bool:
+        """Whether a method takes tokens or the image it starts from out of stage 1."""
         return METHODS[name].tokens or self._stage2(name).encoder_image
 
     def _stage1_made_with(self) -> dict[str, Any]:
@@ -361,7 +360,7 @@ class Bench:
 
     def _needed(self, name: str) -> dict[str, Any]:
         """What a method takes from stage 1: the whole of it with its tokens or image, a VarNet's sizes, or nothing."""
-        if self._reads_encoder(name):
+        if self.reads_encoder(name):
             return {"stage1": self._stage1_made_with()}
         if name.startswith("varnet"):
             return {key: value for key, value in self._sizes(name).to_dict().items() if key in VARNET_SIZES}
@@ -375,16 +374,19 @@ class Bench:
         module = METHODS[name].build(self._sizes(name), self._stage2(name), self.backbone)
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _plan(self, name: str) -> tuple[int, float]:
+    def _plan(self, name: str, seed: int) -> tuple[int, Stage2Parameters, dict[str, Any]]:
+        """A method's steps, its parameters, and what its done.json says that it was made with."""
         if name not in self.config.methods:
             raise ParameterError(f"methods: '{name}' is not among {', '.join(self.config.methods)}")
         place = self.config.methods.index(name)
-        return self.config.steps[place], self.config.learning_rates[place]
+        steps, rate = self.config.steps[place], self.config.learning_rates[place]
+        config = self._stage2(name).model_copy(update={"seed": seed, "learning_rate": rate})
+        return steps, config, {"steps": steps, **self._needed(name), **_kept(config)}
 
     def _system(self, name: str, seed: int) -> TwoStageModel:
         """A method's untrained module in the decoder's place of a frozen model."""
         module = self.build(name)
-        if self._reads_encoder(name):
+        if self.reads_encoder(name):
             checkpoint = self._encoder_checkpoint(seed)
             system, _ = inference.load_stage1(checkpoint, self.backbone, self.tokenizer)
             system.decoder = module
@@ -401,9 +403,9 @@ class Bench:
         return path
 
     def trained(self, name: str, seed: int) -> TwoStageModel:
-        """A model with a trained method in the decoder's place."""
+        """A model with a trained method in the decoder's place; refused if it was made with other parameters."""
         folder = self.directory / f"seed{seed}" / name
-        if not (folder / "done.json").exists():
+        if not self._claim(folder, self._plan(name, seed)[2]):
             raise ParameterError(f"{name} of seed {seed} is not trained: let part 'train' run first")
         system = self._system(name, seed)
         path = folder / "stage2_checkpoints" / f"{name}_final_model.pt"
@@ -628,6 +630,7 @@ def measure_rounds(bench: Bench, names: Sequence[str]) -> dict[str, list[float]]
 def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     """Seconds of an optimizer step of a method, "stage1" or "control", as trained: the median of some after the first.
 
+    With the loading of its slices by this process, which an echo costs again.
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
     texts = name not in METHODS
@@ -638,7 +641,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         stage = bench._analysis_stage(name, bench.stage1)
     else:
         late = bench._stage2(name).tokens_from
-        build_first = build_encoder if bench._reads_encoder(name) else build_control
+        build_first = build_encoder if bench.reads_encoder(name) else build_control
         first = build_first(bench.stage1, bench.backbone).to(bench.device)
         system = TwoStageModel(first, bench.backbone, bench.tokenizer, bench.build(name))
         stage = training.ReconstructionStage.of(system, bench._stage2(name), name)
@@ -649,7 +652,11 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         config.model_copy(update={"seed": 0, **({} if texts else {"data_echo": 1})}), steps, texts
     )
     seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
-    for batch in loader:
+    batches = iter(loader)
+    for _ in range(len(loader)):
+        begin = time.perf_counter()
+        batch = next(batches)
+        loading = time.perf_counter() - begin
         for stage.progress in (0.0, 1.0) if late else (1.0,):  # before all has joined, and after
             stage.begin_epoch()
             begin = time.perf_counter()
@@ -659,7 +666,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            seconds[stage.progress].append((time.perf_counter() - begin) / echo)
+            seconds[stage.progress].append(loading + (time.perf_counter() - begin) / echo)
     stage.model.freeze(None)
     before, after = (float(np.median(each[1:] or each or [0.0])) for each in seconds.values())
     return late * before + (1 - late) * after

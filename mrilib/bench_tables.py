@@ -98,7 +98,8 @@ def _cost(bench: Bench, method: str) -> dict[str, Any] | None:
 def cost_table(bench: Bench) -> pd.DataFrame:
     """What trainings cost: steps times a step's median seconds over the rounds, whose range is told.
 
-    And with stage 1, for a method that reads its tokens; and all of them for all seeds, trained or still to be.
+    And with stage 1, for a method that reads its tokens or its image; and all of them for all seeds, trained or still
+    to be.
     """
     path = bench.directory / "costs" / "done.json"
     if not path.exists():
@@ -118,7 +119,7 @@ def cost_table(bench: Bench) -> pd.DataFrame:
         count = steps[name]
         own = count * each[name]
         total += own
-        both = own + before if name in bench_methods and bench_methods[name].tokens else own
+        both = own + before if name in bench_methods and bench.reads_encoder(name) else own
         rows.append(
             {
                 "training": labels.get(name) or method_label(name),

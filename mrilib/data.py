@@ -494,7 +494,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         So much of a shuffled epoch, drawn anew each time, gives its place to random slices of its shape that have a
         finding, where there are any; some may come twice.
     echo : int
-        Times that each batch comes, the same slices under the same masks, `ECHO_SPAN` batches apart (data echoing: Choi
+        Times that each batch comes, the same slices under the same masks, `span` batches apart (data echoing: Choi
         et al., arXiv:1907.05550): for a stage that keeps what it has made of a batch the first time.
 
     Attributes
@@ -503,10 +503,13 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         Leave out so many batches at the start, unread.
     share : (int, int)
         This process's number and how many processes take turns.
+    span : int
+        Batches between a batch and its echo: a multiple of what an optimizer step takes, so that echoes fall into other
+        steps and each process gets its own batches again.
     """
 
     WINDOW = 8
-    ECHO_SPAN = 24  # so that of up to four processes, or of six, eight or twelve, each gets its own batches again
+    ECHO_SPAN = 24
 
     def __init__(
         self,
@@ -531,7 +534,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
                 "give annotations_dir"
             )
         self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
-        self.skip, self.share = 0, (0, 1)
+        self.skip, self.share, self.span = 0, (0, 1), self.ECHO_SPAN
 
     @property
     def total(self) -> int:
@@ -577,7 +580,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
             for index in batch:
                 batches[-1].append((index, seen[index]) if seen[index] else index)
                 seen[index] += 1
-        blocks = [batches[start : start + self.ECHO_SPAN] for start in range(0, len(batches), self.ECHO_SPAN)]
+        blocks = [batches[start : start + self.span] for start in range(0, len(batches), self.span)]
         echoed = [batch for block in blocks for _ in range(self.echo) for batch in block]
         return iter(echoed[self.skip + number :: count])
 

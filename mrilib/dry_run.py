@@ -118,7 +118,7 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
         )  # fmt: skip
         if isinstance(short, Stage2Parameters) and short.token_cache:
             assert isinstance(stage, training.ReconstructionStage)
-            short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache")})
+            short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache"), "data_echo": 1})
             begin = time.perf_counter()
             loaders = cached_loaders(stage, short, *loaders)
             fill_seconds = (time.perf_counter() - begin) / (len(train) + len(val)) * entries

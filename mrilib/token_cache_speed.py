@@ -40,6 +40,7 @@ class CacheTimes(NamedTuple):
 def measure(stage1: Stage1Parameters, stage2: Stage2Parameters) -> CacheTimes:
     """Time an epoch's parts on the data of `stage2`, with one mask a slice.
 
+    For a decoder that does not start from the encoder's image, which the cache does not hold, and without echoes.
     The encoder is one of `stage1` without training, which costs the same. The cache is filled into a temporary folder
     and is read from the page cache, as it is in a training whose tokens fit in memory.
 
@@ -51,6 +52,8 @@ def measure(stage1: Stage1Parameters, stage2: Stage2Parameters) -> CacheTimes:
     with tempfile.TemporaryDirectory(prefix="token-cache-") as name:
         folder = Path(name)
         given = {"epochs": 1 + PASSES, "masks_per_slice": 1, "train_control": False, "token_cache": True}
+        # what the cache holds alone: a decoder that starts from SENSE, each batch of new slices
+        given |= {"encoder_image": False, "data_echo": 1}
         config = stage2.model_copy(update=given | {"token_cache_dir": str(folder / "cache")})
         plain_loaders = train.make_loaders(config.model_copy(update={"token_cache": False}))[1:]
         computed = _seconds(_stage(stage1, config), plain_loaders)

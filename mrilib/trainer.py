@@ -85,6 +85,8 @@ class Trainer:
         # Batches of one step, over all processes; what this process takes of them is up to the sampler.
         launched = self.accelerator.num_processes if distributed.launched() else config.num_processes
         self.step_batches = config.gradient_accumulation_steps * launched
+        self.sampler.span = -(-self.sampler.ECHO_SPAN // self.step_batches) * self.step_batches
+        stage.data_echo = self.sampler.echo  # what is kept for an echo that does not come would fill the memory
         self.steps_per_epoch = -(-self.sampler.total // self.step_batches)
         self.total_steps = self.steps_per_epoch * config.epochs
         self.schedule = self._build_schedule()

@@ -60,6 +60,7 @@ class Stage:
     def __init__(self, model: TwoStageModel) -> None:
         self.model = model
         self.progress = 1.0
+        self.data_echo = 1
 
     @property
     def part(self) -> nn.Module:

@@ -67,6 +67,9 @@ def test_every_method_had_its_steps_and_says_what_it_cost(done):
             assert told["seconds"] < told["seconds_with_validation"]
         steps = read_json_lines(done.directory / f"seed{seed}" / "model" / "logs" / "model.jsonl")
         assert [step["gradient_norm_token_projection"] > 0 for step in steps] == [False, False, True, True]
+    other = bench.Bench(done.config.model_copy(update={"learning_rates": [1e-4] * len(METHODS)}), done.directory)
+    with pytest.raises(ParameterError, match="varnet was made with other values of learning_rate; remove the folder"):
+        other.trained("varnet", 0)
     assert done.trained("model", 0).decoder.sense and done.trained("trained_without_tokens", 0).decoder.sense
     assert json.loads((done.directory / "seed0" / "stage1" / "done.json").read_text())["control"]["steps"] == 2
 
@@ -196,6 +199,8 @@ def test_costs_are_measured_once_side_by_side(done, values, monkeypatch):
         assert table.loc["fastMRI's VarNet", own] == table.loc["fastMRI's VarNet", both] == 4 * varnet
         assert table.loc["two-stage model", own] == 4 * model
         assert table.loc["two-stage model", both] == 4 * model + 2 * stage1
+        plain = table.loc[bench_tables.method_label("trained_without_tokens")]  # it starts from stage 1's image
+        assert plain[both] == plain[own] + 2 * stage1
     finally:
         path.write_text(kept)
 

@@ -581,7 +581,7 @@ def test_echoes_are_the_same_slices_under_the_same_masks(volumes: list[Volume], 
     dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
     plan = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9).plan()
     sampler = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9, echo=2)
-    span = sampler.ECHO_SPAN = 4
+    span = sampler.span = 4
     once = list(ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9))
     assert sampler.plan() == plan and sampler.total == len(sampler) == 2 * len(plan) and len(plan) > span
     assert any(isinstance(batch[0], tuple) for batch in once)  # a slice that comes again in a new look has echoes too

@@ -18,11 +18,12 @@ from fastmri import evaluate as official
 from test_stop import processes_of
 
 from mrilib.__main__ import claim_folder, main, parse_overrides
-from mrilib.config import ROOT, EvaluateParameters, ParameterError, Stage1Parameters
+from mrilib.config import ROOT, EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data import index_volumes
 from mrilib.evaluation import evaluate_volumes
 from mrilib.inference import check_same_input
 from mrilib.reconstruct import load_run
+from mrilib.train import make_loaders
 
 NAME = "test-run"
 
@@ -301,12 +302,23 @@ def test_runs_table(run, capsys):
 def test_stage2_alone_takes_the_given_checkpoint(run, params, tmp_path):
     checkpoint = run / "stage1_checkpoints" / "stage1_final_model.pt"
     alone = tmp_path / "alone"
-    overrides = ["-p", "stage2.train_control=false", "-p", "stage2.max_train_slices=6"]
+    overrides = ["-p", "stage2.train_control=false", "-p", "stage2.max_train_slices=6", "-p", "stage2.data_echo=3"]
     status = main(["run", str(params), "--name", str(alone), "--stage2-only", "-c", str(checkpoint), *overrides])
     record = json.loads((alone / "run.json").read_text())
     assert status == 0 and record["status"] == "done" and record["planned"] == ["stage2"]
     assert record["notebooks"]["stage2"]["config"]["stage1_checkpoint"] == str(checkpoint)
     assert (alone / "stage2_checkpoints" / "stage2_best_model.pt").exists()
+    overrides += ["-p", "stage2.token_cache=true", "-p", "stage2.masks_per_slice=1"]
+    cached = tmp_path / "cached"
+    status = main(["run", str(params), "--name", str(cached), "--stage2-only", "-c", str(checkpoint), *overrides])
+    assert status == 0
+    for folder in (alone, cached):
+        config = Stage2Parameters.create(
+            {**json.loads((folder / "run.json").read_text())["notebooks"]["stage2"]["config"], "output_dir": ""}
+        )
+        steps = (folder / "logs" / "stage2.jsonl").read_text().splitlines()
+        # as `mrilib train` has it: every batch three times
+        assert len(steps) == config.epochs * len(make_loaders(config)[1]) and len(steps) % 3 == 0
 
 
 def test_a_notebook_that_fails_leaves_the_error_in_its_record(run, params, tmp_path, capsys):

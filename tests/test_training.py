@@ -249,8 +249,6 @@ def test_a_batch_may_be_decoded_more_than_once(stage1, phantom_dir, backbone_dir
         training.prepare(config)
         (stage,) = train.make_stages(config, torch.device("cpu"))
         calls, frozen = [], stage._frozen
-        if not keeps:
-            stage.data_echo = 1
 
         def counted(batch):
             if stage.part.training:
@@ -264,6 +262,8 @@ def test_a_batch_may_be_decoded_more_than_once(stage1, phantom_dir, backbone_dir
         stage._frozen = counted
         _, *data = train.make_loaders(config)
         one = trainer.Trainer(stage, config.model_copy(update=changes), *data, folder, on_step=on_step)
+        assert stage.data_echo == 3
+        stage.data_echo = 3 if keeps else 1
         one.run()
         assert changes or not stage._kept  # nothing for a batch that does not come again
         return one, len(calls)
@@ -279,6 +279,22 @@ def test_a_batch_may_be_decoded_more_than_once(stage1, phantom_dir, backbone_dir
         trained(tmp_path / "c", stop_after=whole.step // 2 + 3)  # within a block
     resumed, _ = trained(tmp_path / "c", resume=True)
     assert model.tensor_hash(resumed.stage.part) == weights
+
+
+def test_echoes_fall_into_other_steps_and_only_what_comes_again_is_kept(stage1, phantom_dir, backbone_dir, tmp_path):
+    checkpoint = stage1[1] / "stage1_checkpoints" / "stage1_best_model.pt"
+    config = systems.stage2_config(
+        phantom_dir, backbone_dir, checkpoint, data_echo=2, train_control=False, gradient_accumulation_steps=5
+    )
+    (stage,) = train.make_stages(config, torch.device("cpu"))
+    _, loader, val = train.make_loaders(config)
+    for steps in (1, 5, 7, 32):
+        changed = config.model_copy(update={"gradient_accumulation_steps": steps})
+        one = trainer.Trainer(stage, changed, loader, val, tmp_path)
+        assert one.sampler.span % steps == 0 and 24 <= one.sampler.span < 24 + steps and stage.data_echo == 2
+    # batches that come once, whatever the parameters say: nothing waits for an echo
+    trainer.Trainer(stage, config, make_loader(loader.dataset, 2, shuffle=True), val, tmp_path)
+    assert stage.data_echo == 1
 
 
 def test_a_decoder_may_start_from_the_encoders_image(stage1, phantom_dir, backbone_dir, monkeypatch):
