@@ -509,7 +509,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
     """
 
     WINDOW = 8
-    ECHO_SPAN = 24
+    ECHO_SPAN = 24  # the least `span`: what is kept for echoes must fit in memory, yet neighbours should not repeat
 
     def __init__(
         self,

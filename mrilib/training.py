@@ -51,6 +51,8 @@ class Stage:
     progress : float
         Share of the training's steps that lie before the one that is taken, or was taken last; the trainer sets it.
         1 outside of a training.
+    data_echo : int
+        Times that each batch of a training comes; the trainer takes it from the loader.
     """
 
     name: str
