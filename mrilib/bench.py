@@ -58,6 +58,7 @@ from mrilib.data import (
 )
 from mrilib.decoder import zero_filled
 from mrilib.evaluation import NearestTrainingSlice
+from mrilib.gradients import rest_where_nothing_is_learned
 from mrilib.model import (
     TwoStageModel,
     build_backbone,
@@ -231,8 +232,8 @@ class Bench:
         elif config.lesion_weight:
             require_lesions(train)
         val = FastMRIDataset(self.volumes["val"], config, annotations, max_slices=config.max_val_slices)
-        order = {"finding_share": config.finding_share} if texts else {"echo": config.data_echo}
-        sampler = FixedSteps(train, config.batch_size, config.seed, steps, **order)
+        share = config.finding_share if texts else 0.0
+        sampler = FixedSteps(train, config.batch_size, config.seed, steps, share, config.data_echo)
         # its own: the model's random numbers must not depend on it
         generator = torch.Generator().manual_seed(config.seed)
         loader = DataLoader(
@@ -278,7 +279,7 @@ class Bench:
         return {
             "git": git_state(),
             "steps": len(history.steps),
-            "slices": len(history.steps) * config.batch_size // getattr(config, "data_echo", 1),  # looks, echoes aside
+            "slices": len(history.steps) * config.batch_size // config.data_echo,  # looks, echoes aside
             # what training costs: forward, backward and update, without loading and validation
             "seconds": sum(step["seconds"] for step in history.steps),
             "seconds_with_validation": time.perf_counter() - begin,
@@ -634,42 +635,44 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
     texts = name not in METHODS
-    config: Any = bench.stage1 if texts else bench.stage2
+    config: Any = bench.stage1 if texts else bench._stage2(name)
     stage: training.Stage
     if texts:
-        late = bench.stage1.text_from if name == "stage1" else 0.0
-        stage = bench._analysis_stage(name, bench.stage1)
+        joins = {config.varnet_until, config.text_from} if name == "stage1" else set()
+        stage = bench._analysis_stage(name, config)
     else:
-        late = bench._stage2(name).tokens_from
+        joins = {config.tokens_from}
         build_first = build_encoder if bench.reads_encoder(name) else build_control
         first = build_first(bench.stage1, bench.backbone).to(bench.device)
         system = TwoStageModel(first, bench.backbone, bench.tokenizer, bench.build(name))
-        stage = training.ReconstructionStage.of(system, bench._stage2(name), name)
+        stage = training.ReconstructionStage.of(system, config, name)
     optimizer = build_optimizer(stage.model.freeze(stage.trainable), config.model_copy(update={"learning_rate": 1e-6}))
     stage.model.train()
-    echo = 1 if texts else bench._stage2(name).data_echo
-    loader, _ = bench._loaders(
-        config.model_copy(update={"seed": 0, **({} if texts else {"data_echo": 1})}), steps, texts
-    )
-    seconds: dict[float, list[float]] = {0.0: [], 1.0: []}
+    stage.data_echo = config.data_echo
+    loader, _ = bench._loaders(config.model_copy(update={"seed": 0, "data_echo": 1}), steps, texts)
+    # what learns and what is kept changes on the way: where each part of the training begins, and its share of it
+    starts = sorted({0.0, *(share for share in joins if share < 1)})
+    shares = np.diff([*starts, 1.0])
+    seconds: list[list[float]] = [[] for _ in starts]
     batches = iter(loader)
     for _ in range(len(loader)):
         begin = time.perf_counter()
         batch = next(batches)
         loading = time.perf_counter() - begin
-        for stage.progress in (0.0, 1.0) if late else (1.0,):  # before all has joined, and after
+        for stage.progress, times in zip(starts, seconds, strict=True):
             stage.begin_epoch()
             begin = time.perf_counter()
-            for _ in range(echo):
+            for _ in range(config.data_echo):
                 with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                     loss = stage.loss(batch.to(bench.device)).total / config.batch_size
                 loss.backward()
+                if stage.partial:
+                    rest_where_nothing_is_learned(stage.part.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
-            seconds[stage.progress].append(loading + (time.perf_counter() - begin) / echo)
+            times.append(loading + (time.perf_counter() - begin) / config.data_echo)
     stage.model.freeze(None)
-    before, after = (float(np.median(each[1:] or each or [0.0])) for each in seconds.values())
-    return late * before + (1 - late) * after
+    return float(sum(share * np.median(times[1:] or times) for share, times in zip(shares, seconds, strict=True)))
 
 
 def calibrate(params: str, seconds: float = 300.0) -> Iterator[tuple[str, float, int]]:

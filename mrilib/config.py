@@ -383,6 +383,16 @@ class Stage1Parameters(TrainingParameters):
         ge=0,
         lt=1,
     )
+    varnet_until: float = P(
+        1.0,
+        "share of the steps after which VarNet stands, if the text has not joined before; its restoration, the maps of "
+        "findings or, without text_from, the rest go on",
+        gt=0,
+        le=1,
+    )
+    data_echo: int = P(
+        1, "times that each batch comes; VarNet runs for the first of them alone, wherever it does not learn", ge=1
+    )
     recon_weight: float = P(
         0.0, "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none", ge=0
     )

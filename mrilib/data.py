@@ -353,13 +353,18 @@ class FastMRIDataset(Dataset[Slice]):
         volume, slice_num = self.samples[index]
         return self.volumes[volume], slice_num
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Slice:
-        """A slice by its index, or by (index, look): what an epoch sees again has another mask, and may be flipped."""
-        index, look = index if isinstance(index, tuple) else (index, 0)
+    def __getitem__(self, index: int | tuple[int, ...]) -> Slice:
+        """A slice by its index, by (index, look), or by (index, look, echo).
+
+        What an epoch sees again has another mask, and may be flipped; an echo has the same mask, and may be flipped.
+        """
+        index, look, echo = (*index, 0)[:3] if isinstance(index, tuple) else (index, 0, 0)
         volume, slice_num = self._sample(index)
         if self.texts_only:
             nothing = torch.zeros(0)
-            return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0, look)
+            return self._slice(
+                index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0, look, echo
+            )
         padding, recon, readout, width = volume.padding, volume.recon, volume.readout, volume.matrix[1]
         if cropped := self.config.crop == "image":
             recon = (self.config.img_size, self.config.img_size)
@@ -405,7 +410,7 @@ class FastMRIDataset(Dataset[Slice]):
         if 0 < scale < SMALLEST_SCALE:
             raise DataError(f"{volume.path.name}, slice {slice_num}: too small for single precision; scale the file")
         masked[..., measured] = lines / scale if scale else lines
-        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration, look)
+        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration, look, echo)
 
     def _read_lines(self, stored: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
         """The measured lines (coil, readout, line) of a slice, the readout being the fastest axis in memory.
@@ -439,6 +444,7 @@ class FastMRIDataset(Dataset[Slice]):
         recon: tuple[int, int],
         acceleration: int,
         look: int = 0,
+        echo: int = 0,
     ) -> Slice:
         volume, slice_num = self._sample(index)
         acquired = torch.ones_like(mask)
@@ -448,7 +454,8 @@ class FastMRIDataset(Dataset[Slice]):
         report = self.reports.get((volume.file, slice_num))
         mirrored = False
         if self.training and self.mirror_share and report is None:
-            words = [self.config.seed, slice_num, self.epoch, *([look] if look else []), *volume.file.encode()]
+            again = [look, echo] if echo else [look] if look else []
+            words = [self.config.seed, slice_num, self.epoch, *again, *volume.file.encode()]
             mirrored = bool(np.random.default_rng(words).random() < self.mirror_share)
         return Slice(
             kspace=masked,
@@ -478,7 +485,7 @@ class FastMRIDataset(Dataset[Slice]):
         return kspace.training_seed(*words, self.epoch, look)
 
 
-class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
+class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
     """Batches of slices of equal shape and about equal number, in an order that depends on (seed, epoch) alone.
 
     Parameters
@@ -495,7 +502,8 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         finding, where there are any; some may come twice.
     echo : int
         Times that each batch comes, the same slices under the same masks, `span` batches apart (data echoing: Choi
-        et al., arXiv:1907.05550): for a stage that keeps what it has made of a batch the first time.
+        et al., arXiv:1907.05550): for a stage that keeps what it has made of a batch the first time (`Echoes`). What
+        may be flipped is so anew each time.
 
     Attributes
     ----------
@@ -570,19 +578,20 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         windows = [group[start : start + width] for start in range(0, len(group), width)]
         return [index for window in windows for index in sorted(window, key=self.lengths.__getitem__)]
 
-    def __iter__(self) -> Iterator[list[int | tuple[int, int]]]:
-        """Batches of indices, or of (index, look) where the epoch has seen the slice before."""
+    def __iter__(self) -> Iterator[list[int | tuple[int, ...]]]:
+        """Batches of indices, of (index, look) where the epoch has seen the slice before, and (index, look, echo)."""
         number, count = self.share
         seen: Counter[int] = Counter()
-        batches: list[list[int | tuple[int, int]]] = []
-        for batch in self.plan():
+        batches: list[list[tuple[int, int]]] = []
+        for plain in self.plan():
             batches.append([])
-            for index in batch:
-                batches[-1].append((index, seen[index]) if seen[index] else index)
+            for index in plain:
+                batches[-1].append((index, seen[index]))
                 seen[index] += 1
         blocks = [batches[start : start + self.span] for start in range(0, len(batches), self.span)]
-        echoed = [batch for block in blocks for _ in range(self.echo) for batch in block]
-        return iter(echoed[self.skip + number :: count])
+        echoed = [(echo, batch) for block in blocks for echo in range(self.echo) for batch in block]
+        for echo, batch in echoed[self.skip + number :: count]:
+            yield [(index, look, echo) if echo else (index, look) if look else index for index, look in batch]
 
     def __len__(self) -> int:
         number, count = self.share

@@ -231,15 +231,21 @@ class KSpaceEncoder(nn.Module):
         return self.tokens_and_maps(kspace, mask).tokens
 
     def tokens_and_maps(
-        self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None, maps_stand: bool = False
+        self,
+        kspace: Tensor,
+        mask: Tensor,
+        mirrored: Tensor | None = None,
+        maps_stand: bool = False,
+        image: Tensor | None = None,
     ) -> Seen:
         """The same, the maps of findings, and the pixels that both come from.
 
         Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right. With
         `maps_stand` there is no graph to VarNet and the maps. Maps that do not learn look at the image both ways.
+        `image` is the `upright_image` where it is known already.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
-            pixels = self.pixels(kspace, mask, mirrored)
+            pixels = self.pixels(kspace, mask, mirrored, image)
         return self._read(pixels, maps_stand)
 
     def tokens_and_image(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,13 +293,16 @@ class KSpaceEncoder(nn.Module):
             patches = layer(patches)
         return self.vit.layernorm(patches)[:, 1:]  # the class token says nothing of a place
 
-    def pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    def pixels(
+        self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None, image: Tensor | None = None
+    ) -> Tensor:
         """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part.
 
-        Of mean square 1 before it is restored.
+        Of mean square 1 before it is restored. `image` is the `upright_image` where it is known already.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
-            image = self.upright_image(kspace, mask)
+        if image is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
+                image = self.upright_image(kspace, mask)
         pixels, _ = self._normalized(image, mirrored)
         return pixels if self.restoration is None else pixels + self._step(self.restoration, pixels).float()
 

@@ -82,8 +82,9 @@ class CachedSlices(FastMRIDataset):
         """Shard and row of a slice under the present epoch's mask."""
         return self.places[self.epoch % self.masks_per_slice if self.training else 0, index]
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Slice:
-        if isinstance(index, tuple):
+    def __getitem__(self, index: int | tuple[int, ...]) -> Slice:
+        index, look = index[:2] if isinstance(index, tuple) else (index, 0)  # an echo is the same
+        if look:
             raise ValueError("the token cache has one mask a slice and epoch; its slices are seen once an epoch")
         entry = read_entry(*self.place(index))
         if entry is None:

@@ -57,10 +57,9 @@ def make_loaders(
                 require_targets(volumes["train"], name)
         order = {"group_by_length": config.group_by_length, "finding_share": config.finding_share}
     else:
-        order = {"echo": config.data_echo}
         if config.lesion_weight:
             require_lesions(train_data)
-    train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, **order)
+    train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, echo=config.data_echo, **order)
     return volumes, train_loader, make_loader(val_data, config.batch_size)
 
 

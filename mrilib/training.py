@@ -7,7 +7,7 @@ same for all of them is `trainer.Trainer`. A loss of your own is a subclass of a
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,6 +21,7 @@ from mrilib.config import Stage1Parameters, Stage2Parameters, TrainingParameters
 from mrilib.data import Batch
 from mrilib.decoder import VolumeSSIMLoss, from_patches, positive
 from mrilib.distributed import launched
+from mrilib.echo import Echoes, Made
 from mrilib.encoder import KSpaceEncoder
 from mrilib.finding_maps import finding_map_losses
 from mrilib.history import History
@@ -53,6 +54,8 @@ class Stage:
         1 outside of a training.
     data_echo : int
         Times that each batch of a training comes; the trainer takes it from the loader.
+    echoes : Echoes
+        What frozen parts have made of batches that come again.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Stage:
         self.model = model
         self.progress = 1.0
         self.data_echo = 1
+        self.echoes = Echoes()
 
     @property
     def part(self) -> nn.Module:
@@ -85,7 +89,12 @@ class Stage:
         return 0.0
 
     def begin_epoch(self) -> None:
-        """Called before an epoch's first step, or the first after a resumption."""
+        """Called before an epoch's first step, or the first after a resumption; echoes end with an epoch."""
+        self.echoes.clear()
+
+    def _echoed(self, batch: Batch, make: Callable[[Batch], Made], *fits: Callable[[Made], bool]) -> Made:
+        """What frozen parts make of a batch, in training once for all the times that it comes."""
+        return self.echoes.get(batch, self.data_echo if self.part.training else 1, make, *fits)
 
     def weight(self, batch: Batch) -> float:
         """Units (analysis tokens, slices) that the batch's loss is a sum over."""
@@ -135,6 +144,9 @@ class AnalysisStage(Stage):
         learn by the maps' loss, and that of VarNet's image, alone, and then they stand and the rest learns by the text:
         one that is taught by maps which know nothing yet learns not to listen to them. The learning rate begins anew
         with the text. The reconstruction term joins with the text, so it does not reach VarNet.
+    varnet_until : float
+        Share of the steps after which VarNet stands, if the text has not ended its learning by then; what restores its
+        image, and the maps, go on. Each batch that comes again (`data_echo`) then costs these alone.
     """
 
     trainable, joining = "encoder", "text_from"
@@ -148,18 +160,19 @@ class AnalysisStage(Stage):
         recon_weight: float = 0.0,
         image_weight: float = 0.0,
         text_from: float = 0.0,
+        varnet_until: float = 1.0,
     ) -> None:
         super().__init__(model)
         self.name, self.label_smoothing = name, label_smoothing
         self.map_weight, self.recon_weight, self.image_weight = map_weight, recon_weight, image_weight
-        self.text_from = text_from
+        self.text_from, self.varnet_until = text_from, varnet_until
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
     @classmethod
     def of(cls, model: TwoStageModel, config: Stage1Parameters) -> Self:
         """Stage 1 as its parameters have it; its control has no maps to wait for, and is made with less."""
         weights = config.label_smoothing, config.finding_map_weight, config.recon_weight, config.varnet_image_weight
-        return cls(model, "stage1", *weights, config.text_from)
+        return cls(model, "stage1", *weights, config.text_from, config.varnet_until)
 
     @property
     def complete(self) -> bool:
@@ -168,8 +181,8 @@ class AnalysisStage(Stage):
 
     @property
     def partial(self) -> bool:
-        """The maps and VarNet learn, or all the rest."""
-        return self._maps_first
+        """The maps and VarNet learn, or all the rest; or all but VarNet."""
+        return self._maps_first or self.varnet_until < 1
 
     @property
     def rate_anew_from(self) -> float:
@@ -179,6 +192,11 @@ class AnalysisStage(Stage):
     @property
     def _maps_first(self) -> bool:
         return self.text_from > 0 and getattr(self.model.encoder, "finding_maps", None) is not None
+
+    @property
+    def _varnet_stands(self) -> bool:
+        over = self.varnet_until < 1 and self.progress >= self.varnet_until
+        return over or (self._maps_first and self.complete) or getattr(self.model.encoder, "keep_varnet", False)
 
     def weight(self, batch: Batch) -> float:
         """Analysis tokens."""
@@ -190,10 +208,13 @@ class AnalysisStage(Stage):
         if not isinstance(encoder, KSpaceEncoder):  # the control, which has neither maps nor pixels
             return self._text_loss(batch, encoder(batch.kspace, batch.mask))[0]
         mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
+        image = None
+        if self._varnet_stands:
+            (image,) = self._echoed(batch, self._varnet_image)
         if not self.complete:
-            return self._map_loss(batch, encoder, mirrored)
+            return self._map_loss(batch, encoder, mirrored, image)
         stand = self._maps_first
-        prefix, maps, pixels = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, maps_stand=stand)
+        prefix, maps, pixels = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, stand, image)
         (total, statistics), tokens = self._text_loss(batch, prefix)
         terms: dict[str, tuple[float, Tensor]] = {}
         if maps is not None:
@@ -205,12 +226,19 @@ class AnalysisStage(Stage):
         added = _weighed(terms, tokens)
         total = total + added.total
         if stand:
-            total = total + _zero(encoder.varnet, encoder.restoration, encoder.finding_maps)
+            total = total + _zero(encoder.restoration, encoder.finding_maps)
+        if image is not None:
+            total = total + _zero(encoder.varnet)
         return BatchLoss(total, {**statistics, **added.statistics})
 
-    def _map_loss(self, batch: Batch, encoder: KSpaceEncoder, mirrored: Tensor) -> BatchLoss:
+    @torch.no_grad()
+    def _varnet_image(self, batch: Batch) -> Made:
+        assert isinstance(self.model.encoder, KSpaceEncoder)
+        return (self.model.encoder.upright_image(batch.kspace, batch.mask),)
+
+    def _map_loss(self, batch: Batch, encoder: KSpaceEncoder, mirrored: Tensor, image: Tensor | None) -> BatchLoss:
         """That of the maps, and of VarNet's image, alone, in the same units."""
-        pixels = encoder.pixels(batch.kspace, batch.mask, mirrored)
+        pixels = encoder.pixels(batch.kspace, batch.mask, mirrored, image)
         # Held against the target, the image is learned from that alone: what maps ask of it is mostly noise beside.
         maps = encoder.maps_alone(pixels.detach() if self.image_weight else pixels)
         losses = self._map_losses(batch, encoder, maps)
@@ -274,14 +302,6 @@ class AnalysisStage(Stage):
         return {"loss": total["loss"] / total["tokens"], "token_accuracy": total["correct"] / total["tokens"]}
 
 
-class _Kept(NamedTuple):
-    """What a frozen encoder and backbone have made of a slice under a mask, on the host."""
-
-    tokens: Tensor | None  # (tokens, hidden)
-    starts: Tensor | None  # (2, readout, phase)
-    uses: int  # so far
-
-
 class ReconstructionStage(Stage):
     """Stage 2: SSIM loss on the image; trains the image decoder.
 
@@ -316,7 +336,6 @@ class ReconstructionStage(Stage):
     ) -> None:
         super().__init__(model)
         self.data_echo = data_echo
-        self._kept: dict[tuple[str, int, bytes], _Kept] = {}
         self.name, self.tokens_from, self.lesion_weight = name, tokens_from, lesion_weight
         self.image_tokens = image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
@@ -345,8 +364,11 @@ class ReconstructionStage(Stage):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """The image (B, h, w) [file units]; encoder and backbone are frozen, so they run without a graph."""
-        echoes = self.data_echo > 1 and self.part.training
-        return self.model.reconstruct(batch, *(self._echoed(batch) if echoes else self._frozen(batch)))
+        return self.model.reconstruct(batch, *self._echoed(batch, self._frozen, self._enough))
+
+    def _enough(self, made: Made) -> bool:
+        """Whether image tokens are among what was kept, if they are wanted by now."""
+        return made[0] is not None or not self._wants_tokens
 
     @torch.no_grad()
     def _frozen(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
@@ -362,40 +384,6 @@ class ReconstructionStage(Stage):
         decoder = self.model.decoder
         assert decoder is not None
         return decoder.token_dim > 0 and self.complete
-
-    def _echoed(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """`_frozen`, of a batch that was here before from what was kept of it, until it was here for the last time.
-
-        By slice, as a batch may be split where memory is short. Computed anew where nothing is kept: in a training that
-        has just been resumed.
-        """
-        keys = [(one.file, one.slice_num, one.mask.numpy().tobytes()) for one in batch.slices]
-        kept = [self._kept.get(key) for key in keys]
-        rows = [one for one in kept if one is not None and (one.tokens is not None or not self._wants_tokens)]
-        if len(rows) < len(keys):
-            tokens, starts = (None if one is None else one.cpu() for one in self._frozen(batch))
-            rows = [
-                _Kept(
-                    None if tokens is None else tokens[i], None if starts is None else starts[i], old.uses if old else 0
-                )
-                for i, old in enumerate(kept)
-            ]
-        for key, one in zip(keys, rows, strict=True):
-            self._kept[key] = one._replace(uses=one.uses + 1)
-            if one.uses + 1 >= self.data_echo:
-                self._kept.pop(key, None)  # a slice may be twice in a batch
-        tokens, starts = (
-            self._stacked(column) for column in zip(*((one.tokens, one.starts) for one in rows), strict=True)
-        )
-        return (tokens if self._wants_tokens else None), starts
-
-    def _stacked(self, rows: Sequence[Tensor | None]) -> Tensor | None:
-        present = [row for row in rows if row is not None]
-        return torch.stack(present).to(self.model.device) if present else None
-
-    def begin_epoch(self) -> None:
-        """What is kept of batches that did not come back is of no more use."""
-        self._kept.clear()
 
     def loss(self, batch: Batch) -> BatchLoss:
         """1 − SSIM, and its weighted mean over lesions, summed over the slices."""

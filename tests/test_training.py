@@ -265,7 +265,7 @@ def test_a_batch_may_be_decoded_more_than_once(stage1, phantom_dir, backbone_dir
         assert stage.data_echo == 3
         stage.data_echo = 3 if keeps else 1
         one.run()
-        assert changes or not stage._kept  # nothing for a batch that does not come again
+        assert changes or not stage.echoes  # nothing for a batch that does not come again
         return one, len(calls)
 
     whole, calls = trained(tmp_path / "a")
