@@ -217,6 +217,29 @@ def test_one_network_has_one_cost_and_rounds_go_in_turn(values, tmp_path, monkey
     assert list(each) == ["stage1", "control", *names] and each["without_tokens_equal_time"] == [4.0, 8.0, 12.0]
 
 
+def test_a_step_costs_what_its_part_of_the_training_does(values, monkeypatch, tmp_path):
+    """Stage 1 before and after VarNet stands and the text joins, with what is kept for echoes, each by its share."""
+    seen = []
+
+    class Told(bench.training.AnalysisStage):
+        def loss(self, batch):
+            seen.append((self.progress, len(self.echoes)))
+            return super().loss(batch)
+
+    monkeypatch.setattr(bench.training, "AnalysisStage", Told)
+    monkeypatch.setattr(bench.np, "median", lambda seconds: 100.0 ** len(medians.append(seconds) or medians))
+    medians = []
+    one = bench.Bench(BenchParameters.create({**values, "bench_parts": []}), tmp_path)
+    late = {"text_from": 0.75, "varnet_until": 0.25, "data_echo": 3, "batch_size": 2, "finding_chans": 2}
+    one.stage1 = one.stage1.model_copy(update={**late, "finding_labels": ["Mass", "Edema"], "finding_map_weight": 3.0})
+    assert bench.seconds_per_step(one, "stage1", steps=2) == 0.25 * 100 + 0.5 * 100**2 + 0.25 * 100**3
+    each = [(0.0, 0)] * 3 + [(share, kept) for share in (0.25, 0.75) for kept in (0, 2, 2)]
+    assert seen == each * 2 and all(len(seconds) == 1 and seconds[0] > 0 for seconds in medians)
+    seen.clear()
+    bench.seconds_per_step(one, "control", steps=2)
+    assert [progress for progress, _ in seen] == [0.0] * 6
+
+
 def test_the_control_has_as_many_steps_of_text(values, tmp_path, monkeypatch):
     one = bench.Bench(BenchParameters.create({**values, "stage1_steps": 12, "bench_parts": []}), tmp_path)
     late = {"text_from": 2 / 3, "finding_labels": ["Mass"], "finding_share": 0.5}

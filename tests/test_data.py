@@ -587,12 +587,18 @@ def test_echoes_are_the_same_slices_under_the_same_masks(volumes: list[Volume], 
     assert any(isinstance(batch[0], tuple) for batch in once)  # a slice that comes again in a new look has echoes too
     blocks = [once[start : start + span] for start in range(0, len(once), span)]
     whole = list(sampler)
-    assert whole == [batch for block in blocks for batch in block + block]
+    looks = [[(index, 0) if isinstance(index, int) else index for index in batch] for batch in once]
+    again = {str(batch): [(*look, 1) for look in looked] for batch, looked in zip(once, looks, strict=True)}
+    assert whole == [batch for block in blocks for batch in (*block, *(again[str(one)] for one in block))]
     sampler.skip, sampler.share = 6, (1, 2)
     assert list(sampler) == whole[7::2] and len(sampler) == len(whole[7::2])
     sampler.skip = 0
     first = list(sampler)[:span]
-    assert first[: span // 2] == first[span // 2 :]  # of a block, this process's own
+    own = first[: span // 2]
+    assert first[span // 2 :] == [again[str(batch)] for batch in own]  # of a block, this process's own
+    for batch, echo in zip(own, first[span // 2 :], strict=True):
+        for index, other in zip(batch, echo, strict=True):
+            assert torch.equal(dataset[index].mask, dataset[other].mask)
 
 
 def test_a_slice_seen_again_in_an_epoch_looks_different(volumes: list[Volume], phantom_dir: Path) -> None:

@@ -1,0 +1,141 @@
+"""What frozen parts make of a batch is kept until it has come for the last time, and nothing else changes."""
+
+import pytest
+import systems
+import torch
+
+from mrilib import model, train, trainer, training
+from mrilib.data import FastMRIDataset, ShapeBatchSampler, index_volumes, load_annotations, make_loader
+from mrilib.echo import Echoes
+
+LABELS = ["Edema", "Mass", "Nonspecific white matter lesion"]
+
+
+@pytest.fixture(scope="module")
+def config(phantom_dir, tmp_path_factory):
+    backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
+    maps = {"finding_labels": LABELS, "finding_chans": 2, "restore_chans": 4, "varnet_image_weight": 1.0}
+    late = {"text_from": 0.75, "varnet_until": 0.25, "data_echo": 3, "mirror_share": 0.5, "epochs": 4}
+    return systems.stage1_config(phantom_dir, backbone, checkpoint_minutes=0, learning_rate=3e-3, **maps, **late)
+
+
+@pytest.fixture(scope="module")
+def dataset(config):
+    return FastMRIDataset(index_volumes(config.data_dir), config, load_annotations(config))
+
+
+def test_what_is_made_of_a_slice_is_made_once(dataset):
+    batch, calls = next(iter(make_loader(dataset, 2))), []
+
+    def make(given):
+        calls.append(len(given.slices))
+        return given.kspace.abs().sum((-3, -2, -1)), None
+
+    echoes = Echoes()
+    wanted = make(batch)
+    calls.clear()
+    for left in (2, 2, 0):
+        made = echoes.get(batch, 3, make)
+        assert torch.equal(made[0], wanted[0]) and made[1] is None and len(echoes) == left
+    assert calls == [2]
+    echoes.get(batch, 1, make)
+    assert len(echoes) == 0 and calls == [2, 2]  # what comes once is not kept
+    halves = list(batch.chunks(1))
+    for half in (*halves, *halves):  # a batch that had to be split is known by its slices
+        echoes.get(half, 3, make)
+    assert torch.equal(echoes.get(batch, 3, make)[0], wanted[0]) and calls == [2, 2, 1, 1] and len(echoes) == 0
+    echoes.get(batch, 3, make)
+    echoes.get(batch, 3, make, lambda made: made[1] is not None)  # not what is wanted by now
+    assert calls == [2, 2, 1, 1, 2, 2]
+    echoes.clear()
+    assert len(echoes) == 0
+
+
+def test_an_echo_may_be_flipped_and_has_the_same_mask(config):
+    dataset = FastMRIDataset(
+        index_volumes(config.data_dir), config, load_annotations(config), training=True, mirror_share=0.5
+    )
+    sampler = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, echo=4)
+    flips = {}
+    for (index,) in sampler:
+        one = dataset[index]
+        flips.setdefault((one.file, one.slice_num), []).append((one.mirrored, one.mask.tolist(), str(one.facts)))
+    assert len(flips) == len(dataset) and all(len(seen) == 4 for seen in flips.values())
+    assert all(len({str(mask) for _, mask, _ in seen}) == 1 for seen in flips.values())
+    turned = [len({flip for flip, _, _ in seen}) for seen in flips.values()]
+    assert turned.count(2) > len(turned) / 2  # 14 of 16, by chance
+    again = [dataset[index].mirrored for (index,) in sampler]
+    assert again == [dataset[index].mirrored for (index,) in sampler]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_varnet_stands_before_the_text_joins(config, tmp_path, monkeypatch, optimizer):
+    """From then on it runs once a batch; what restores its image, and the maps, learn on. Resumed is the same."""
+    config = config.model_copy(update={"optimizer": optimizer, "weight_decay": 0.1, "train_control": False})
+    monkeypatch.setattr(ShapeBatchSampler, "ECHO_SPAN", 2)
+    volumes, annotations = index_volumes(config.data_dir), load_annotations(config)
+    seen = FastMRIDataset(volumes, config, annotations, training=True, mirror_share=0.5, max_slices=12)
+    states, progress = {}, []
+
+    def trained(folder, stop_after=None, keeps=True, **changes):
+        training.prepare(config)
+        (stage,) = train.make_stages(config, torch.device("cpu"))
+        data = make_loader(seen, 4, shuffle=True, echo=config.data_echo), make_loader(seen, 4)
+        progress.clear()
+        upright = stage.part.upright_image
+
+        def counted(*measured):
+            if stage.part.training:
+                progress.append(stage.progress)
+            return upright(*measured)
+
+        stage.part.upright_image = counted
+
+        def on_step(entry):
+            if keeps:
+                states[entry["step"]] = {name: value.clone() for name, value in stage.part.state_dict().items()}
+            if entry["step"] == stop_after:
+                raise KeyboardInterrupt
+
+        one = trainer.Trainer(stage, config.model_copy(update=changes), *data, folder, on_step=on_step)
+        stage.data_echo = 3 if keeps else 1
+        one.run()
+        return one
+
+    whole = trained(tmp_path / "a")
+    total, batches = whole.step, len(whole.sampler.plan())
+    assert total == 4 * 3 * batches
+    stands = [each for each in progress if each >= 0.25]
+    assert len(progress) - len(stands) == total // 4 and len(stands) == 3 * batches  # an epoch learns, three stand
+    moved = {
+        (early, late): {
+            name.split(".")[0] for name in states[1] if not torch.equal(states[early][name], states[late][name])
+        }
+        for early, late in ((1, total // 4), (total // 4, 3 * total // 4), (3 * total // 4, total))
+    }
+    first, second, third = moved.values()
+    assert first == {"varnet", "restoration", "finding_maps"} and second == {"restoration", "finding_maps"}
+    assert "vit" in third and not third & {"varnet", "restoration", "finding_maps"}
+    weights = model.tensor_hash(whole.stage.part)
+    plain = trained(tmp_path / "b", keeps=False)
+    assert model.tensor_hash(plain.stage.part) == weights and len(progress) == total
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "c", stop_after=total // 2 + 3)  # within a block
+    assert model.tensor_hash(trained(tmp_path / "c", resume=True).stage.part) == weights
+
+
+def test_varnet_may_stand_where_nothing_waits(config, dataset):
+    """Without maps the text is there from the first step; then it alone goes on."""
+    plain = config.model_copy(update={"finding_labels": [], "restore_chans": 0, "text_from": 0.0})
+    (stage, *_) = train.make_stages(plain, torch.device("cpu"))
+    assert isinstance(stage, training.AnalysisStage) and stage.partial and stage.complete
+    stage.model.freeze("encoder")
+    batch = next(iter(make_loader(dataset, 2)))
+    for stage.progress in (0.0, 0.25):
+        stage.model.zero_grad()
+        stage.loss(batch).total.backward()
+        learns = {
+            name.split(".")[0] for name, p in stage.part.named_parameters() if p.grad is not None and p.grad.any()
+        }
+        assert ("varnet" in learns) == (stage.progress < 0.25) and "vit" in learns
+        stage.model.check_gradients()  # what stands has a gradient, of zeros
