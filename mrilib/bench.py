@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from mrilib import bart, inference, shifts, training
+from mrilib import bart, inference, phantom, shifts, training
 from mrilib.baselines import UNetBaseline, VarNetBaseline, chans_for
 from mrilib.checkpoint import load_checkpoint, load_weights
 from mrilib.config import (
@@ -508,7 +508,8 @@ class Bench:
         ----------
         shift : str
             "acceleration 6", "mask random", "noise 2", "coils 4"; "head nibabel": the head of nibabel's tests, of
-            `num_coils` coils; or "folder DIR": every file of another folder.
+            `num_coils` coils; "patients SEED": as many phantom brains that nobody has seen, of another seed; or "folder
+            DIR": every file of another folder.
         """
         kind, _, value = shift.partition(" ")
         home = list(self.stage2.accelerations)
@@ -518,6 +519,11 @@ class Bench:
             return self.volumes["test"], home, {"mask_type": value}
         if kind == "folder":
             return index_volumes(value), home, {}
+        if kind == "patients":
+            folder = self.directory / "shifted_files" / shift_name(shift)
+            size = {"img_size": self.stage2.img_size, "coils": self.stage2.num_coils}
+            phantom.make_dataset(folder, len(self.volumes["test"]), **size, seed=int(value), progress=False)
+            return index_volumes(folder), home, {}
         if shift == "head nibabel":
             folder = self.directory / "shifted_files" / shift_name(shift)
             folder.mkdir(parents=True, exist_ok=True)

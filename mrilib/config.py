@@ -570,7 +570,9 @@ class BenchParameters(OutputParameters):
     bart_slices: int = P(12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1)
     max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1)
     shifts: list[str] = P(
-        [], "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, folder DIR"
+        [],
+        "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, patients "
+        "SEED, folder DIR",
     )
 
     @model_validator(mode="after")

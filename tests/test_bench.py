@@ -380,6 +380,14 @@ def test_other_volumes_by_folder(values, phantom_dir, tmp_path):
     head, accelerations, _ = one.shifted("head nibabel")
     assert [volume.coils for volume in head] == [one.stage2.num_coils] and accelerations == [4, 8]
     assert bench.shift_name("folder data/other") == "folder_data_other"
+    fresh, accelerations, masks = one.shifted("patients 5")
+    assert len(fresh) == len(one.volumes["test"]) and accelerations == [4, 8] and masks == {}
+    known = {volume.patient for part in one.volumes.values() for volume in part}
+    assert not known & {volume.patient for volume in fresh} and fresh[0].recon[0] == one.stage2.img_size
+    before = {path: path.stat().st_mtime_ns for path in fresh[0].path.parent.glob("*.h5")}
+    again, *_ = one.shifted("patients 5")
+    assert [volume.path for volume in again] == [volume.path for volume in fresh]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 @pytest.mark.parametrize(
