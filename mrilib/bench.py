@@ -15,6 +15,7 @@ with; a call with other parameters is refused rather than mixed in.
 import functools
 import json
 import logging
+import math
 import shutil
 import sys
 import tempfile
@@ -57,6 +58,7 @@ from mrilib.data import (
     split_volumes,
 )
 from mrilib.decoder import zero_filled
+from mrilib.distributed import TrainingStopped
 from mrilib.evaluation import NearestTrainingSlice
 from mrilib.gradients import rest_where_nothing_is_learned
 from mrilib.model import (
@@ -69,7 +71,7 @@ from mrilib.model import (
 )
 from mrilib.optimizer import build_optimizer
 from mrilib.resume import FREE_ON_RESUME
-from mrilib.runs import git_state, read_json, write_json
+from mrilib.runs import git_state, read_json, request_stop, withdraw_stop, write_json
 
 logger = logging.getLogger("mrilib")
 Builder = Callable[[Stage1Parameters, Stage2Parameters, PreTrainedModel], nn.Module]
@@ -196,6 +198,7 @@ class Bench:
         self.annotations = load_annotations(self.stage2)
         self.device = training.pick_device(self.stage2.device)
         self.backbone, self.tokenizer = build_backbone(self.stage2, self.device)
+        self._ends = math.inf  # when `bench_seconds` are over
 
     # ---------------------------------------------------------------------------------------- training
 
@@ -275,7 +278,15 @@ class Bench:
         config = config.model_copy(update={"epochs": validations, "save_interval": validations, "resume": True})
         loaders = self._loaders(config, each, texts)
         begin = time.perf_counter()
-        history = training.fit(stage, config, *loaders, folder)
+
+        def stop_when_late(_: dict[str, float]) -> None:
+            if time.perf_counter() > self._ends:
+                request_stop(folder, "bench_seconds are over")
+
+        try:
+            history = training.fit(stage, config, *loaders, folder, on_step=stop_when_late)
+        finally:
+            withdraw_stop(folder)
         return {
             "git": git_state(),
             "steps": len(history.steps),
@@ -580,15 +591,23 @@ class Bench:
         Returns
         -------
         list of str
-            Jobs that were not begun because `bench_seconds` were over: run again to go on.
+            Jobs that were not begun, or not ended, because `bench_seconds` were over: run again to go on. A training
+            goes on after the step before which they were over.
         """
-        begin, left = time.perf_counter(), []
+        self._ends = time.perf_counter() + (self.config.bench_seconds or math.inf)
+        left = []
         for name, call in self.jobs():
-            if self.config.bench_seconds and time.perf_counter() - begin > self.config.bench_seconds:
+            if time.perf_counter() > self._ends:
                 left.append(name)
                 continue
             logger.info("bench: %s", name)
-            call()
+            try:
+                call()
+            except TrainingStopped:
+                if time.perf_counter() <= self._ends:
+                    raise  # by someone else
+                left.append(name)
+        self._ends = math.inf
         return left
 
 

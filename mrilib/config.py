@@ -553,7 +553,11 @@ class BenchParameters(OutputParameters):
     existing_paths = ("stage1_params", "stage2_params")
 
     bench_parts: list[str] = P([], "parts of the comparison to run: costs, stage1, train, score, shifts; empty: none")
-    bench_seconds: int = P(3000, "begin no further job of the comparison after so many seconds; 0: no limit", ge=0)
+    bench_seconds: int = P(
+        3000,
+        "after so many seconds no job of the comparison begins, and a training stops to be resumed; 0: no limit",
+        ge=0,
+    )
     stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
     stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
     bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)

@@ -1,5 +1,6 @@
 """The bench: parts that resume, equal conditions, tables from files."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from mrilib import bart, bench, bench_tables
 from mrilib.config import BenchParameters, ParameterError
 from mrilib.data import FastMRIDataset
+from mrilib.distributed import TrainingStopped
 from mrilib.runs import read_json_lines
 
 METHODS = ["model", "trained_without_tokens", "decoder_alone", "varnet", "unet"]
@@ -147,6 +149,34 @@ def test_a_limit_of_seconds_leaves_jobs_for_the_next_call(values, tmp_path, monk
     monkeypatch.setattr(one, "train_method", lambda name, seed: begun.append(name))
     left = one.run()
     assert len(begun) == 1 and len(left) == 2 * len(METHODS) - 1
+
+
+def test_a_training_that_time_was_over_for_goes_on_where_it_stopped(values, done, tmp_path, monkeypatch):
+    one = bench.Bench(
+        BenchParameters.create({**values, "bench_seconds": 4, "bench_parts": ["train"], "bench_seeds": [0]}), tmp_path
+    )
+    one.config = one.config.model_copy(update={"methods": ["varnet"], "steps": [4], "learning_rates": [1e-3]})
+    log = tmp_path / "seed0" / "varnet" / "logs" / "varnet.jsonl"
+    clock = itertools.count()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
+    assert one.run() == ["train varnet, seed 0"] and not (tmp_path / "seed0" / "varnet" / "done.json").exists()
+    assert 0 < len(read_json_lines(log)) < 4 and not (tmp_path / "seed0" / "varnet" / "stop").exists()
+    monkeypatch.undo()
+    assert one.run() == [] and len(read_json_lines(log)) == 4
+    whole = read_json_lines(done.directory / "seed0" / "varnet" / "logs" / "varnet.jsonl")
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert [step[name] for step in read_json_lines(log)] == [step[name] for step in whole]
+
+
+def test_a_training_that_someone_stops_is_not_taken_for_late(values, tmp_path, monkeypatch):
+    one = bench.Bench(BenchParameters.create({**values, "bench_seconds": 1500, "bench_parts": ["train"]}), tmp_path)
+
+    def stopped(name, seed):
+        raise TrainingStopped(name)
+
+    monkeypatch.setattr(one, "train_method", stopped)
+    with pytest.raises(TrainingStopped):
+        one.run()
 
 
 def test_tokens_need_stage_1(values, tmp_path):
