@@ -277,23 +277,26 @@ class Bench:
         # An interrupted training goes on where it stopped: done.json is missing, its checkpoint is there.
         config = config.model_copy(update={"epochs": validations, "save_interval": validations, "resume": True})
         loaders = self._loaders(config, each, texts)
-        begin = time.perf_counter()
+        late = False
 
         def stop_when_late(_: dict[str, float]) -> None:
+            nonlocal late
             if time.perf_counter() > self._ends:
+                late = True
                 request_stop(folder, "bench_seconds are over")
 
         try:
             history = training.fit(stage, config, *loaders, folder, on_step=stop_when_late)
         finally:
-            withdraw_stop(folder)
+            if late:
+                withdraw_stop(folder)
         return {
             "git": git_state(),
             "steps": len(history.steps),
             "slices": len(history.steps) * config.batch_size // config.data_echo,  # looks, echoes aside
             # what training costs: forward, backward and update, without loading and validation
             "seconds": sum(step["seconds"] for step in history.steps),
-            "seconds_with_validation": time.perf_counter() - begin,
+            "seconds_with_validation": history.seconds,
             "parameters": count_parameters(stage.part),
             "validation": [{"step": each * int(epoch["epoch"]), **_plain(epoch)} for epoch in history.epochs],
         }
@@ -519,8 +522,13 @@ class Bench:
         ----------
         shift : str
             "acceleration 6", "mask random", "noise 2", "coils 4"; "head nibabel": the head of nibabel's tests, of
-            `num_coils` coils; "patients SEED": as many phantom brains that nobody has seen, of another seed; or "folder
-            DIR": every file of another folder.
+            `num_coils` coils; "patients SEED": as many files of brains that nobody has seen, made as the phantom in
+            `data_dir` was but from another seed; or "folder DIR": every file of another folder.
+
+        Raises
+        ------
+        ParameterError
+            "patients" where `data_dir` is no phantom, or is of that seed.
         """
         kind, _, value = shift.partition(" ")
         home = list(self.stage2.accelerations)
@@ -531,10 +539,7 @@ class Bench:
         if kind == "folder":
             return index_volumes(value), home, {}
         if kind == "patients":
-            folder = self.directory / "shifted_files" / shift_name(shift)
-            size = {"img_size": self.stage2.img_size, "coils": self.stage2.num_coils}
-            phantom.make_dataset(folder, len(self.volumes["test"]), **size, seed=int(value), progress=False)
-            return index_volumes(folder), home, {}
+            return self._other_patients(int(value)), home, {}
         if shift == "head nibabel":
             folder = self.directory / "shifted_files" / shift_name(shift)
             folder.mkdir(parents=True, exist_ok=True)
@@ -543,6 +548,26 @@ class Bench:
             return index_volumes(folder), home, {}
         made = shifts.copies(self.volumes["test"], self.directory / "shifted_files", shift, self.config.seed)
         return made, home, {}
+
+    def _other_patients(self, seed: int) -> list[Volume]:
+        """As many volumes as for testing, made as the phantom in `data_dir` was, from another seed."""
+        home, folder = resolve(self.stage2.data_dir), self.directory / "shifted_files" / f"patients_{seed}"
+        if not (home / phantom.PARAMETERS_FILE).exists():
+            raise ParameterError(
+                f"shifts: patients {seed}: {display_path(home)} is no phantom that others could be made as"
+            )
+        made = read_json(home / phantom.PARAMETERS_FILE)
+        if made["seed"] == seed:
+            raise ParameterError(
+                f"shifts: patients {seed}: these are the patients of {display_path(home)}; another seed"
+            )
+        wanted = {"volumes": len(self.volumes["test"]), "seed": seed}
+        size = {name: made[name] for name in ("slices", "img_size", "coils")}
+        if not (folder / "brain_file_list.csv").exists():  # written last
+            phantom.make_dataset(folder, **wanted, **size, progress=False)
+        if read_json(folder / phantom.PARAMETERS_FILE) != {**made, **wanted}:
+            raise ParameterError(f"{display_path(folder)} was made with other parameters; remove the folder")
+        return index_volumes(folder)
 
     def score(self, name: str, seed: int) -> None:
         """Reconstruct the test volumes at the trained accelerations, at home."""
@@ -592,22 +617,24 @@ class Bench:
         -------
         list of str
             Jobs that were not begun, or not ended, because `bench_seconds` were over: run again to go on. A training
-            goes on after the step before which they were over.
+            stops after the step that was under way then, and goes on with the next.
         """
         self._ends = time.perf_counter() + (self.config.bench_seconds or math.inf)
         left = []
-        for name, call in self.jobs():
-            if time.perf_counter() > self._ends:
-                left.append(name)
-                continue
-            logger.info("bench: %s", name)
-            try:
-                call()
-            except TrainingStopped:
-                if time.perf_counter() <= self._ends:
-                    raise  # by someone else
-                left.append(name)
-        self._ends = math.inf
+        try:
+            for name, call in self.jobs():
+                if time.perf_counter() > self._ends:
+                    left.append(name)
+                    continue
+                logger.info("bench: %s", name)
+                try:
+                    call()
+                except TrainingStopped:
+                    if time.perf_counter() <= self._ends:
+                        raise  # by someone else
+                    left.append(name)
+        finally:
+            self._ends = math.inf
         return left
 
 
@@ -654,9 +681,10 @@ def measure_rounds(bench: Bench, names: Sequence[str]) -> dict[str, list[float]]
 
 
 def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
-    """Seconds of an optimizer step of a method, "stage1" or "control", as trained: the median of some after the first.
+    """Seconds of an optimizer step of a method, "stage1" or "control", as trained.
 
-    With the loading of its slices by this process, which an echo costs again.
+    Each part of the training, before and after VarNet stands or all has joined, by its share: the median of some steps
+    after the first. With the loading of its slices by this process, which an echo costs again.
     An untrained encoder costs what a trained one does, so nothing needs to be trained before.
     """
     texts = name not in METHODS

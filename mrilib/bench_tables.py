@@ -160,7 +160,8 @@ def differences(scores: Scores, own: str = "model") -> pd.DataFrame:
 def shift_table(bench: Bench, home: Scores) -> pd.DataFrame:
     """SSIM and PSNR [dB] inside the head away from home, and their fall from home (both accelerations' mean).
 
-    Of another acceleration the home is the mean of the trained ones. Both are of the seeds that were away.
+    Of another acceleration the home is the mean of the trained ones. Both are of the seeds that were away. Where the
+    patients are others too ("patients", "folder", "head nibabel"), other images are compared, easier or harder ones.
     """
     rows = []
     for shift in bench.config.shifts:

@@ -269,7 +269,7 @@ class BackboneParameters(DataParameters):
 class TrainingParameters(BackboneParameters):
     """The training loop, the same for both stages."""
 
-    epochs: int = P(100, "passes over the training slices", ge=1)
+    epochs: int = P(100, "passes over the training slices; in each of them a batch comes `data_echo` times", ge=1)
     batch_size: int = P(4, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1)
     learning_rate: float = P(3e-4, "peak learning rate", gt=0)
     optimizer: Literal["adamw", "muon"] = P(
@@ -358,7 +358,7 @@ class Stage1Parameters(TrainingParameters):
     varnet_image_weight: float = P(
         0.0,
         "weight of the mean absolute difference and of 1 − SSIM between VarNet's (restored) image and the target, for "
-        "as long as VarNet learns; 0: none",
+        "as long as VarNet or its restoration learns; 0: none",
         ge=0,
     )
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
@@ -430,6 +430,18 @@ class Stage1Parameters(TrainingParameters):
     def _text_waits_for_maps(self) -> Self:
         if self.text_from and not self.finding_labels:
             raise ValueError("text_from: until then nothing would learn; set finding_labels")
+        return self
+
+    @model_validator(mode="after")
+    def _varnet_learns(self) -> Self:
+        if self.varnet_until < 1 and self.varnet_keep:
+            raise ValueError("varnet_until: with varnet_keep VarNet never learns; leave it at 1")
+        if self.varnet_until < 1 and 0 < self.text_from <= self.varnet_until:
+            raise ValueError("varnet_until: VarNet stands from text_from on; give less than that, or leave it at 1")
+        if self.data_echo > 1 and not (self.varnet_keep or self.text_from or self.varnet_until < 1):
+            raise ValueError(
+                "data_echo: VarNet learns in every step, nothing is saved; leave it at 1, or set varnet_until"
+            )
         return self
 
     @model_validator(mode="after")
@@ -591,6 +603,10 @@ class BenchParameters(OutputParameters):
         unknown = set(self.bench_parts) - set(parts)
         if unknown:
             raise ValueError(f"bench_parts: {', '.join(sorted(unknown))} is not known; {', '.join(parts)} are")
+        for shift in self.shifts:
+            kind, _, value = shift.partition(" ")
+            if kind == "patients" and not value.isdigit():
+                raise ValueError(f"shifts: '{shift}': patients want a seed, a whole number")
         return self
 
 

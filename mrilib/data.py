@@ -5,6 +5,7 @@ attributes are for the loss and the metrics.
 """
 
 import copy
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,6 +46,8 @@ class Slice(NamedTuple):
     tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
     pixel: tuple[float, float] | None = None  # readout, phase [mm]; None if the file does not tell
     boxes: tuple[Box, ...] | None = None  # of the evaluated image; None: nobody reviewed the volume
+    look: int = 0  # which of the epoch's looks at the slice this is, each with a mask of its own
+    echo: int = 0  # and which of the times that it comes as part of the same batch
     mirrored: bool = False  # the encoder is to see the image flipped left to right; the facts are, the rest is as read
 
 
@@ -473,6 +476,8 @@ class FastMRIDataset(Dataset[Slice]):
             acquired=acquired,
             pixel=volume.pixel,
             boxes=self.boxes(index),
+            look=look,
+            echo=echo,
             mirrored=mirrored,
         )
 
@@ -501,9 +506,9 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
         So much of a shuffled epoch, drawn anew each time, gives its place to random slices of its shape that have a
         finding, where there are any; some may come twice.
     echo : int
-        Times that each batch comes, the same slices under the same masks, `span` batches apart (data echoing: Choi
-        et al., arXiv:1907.05550): for a stage that keeps what it has made of a batch the first time (`Echoes`). What
-        may be flipped is so anew each time.
+        Times that each batch comes, the same slices under the same masks, about `ECHO_SPAN` batches apart (data
+        echoing: Choi et al., arXiv:1907.05550): for a stage that keeps what it has made of a batch the first time
+        (`Echoes`). What may be flipped is so anew each time.
 
     Attributes
     ----------
@@ -511,13 +516,14 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
         Leave out so many batches at the start, unread.
     share : (int, int)
         This process's number and how many processes take turns.
-    span : int
-        Batches between a batch and its echo: a multiple of what an optimizer step takes, so that echoes fall into other
-        steps and each process gets its own batches again.
+    step : int
+        Batches that an optimizer step takes, of all processes: all between a batch and its echo are a multiple of that,
+        so that echoes fall into other steps and each process gets its own batches again. But for those of an epoch's
+        last step, where that has fewer.
     """
 
     WINDOW = 8
-    ECHO_SPAN = 24  # the least `span`: what is kept for echoes must fit in memory, yet neighbours should not repeat
+    ECHO_SPAN = 24  # batches: what is kept for echoes must fit in memory, yet neighbours should not repeat
 
     def __init__(
         self,
@@ -542,7 +548,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
                 "give annotations_dir"
             )
         self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
-        self.skip, self.share, self.span = 0, (0, 1), self.ECHO_SPAN
+        self.skip, self.share, self.step = 0, (0, 1), 1
 
     @property
     def total(self) -> int:
@@ -588,10 +594,17 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
             for index in plain:
                 batches[-1].append((index, seen[index]))
                 seen[index] += 1
-        blocks = [batches[start : start + self.span] for start in range(0, len(batches), self.span)]
-        echoed = [(echo, batch) for block in blocks for echo in range(self.echo) for batch in block]
+        echoed = [(echo, batch) for block in self._blocks(batches) for echo in range(self.echo) for batch in block]
         for echo, batch in echoed[self.skip + number :: count]:
             yield [(index, look, echo) if echo else (index, look) if look else index for index, look in batch]
+
+    def _blocks(self, batches: list[Any]) -> list[list[Any]]:
+        """An epoch's batches in blocks of about equal length, after each of which its echoes come."""
+        steps = len(batches) // self.step
+        count = max(1, round(steps * self.step / self.ECHO_SPAN))
+        ends = [self.step * (steps * number // count) for number in range(count + 1)]
+        parts = [*itertools.pairwise(ends), (ends[-1], len(batches))]
+        return [batches[start:end] for start, end in parts if start < end]
 
     def __len__(self) -> int:
         number, count = self.share

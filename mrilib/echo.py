@@ -5,7 +5,6 @@ do not learn, the same batch again is nearly as good as a new one and costs a fr
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +14,11 @@ from mrilib.data import Batch
 Made = tuple[Tensor | None, ...]  # each with slices in its first dimension
 
 
-class _Kept(NamedTuple):
-    """Of a slice under a mask, on the host."""
-
-    made: Made
-    uses: int  # so far
-
-
 class Echoes:
-    """What is made of each slice under its mask, from the first to the last of the times that it comes."""
+    """What is made of each slice under its mask, on the host, from the first to the last of the times that it comes."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, int, bytes], _Kept] = {}
+        self._kept: dict[tuple[str, int, int], Made] = {}  # an epoch may look at a slice more than once
 
     def __len__(self) -> int:
         """Slices that are waited for."""
@@ -42,7 +34,8 @@ class Echoes:
         """What `make` makes of a batch, or has made of it before.
 
         By slice, as a batch may be split where memory is short. Made anew where nothing is kept, as in a training that
-        has just been resumed, or where what is kept is not what is wanted by now.
+        has just been resumed, or where what is kept is not what is wanted by now. Which of its times it is, a slice
+        says (`Slice.echo`): a step that is taken again is no further time.
 
         Parameters
         ----------
@@ -57,20 +50,18 @@ class Echoes:
         if times == 1:
             return make(batch)
         device = batch.mask.device
-        keys = [(one.file, one.slice_num, one.mask.numpy().tobytes()) for one in batch.slices]
+        keys = [(one.file, one.slice_num, one.look) for one in batch.slices]
         kept = [self._kept.get(key) for key in keys]
-        rows = [one for one in kept if one is not None and fits(one.made)]
+        rows = [made for made in kept if made is not None and fits(made)]
         if len(rows) < len(keys):
-            made = tuple(None if part is None else part.cpu() for part in make(batch))
-            rows = [
-                _Kept(tuple(None if part is None else part[i] for part in made), old.uses if old else 0)
-                for i, old in enumerate(kept)
-            ]
-        for key, one in zip(keys, rows, strict=True):
-            self._kept[key] = one._replace(uses=one.uses + 1)
-            if one.uses + 1 >= times:
-                self._kept.pop(key, None)  # a slice may be twice in a batch
-        return tuple(_stacked(column, device) for column in zip(*(one.made for one in rows), strict=True))
+            whole = tuple(None if part is None else part.cpu() for part in make(batch))
+            rows = [tuple(None if part is None else part[i] for part in whole) for i in range(len(keys))]
+        for key, one, made in zip(keys, batch.slices, rows, strict=True):
+            if one.echo < times - 1:
+                self._kept[key] = made
+            else:
+                self._kept.pop(key, None)
+        return tuple(_stacked(column, device) for column in zip(*rows, strict=True))
 
 
 def _stacked(rows: Sequence[Tensor | None], device: torch.device) -> Tensor | None:

@@ -37,7 +37,8 @@ def check_same_training(state: dict[str, Any], now: dict[str, Any], name: str) -
     state : dict
         A checkpoint's content.
     now : dict
-        ``config``, ``data``, ``backbone`` and ``encoder`` as this process has them: parameters, and hashes of content.
+        ``config``, ``data``, ``backbone`` and ``encoder`` as this process has them, parameters and hashes of content;
+        and ``steps_per_epoch``, which older checkpoints do not hold.
     name : str
         The checkpoint's, for errors.
 
@@ -59,6 +60,11 @@ def check_same_training(state: dict[str, Any], now: dict[str, Any], name: str) -
         raise ParameterError(f"'{name}' was begun with {told}; a training goes on with the parameters it began with")
     if state["data"] != now["data"]:
         raise ParameterError(f"'{name}' was begun with other files or slices than data_dir and val_dir hold now")
+    if (then_steps := state.get("steps_per_epoch", now["steps_per_epoch"])) != now["steps_per_epoch"]:
+        raise ParameterError(
+            f"'{name}' was begun with {then_steps} steps an epoch (now {now['steps_per_epoch']}); a training goes on "
+            "with as many as it began with"
+        )
     if state["backbone"] != now["backbone"]:
         raise CheckpointError(f"{name} was trained with another backbone; give its backbone_path")
     if state["encoder"] != now["encoder"]:

@@ -83,12 +83,12 @@ class CachedSlices(FastMRIDataset):
         return self.places[self.epoch % self.masks_per_slice if self.training else 0, index]
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Slice:
-        index, look = index[:2] if isinstance(index, tuple) else (index, 0)  # an echo is the same
+        index, look, echo = (*index, 0)[:3] if isinstance(index, tuple) else (index, 0, 0)
         if look:
             raise ValueError("the token cache has one mask a slice and epoch; its slices are seen once an epoch")
         entry = read_entry(*self.place(index))
         if entry is None:
-            return super().__getitem__(index)
+            return super().__getitem__((index, look, echo))
         tensors, facts = entry
         mask = tensors["mask"]
         lines = torch.view_as_complex(tensors["lines"])
@@ -97,7 +97,7 @@ class CachedSlices(FastMRIDataset):
         recon = (facts["recon"][0], facts["recon"][1])
         scale = float(tensors["scale"])
         one = self._slice(index, masked, mask, scale, tensors.get("target"), recon, facts["acceleration"])
-        return one._replace(tokens=tensors["tokens"])
+        return one._replace(tokens=tensors["tokens"], echo=echo)
 
 
 class TokenCache:

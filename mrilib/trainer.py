@@ -85,7 +85,7 @@ class Trainer:
         # Batches of one step, over all processes; what this process takes of them is up to the sampler.
         launched = self.accelerator.num_processes if distributed.launched() else config.num_processes
         self.step_batches = config.gradient_accumulation_steps * launched
-        self.sampler.span = -(-self.sampler.ECHO_SPAN // self.step_batches) * self.step_batches
+        self.sampler.step = self.step_batches
         stage.data_echo = self.sampler.echo  # what is kept for an echo that does not come would fill the memory
         self.steps_per_epoch = -(-self.sampler.total // self.step_batches)
         self.total_steps = self.steps_per_epoch * config.epochs
@@ -136,6 +136,7 @@ class Trainer:
             "data": self.data_hash,
             "backbone": self.backbone_hash,
             "encoder": self.encoder_hash,
+            "steps_per_epoch": self.steps_per_epoch,
         }
 
     def state(self) -> dict[str, Any]:

@@ -182,7 +182,7 @@ class AnalysisStage(Stage):
     @property
     def partial(self) -> bool:
         """The maps and VarNet learn, or all the rest; or all but VarNet."""
-        return self._maps_first or self.varnet_until < 1
+        return self._maps_first or self._varnet_stands
 
     @property
     def rate_anew_from(self) -> float:
@@ -221,7 +221,7 @@ class AnalysisStage(Stage):
             terms["finding_map_loss"] = 0.0 if stand else self.map_weight, self._map_losses(batch, encoder, maps)
         if encoder.pixel_head is not None:
             terms["recon_loss"] = self.recon_weight, self._recon_losses(batch, prefix, encoder, mirrored)
-        if self.image_weight and not stand:
+        if self.image_weight and not stand and (image is None or encoder.restoration is not None):
             terms["varnet_image_loss"] = self.image_weight, self._image_losses(batch, pixels, mirrored)
         added = _weighed(terms, tokens)
         total = total + added.total
@@ -511,3 +511,4 @@ def fit(
         return trainer.run_in_processes() if config.num_processes > 1 and not launched() else trainer.run()
     finally:
         stage.progress = 1.0
+        stage.echoes.clear()

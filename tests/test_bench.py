@@ -162,6 +162,10 @@ def test_a_training_that_time_was_over_for_goes_on_where_it_stopped(values, done
     assert one.run() == ["train varnet, seed 0"] and not (tmp_path / "seed0" / "varnet" / "done.json").exists()
     assert 0 < len(read_json_lines(log)) < 4 and not (tmp_path / "seed0" / "varnet" / "stop").exists()
     monkeypatch.undo()
+    one.config = one.config.model_copy(update={"bench_seconds": 0, "steps": [6]})
+    with pytest.raises(ParameterError, match=r"begun with 2 steps an epoch \(now 3\)"):
+        one.run()
+    one.config = one.config.model_copy(update={"steps": [4]})
     assert one.run() == [] and len(read_json_lines(log)) == 4
     whole = read_json_lines(done.directory / "seed0" / "varnet" / "logs" / "varnet.jsonl")
     for name in ("loss", "gradient_norm", "learning_rate"):
@@ -414,6 +418,10 @@ def test_other_volumes_by_folder(values, phantom_dir, tmp_path):
     assert len(fresh) == len(one.volumes["test"]) and accelerations == [4, 8] and masks == {}
     known = {volume.patient for part in one.volumes.values() for volume in part}
     assert not known & {volume.patient for volume in fresh} and fresh[0].recon[0] == one.stage2.img_size
+    made = json.loads((phantom_dir / "phantom.json").read_text())
+    assert {volume.slices for volume in fresh} == {made["slices"]}
+    with pytest.raises(ParameterError, match="these are the patients of"):
+        one.shifted(f"patients {made['seed']}")
     before = {path: path.stat().st_mtime_ns for path in fresh[0].path.parent.glob("*.h5")}
     again, *_ = one.shifted("patients 5")
     assert [volume.path for volume in again] == [volume.path for volume in fresh]
@@ -425,6 +433,7 @@ def test_other_volumes_by_folder(values, phantom_dir, tmp_path):
     [
         ({"steps": [1]}, "one value per method"),
         ({"methods": ["unet"] * 5}, "named twice"),
+        ({"shifts": ["patients next"]}, "patients want a seed"),
         ({"bench_parts": ["trian"]}, "trian is not known"),
         ({"learning_rates": [0.0] * 5}, "above 0"),
     ],

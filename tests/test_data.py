@@ -581,11 +581,14 @@ def test_echoes_are_the_same_slices_under_the_same_masks(volumes: list[Volume], 
     dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
     plan = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9).plan()
     sampler = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9, echo=2)
-    span = sampler.span = 4
+    span = sampler.ECHO_SPAN = 4
+    sampler.step = 2
     once = list(ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9))
     assert sampler.plan() == plan and sampler.total == len(sampler) == 2 * len(plan) and len(plan) > span
     assert any(isinstance(batch[0], tuple) for batch in once)  # a slice that comes again in a new look has echoes too
-    blocks = [once[start : start + span] for start in range(0, len(once), span)]
+    blocks = sampler._blocks(once)
+    assert [batch for block in blocks for batch in block] == once and len(blocks) > 2
+    assert all(len(block) % 2 == 0 and span / 2 <= len(block) <= 2 * span for block in blocks[:-1])
     whole = list(sampler)
     looks = [[(index, 0) if isinstance(index, int) else index for index in batch] for batch in once]
     again = {str(batch): [(*look, 1) for look in looked] for batch, looked in zip(once, looks, strict=True)}

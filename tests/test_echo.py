@@ -1,10 +1,13 @@
 """What frozen parts make of a batch is kept until it has come for the last time, and nothing else changes."""
 
+import itertools
+
 import pytest
 import systems
 import torch
 
-from mrilib import model, train, trainer, training
+from mrilib import analysis, model, train, trainer, training
+from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, ShapeBatchSampler, index_volumes, load_annotations, make_loader
 from mrilib.echo import Echoes
 
@@ -34,19 +37,24 @@ def test_what_is_made_of_a_slice_is_made_once(dataset):
     echoes = Echoes()
     wanted = make(batch)
     calls.clear()
-    for left in (2, 2, 0):
-        made = echoes.get(batch, 3, make)
+    times = [batch._replace(slices=[one._replace(echo=echo) for one in batch.slices]) for echo in range(3)]
+    for again, left in zip((times[0], *times), (2, 2, 2, 0), strict=True):  # a step that is taken again is no echo
+        made = echoes.get(again, 3, make)
         assert torch.equal(made[0], wanted[0]) and made[1] is None and len(echoes) == left
     assert calls == [2]
     echoes.get(batch, 1, make)
     assert len(echoes) == 0 and calls == [2, 2]  # what comes once is not kept
-    halves = list(batch.chunks(1))
-    for half in (*halves, *halves):  # a batch that had to be split is known by its slices
-        echoes.get(half, 3, make)
-    assert torch.equal(echoes.get(batch, 3, make)[0], wanted[0]) and calls == [2, 2, 1, 1] and len(echoes) == 0
+    for part in (*times[0].chunks(1), *times[1].chunks(1)):  # a batch that had to be split is known by its slices
+        echoes.get(part, 3, make)
+    assert torch.equal(echoes.get(times[2], 3, make)[0], wanted[0]) and calls == [2, 2, 1, 1] and len(echoes) == 0
+    other = times[0]._replace(slices=[one._replace(look=1) for one in batch.slices])
+    echoes.get(other, 3, make)  # another look at the same slices
+    assert len(echoes) == 2
+    echoes.clear()
+    calls.clear()
     echoes.get(batch, 3, make)
-    echoes.get(batch, 3, make, lambda made: made[1] is not None)  # not what is wanted by now
-    assert calls == [2, 2, 1, 1, 2, 2]
+    echoes.get(times[1], 3, make, lambda made: made[1] is not None)  # not what is wanted by now
+    assert calls == [2, 2]
     echoes.clear()
     assert len(echoes) == 0
 
@@ -59,7 +67,9 @@ def test_an_echo_may_be_flipped_and_has_the_same_mask(config):
     flips = {}
     for (index,) in sampler:
         one = dataset[index]
-        flips.setdefault((one.file, one.slice_num), []).append((one.mirrored, one.mask.tolist(), str(one.facts)))
+        flips.setdefault((one.file, one.slice_num), []).append((one.mirrored, one.mask.tolist(), one.facts))
+        if one.mirrored:
+            assert one.facts == analysis.mirrored(dataset.facts(index[0] if isinstance(index, tuple) else index))
     assert len(flips) == len(dataset) and all(len(seen) == 4 for seen in flips.values())
     assert all(len({str(mask) for _, mask, _ in seen}) == 1 for seen in flips.values())
     turned = [len({flip for flip, _, _ in seen}) for seen in flips.values()]
@@ -139,3 +149,39 @@ def test_varnet_may_stand_where_nothing_waits(config, dataset):
         }
         assert ("varnet" in learns) == (stage.progress < 0.25) and "vit" in learns
         stage.model.check_gradients()  # what stands has a gradient, of zeros
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"varnet_until": 0.8}, "varnet_until: VarNet stands from text_from on"),
+        ({"varnet_keep": True, "varnet_weights": "w.pt"}, "varnet_until: with varnet_keep VarNet never learns"),
+        ({"varnet_until": 1.0, "text_from": 0.0}, "data_echo: VarNet learns in every step"),
+    ],
+)
+def test_what_would_be_of_no_use_is_refused(config, tmp_path, changed, told):
+    if "varnet_weights" in changed:
+        (tmp_path / "w.pt").touch()
+        changed = {**changed, "varnet_weights": str(tmp_path / "w.pt")}
+    with pytest.raises(ParameterError, match=told):
+        Stage1Parameters.create({**config.to_dict(), **changed})
+
+
+@pytest.mark.parametrize(("slices", "step", "echo"), [(30, 4, 2), (25, 1, 3), (23, 2, 2), (49, 7, 2), (3, 4, 2)])
+def test_each_process_gets_its_own_batches_again_in_other_steps(dataset, slices, step, echo):
+    """Whatever is left over at an epoch's end: but for a last step that has fewer batches."""
+    some = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(slices)])
+    sampler = ShapeBatchSampler(dataset, 1, echo=echo)
+    sampler.plan = lambda: [[i] for i in range(len(some))]
+    sampler.step = step
+    order = [batch[0] for batch in sampler]
+    assert len(order) == len(sampler) == slices * echo
+    places = {}
+    for place, index in enumerate(order):
+        places.setdefault(index[0] if isinstance(index, tuple) else index, []).append(place)
+    whole = slices - slices % step
+    for index, seen in places.items():
+        assert len(seen) == echo
+        if index < whole:
+            gaps = {second - first for first, second in itertools.pairwise(seen)}
+            assert all(gap % step == 0 and gap >= min(whole, 12) for gap in gaps)
