@@ -157,11 +157,15 @@ class FixedSteps(ShapeBatchSampler):
         super().__init__(dataset, batch_size, seed, shuffle=True, finding_share=finding_share, echo=echo)
         self.steps = steps
 
-    def plan(self) -> list[list[int]]:
+    def plan(self, number: int = 0) -> list[list[int]]:
+        """The epoch's batches, each once; there is no further pass."""
+        assert not number
+        return self.draw(-(-self.steps // self.echo))
+
+    def draw(self, count: int) -> list[list[int]]:
         """Passes over the shuffled slices, one after the other, cut off after so many batches."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
         batches: list[list[int]] = []
-        count = -(-self.steps // self.echo)
         while len(batches) < count:
             seed = int(rng.integers(2**32))
             share = self.finding_share
@@ -715,7 +719,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         for stage.progress, times in zip(starts, seconds, strict=True):
             stage.begin_epoch()
             begin = time.perf_counter()
-            for _ in range(config.data_echo):
+            for _ in range(comes := config.data_echo if stage.echoes_now else 1):
                 with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                     loss = stage.loss(batch.to(bench.device)).total / config.batch_size
                 loss.backward()
@@ -723,7 +727,7 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
                     rest_where_nothing_is_learned(stage.part.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
-            times.append(loading + (time.perf_counter() - begin) / config.data_echo)
+            times.append(loading + (time.perf_counter() - begin) / comes)
     stage.model.freeze(None)
     return float(sum(share * np.median(times[1:] or times) for share, times in zip(shares, seconds, strict=True)))
 

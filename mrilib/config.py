@@ -391,7 +391,10 @@ class Stage1Parameters(TrainingParameters):
         le=1,
     )
     data_echo: int = P(
-        1, "times that each batch comes; VarNet runs for the first of them alone, wherever it does not learn", ge=1
+        1,
+        "times that each batch comes while VarNet stands (varnet_until, varnet_keep) and until the text joins, if it "
+        "joins late: VarNet runs for the first of them alone; all other steps have new ones",
+        ge=1,
     )
     recon_weight: float = P(
         0.0, "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none", ge=0
@@ -438,10 +441,8 @@ class Stage1Parameters(TrainingParameters):
             raise ValueError("varnet_until: with varnet_keep VarNet never learns; leave it at 1")
         if self.varnet_until < 1 and 0 < self.text_from <= self.varnet_until:
             raise ValueError("varnet_until: VarNet stands from text_from on; give less than that, or leave it at 1")
-        if self.data_echo > 1 and not (self.varnet_keep or self.text_from or self.varnet_until < 1):
-            raise ValueError(
-                "data_echo: VarNet learns in every step, nothing is saved; leave it at 1, or set varnet_until"
-            )
+        if self.data_echo > 1 and not (self.varnet_keep or self.varnet_until < 1):
+            raise ValueError("data_echo: while VarNet learns no batch comes again; leave it at 1, or set varnet_until")
         return self
 
     @model_validator(mode="after")

@@ -520,6 +520,9 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
         Batches that an optimizer step takes, of all processes: all between a batch and its echo are a multiple of that,
         so that echoes fall into other steps and each process gets its own batches again. But for those of an epoch's
         last step, where that has fewer.
+    echoed : (int, int), optional
+        From which to which batch of the epoch, in the order in which they come, batches come again; all beside come
+        once, as many of them, so that the epoch is as long. All if left out.
     """
 
     WINDOW = 8
@@ -549,15 +552,24 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
             )
         self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
         self.skip, self.share, self.step = 0, (0, 1), 1
+        self.echoed: tuple[int, int] | None = None
 
     @property
     def total(self) -> int:
         """Batches of the dataset's epoch, of all processes, with their echoes."""
         return len(self.plan()) * self.echo
 
-    def plan(self) -> list[list[int]]:
-        """The batches of the dataset's epoch, of all processes, each once."""
-        rng = np.random.default_rng([self.seed, self.dataset.epoch])
+    def draw(self, count: int) -> list[list[int]]:
+        """So many batches of the dataset's epoch, in as many passes over its slices as that takes."""
+        batches, number = [], 0
+        while len(batches) < count:
+            batches += self.plan(number)
+            number += 1
+        return batches[:count]
+
+    def plan(self, number: int = 0) -> list[list[int]]:
+        """The batches of the dataset's epoch, of all processes, each once; `number` of a further pass in the epoch."""
+        rng = np.random.default_rng([self.seed, self.dataset.epoch, *([number] if number else [])])
         order: Iterable[int] = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
         if self.finding_share:
             order = [self._with_finding(int(index), rng) for index in order]
@@ -589,13 +601,17 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
         number, count = self.share
         seen: Counter[int] = Counter()
         batches: list[list[tuple[int, int]]] = []
-        for plain in self.plan():
+        first, last = self.echoed or (0, self.total)
+        again = -(-(last - first) // self.echo)
+        for plain in self.draw(first + again + self.total - last):
             batches.append([])
             for index in plain:
                 batches[-1].append((index, seen[index]))
                 seen[index] += 1
-        echoed = [(echo, batch) for block in self._blocks(batches) for echo in range(self.echo) for batch in block]
-        for echo, batch in echoed[self.skip + number :: count]:
+        before, between, after = batches[:first], batches[first : first + again], batches[first + again :]
+        echoed = [(echo, batch) for block in self._blocks(between) for echo in range(self.echo) for batch in block]
+        order = [*((0, batch) for batch in before), *echoed[: last - first], *((0, batch) for batch in after)]
+        for echo, batch in order[self.skip + number :: count]:
             yield [(index, look, echo) if echo else (index, look) if look else index for index, look in batch]
 
     def _blocks(self, batches: list[Any]) -> list[list[Any]]:

@@ -5,6 +5,7 @@ epochs done. The order of the slices is a function of (seed, epoch), a training 
 and of how often the epoch has seen the slice: going on means leaving out batches, unread.
 """
 
+import bisect
 import logging
 import math
 import time
@@ -290,11 +291,20 @@ class Trainer:
         self.sampler.skip = done * self.step_batches
         self.sampler.share = (self.accelerator.process_index, self.accelerator.num_processes)
         count = self.sampler.total
+        first, last = (
+            min(max(0, self._steps_before(share) - self.epoch * self.steps_per_epoch) * self.step_batches, count)
+            for share in self.stage.echoed
+        )
+        self.sampler.echoed = first, last
         batches = iter(self.train_loader)
         for step in range(done, self.steps_per_epoch):
             first, last = step * self.step_batches, min((step + 1) * self.step_batches, count)
             own = len(range(first + self.accelerator.process_index, last, self.accelerator.num_processes))
             yield self._guarded(lambda own=own: list(islice(batches, own)))
+
+    def _steps_before(self, share: float) -> int:
+        """Steps that begin before this share of the training."""
+        return bisect.bisect_left(range(self.total_steps), share, key=lambda step: step / self.total_steps)
 
     def _guarded(self, action: Callable[[], T]) -> T:
         """What an error interrupts is saved first, as it was before the step: nothing of it has been applied."""

@@ -88,13 +88,24 @@ class Stage:
         """Share of the steps after which the learning rate begins anew, warm-up and all; 0: it never does."""
         return 0.0
 
+    @property
+    def echoed(self) -> tuple[float, float]:
+        """From which to which share of the steps batches come again; all beside are new ones."""
+        return 0.0, 1.0
+
+    @property
+    def echoes_now(self) -> bool:
+        """Whether batches come again at this point of the training."""
+        first, last = self.echoed
+        return first <= self.progress < last
+
     def begin_epoch(self) -> None:
         """Called before an epoch's first step, or the first after a resumption; echoes end with an epoch."""
         self.echoes.clear()
 
     def _echoed(self, batch: Batch, make: Callable[[Batch], Made], *fits: Callable[[Made], bool]) -> Made:
         """What frozen parts make of a batch, in training once for all the times that it comes."""
-        return self.echoes.get(batch, self.data_echo if self.part.training else 1, make, *fits)
+        return self.echoes.get(batch, self.data_echo if self.part.training and self.echoes_now else 1, make, *fits)
 
     def weight(self, batch: Batch) -> float:
         """Units (analysis tokens, slices) that the batch's loss is a sum over."""
@@ -146,7 +157,8 @@ class AnalysisStage(Stage):
         with the text. The reconstruction term joins with the text, so it does not reach VarNet.
     varnet_until : float
         Share of the steps after which VarNet stands, if the text has not ended its learning by then; what restores its
-        image, and the maps, go on. Each batch that comes again (`data_echo`) then costs these alone.
+        image, and the maps, go on. A batch that comes again (`data_echo`) then costs these alone. Texts are told of new
+        slices each time, once they have joined: with the same ones again less was learned (LOG.md).
     """
 
     trainable, joining = "encoder", "text_from"
@@ -192,6 +204,15 @@ class AnalysisStage(Stage):
     @property
     def _maps_first(self) -> bool:
         return self.text_from > 0 and getattr(self.model.encoder, "finding_maps", None) is not None
+
+    @property
+    def echoed(self) -> tuple[float, float]:
+        """While VarNet stands and the text is waited for, if it is; for the control, which keeps nothing, never."""
+        encoder = self.model.encoder
+        if not isinstance(encoder, KSpaceEncoder):
+            return 1.0, 1.0
+        last = self.text_from if self._maps_first else 1.0
+        return min(0.0 if encoder.keep_varnet else self.varnet_until, last), last
 
     @property
     def _varnet_stands(self) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import systems
 import torch
 
-from mrilib import analysis, model, train, trainer, training
+from mrilib import analysis, bench, model, train, trainer, training
 from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.data import FastMRIDataset, ShapeBatchSampler, index_volumes, load_annotations, make_loader
 from mrilib.echo import Echoes
@@ -116,7 +116,9 @@ def test_varnet_stands_before_the_text_joins(config, tmp_path, monkeypatch, opti
     total, batches = whole.step, len(whole.sampler.plan())
     assert total == 4 * 3 * batches
     stands = [each for each in progress if each >= 0.25]
-    assert len(progress) - len(stands) == total // 4 and len(stands) == 3 * batches  # an epoch learns, three stand
+    echoed = [each for each in stands if each < 0.75]
+    assert len(progress) - len(stands) == total // 4 and len(echoed) == 2 * batches  # an epoch learns, two stand,
+    assert len(stands) - len(echoed) == total // 4  # and in the last texts are told, of new slices
     moved = {
         (early, late): {
             name.split(".")[0] for name in states[1] if not torch.equal(states[early][name], states[late][name])
@@ -156,7 +158,7 @@ def test_varnet_may_stand_where_nothing_waits(config, dataset):
     [
         ({"varnet_until": 0.8}, "varnet_until: VarNet stands from text_from on"),
         ({"varnet_keep": True, "varnet_weights": "w.pt"}, "varnet_until: with varnet_keep VarNet never learns"),
-        ({"varnet_until": 1.0, "text_from": 0.0}, "data_echo: VarNet learns in every step"),
+        ({"varnet_until": 1.0, "text_from": 0.0}, "data_echo: while VarNet learns"),
     ],
 )
 def test_what_would_be_of_no_use_is_refused(config, tmp_path, changed, told):
@@ -172,7 +174,7 @@ def test_each_process_gets_its_own_batches_again_in_other_steps(dataset, slices,
     """Whatever is left over at an epoch's end: but for a last step that has fewer batches."""
     some = torch.utils.data.Subset(dataset, [i % len(dataset) for i in range(slices)])
     sampler = ShapeBatchSampler(dataset, 1, echo=echo)
-    sampler.plan = lambda: [[i] for i in range(len(some))]
+    sampler.plan = lambda number=0: [[i] for i in range(len(some))]
     sampler.step = step
     order = [batch[0] for batch in sampler]
     assert len(order) == len(sampler) == slices * echo
@@ -185,3 +187,26 @@ def test_each_process_gets_its_own_batches_again_in_other_steps(dataset, slices,
         if index < whole:
             gaps = {second - first for first, second in itertools.pairwise(seen)}
             assert all(gap % step == 0 and gap >= min(whole, 12) for gap in gaps)
+
+
+def test_batches_come_again_in_a_part_of_the_epoch_alone(config):
+    volumes, annotations = index_volumes(config.data_dir), load_annotations(config)
+    dataset = FastMRIDataset(volumes, config, annotations, training=True, mirror_share=0.5, max_slices=12)
+    for sampler in (
+        ShapeBatchSampler(dataset, 2, seed=1, shuffle=True, echo=3),
+        bench.FixedSteps(dataset, 2, seed=1, steps=18, echo=3),
+    ):
+        everything, total = list(sampler), sampler.total
+        for first, last in ((0, total), (4, 10), (0, 7), (11, total), (total, total), (0, 0)):
+            sampler.echoed = first, last
+            order = list(sampler)
+            assert len(order) == len(sampler) == total and list(sampler) == order
+            assert (order == everything) == (last - first == total)
+            times = [{one[2] if isinstance(one, tuple) and len(one) == 3 else 0 for one in batch} for batch in order]
+            assert all(seen == {0} for seen in times[:first] + times[last:])
+            assert sum(seen == {0} for seen in times[first:last]) == -(-(last - first) // 3)
+            new = [one for batch, seen in zip(order, times, strict=True) if seen == {0} for one in batch]
+            assert len(set(new)) == len(new)  # each a slice, or a look, of its own
+            sampler.skip, sampler.share = 5, (1, 2)
+            assert list(sampler) == order[6::2]
+            sampler.skip, sampler.share = 0, (0, 1)
