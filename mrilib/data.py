@@ -561,7 +561,8 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
 
     def draw(self, count: int) -> list[list[int]]:
         """So many batches of the dataset's epoch, in as many passes over its slices as that takes."""
-        batches, number = [], 0
+        batches: list[list[int]] = []
+        number = 0
         while len(batches) < count:
             batches += self.plan(number)
             number += 1
