@@ -325,7 +325,13 @@ def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
 
 
 def test_a_parameter_newer_than_a_training_counts_as_its_default():
-    now = {"config": {"epochs": 2, "sense": False, "tokens_from": 0.0}, "data": "a", "backbone": "b", "encoder": "c", "steps_per_epoch": 3}
+    now = {
+        "config": {"epochs": 2, "sense": False, "tokens_from": 0.0},
+        "data": "a",
+        "backbone": "b",
+        "encoder": "c",
+        "steps_per_epoch": 3,
+    }
     before = {**now, "config": {"epochs": 2}}
     check_same_training(before, now, "run/stage2_resume.pt")
     changed = {**now, "config": {**now["config"], "tokens_from": 0.5}}
