@@ -297,7 +297,6 @@ class Bench:
         return {
             "git": git_state(),
             "steps": len(history.steps),
-            "slices": len(history.steps) * config.batch_size // config.data_echo,  # looks, echoes aside
             # what training costs: forward, backward and update, without loading and validation
             "seconds": sum(step["seconds"] for step in history.steps),
             "seconds_with_validation": history.seconds,
@@ -718,8 +717,9 @@ def seconds_per_step(bench: Bench, name: str, steps: int = 8) -> float:
         loading = time.perf_counter() - begin
         for stage.progress, times in zip(starts, seconds, strict=True):
             stage.begin_epoch()
+            comes = config.data_echo if stage.echoes_now else 1
             begin = time.perf_counter()
-            for _ in range(comes := config.data_echo if stage.echoes_now else 1):
+            for _ in range(comes):
                 with torch.autocast(bench.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                     loss = stage.loss(batch.to(bench.device)).total / config.batch_size
                 loss.backward()
