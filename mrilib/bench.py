@@ -234,7 +234,7 @@ class Bench:
         train = FastMRIDataset(self.volumes["train"], config, annotations, training=True)
         train.masks_per_slice = config.masks_per_slice
         if texts:
-            train.mirror_share = self.stage1.mirror_share
+            train.mirror_share, train.teacher_forcing = self.stage1.mirror_share, self.stage1.teacher_forcing
             require_boxes(train, self.stage1.finding_labels)
         elif config.lesion_weight:
             require_lesions(train)

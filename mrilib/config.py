@@ -396,6 +396,13 @@ class Stage1Parameters(TrainingParameters):
         "joins late: VarNet runs for the first of them alone; all other steps have new ones",
         ge=1,
     )
+    teacher_forcing: float = P(
+        0.0,
+        "share of training slices whose text is learned from where their findings are, not from what the maps show: a "
+        "text says what it is shown then, and learns of doubt from the others",
+        ge=0,
+        le=1,
+    )
     recon_weight: float = P(
         0.0, "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none", ge=0
     )
@@ -433,6 +440,8 @@ class Stage1Parameters(TrainingParameters):
     def _text_waits_for_maps(self) -> Self:
         if self.text_from and not self.finding_labels:
             raise ValueError("text_from: until then nothing would learn; set finding_labels")
+        if self.teacher_forcing and not self.finding_labels:
+            raise ValueError("teacher_forcing: there are no maps that the text could be told of; set finding_labels")
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,7 @@ class Slice(NamedTuple):
     look: int = 0  # which of the epoch's looks at the slice this is, each with a mask of its own
     echo: int = 0  # and which of the times that it comes as part of the same batch
     mirrored: bool = False  # the encoder is to see the image flipped left to right; the facts are, the rest is as read
+    forced: bool = False  # the text is learned from where the findings are, not from what maps of them show
 
 
 class Batch(NamedTuple):
@@ -253,6 +254,8 @@ class FastMRIDataset(Dataset[Slice]):
     mirror_share : float
         Chance of a training slice to be `mirrored`, drawn anew each epoch from (seed, file, slice, epoch), and each
         time that an epoch sees it. A slice with a report of the user's own never is: its words may name sides.
+    teacher_forcing : float
+        Chance of a training slice to be `forced`, drawn with the former.
 
     Raises
     ------
@@ -273,6 +276,7 @@ class FastMRIDataset(Dataset[Slice]):
         acceleration: int | None = None,
         max_slices: int = 0,
         mirror_share: float = 0.0,
+        teacher_forcing: float = 0.0,
     ) -> None:
         self.volumes = list(volumes)
         self.config = config
@@ -280,6 +284,7 @@ class FastMRIDataset(Dataset[Slice]):
         self.training = training
         self.texts_only = False
         self.masks_per_slice, self.mirror_share = masks_per_slice, mirror_share
+        self.teacher_forcing = teacher_forcing
         self.epoch = 0
         self._buffer = np.empty((0, 0, 0), np.complex64)
         paired = zip(config.center_fractions, config.accelerations, strict=True)
@@ -455,11 +460,12 @@ class FastMRIDataset(Dataset[Slice]):
             acquired[: volume.padding[0]] = False
             acquired[volume.padding[1] :] = False
         report = self.reports.get((volume.file, slice_num))
-        mirrored = False
-        if self.training and self.mirror_share and report is None:
+        mirrored = forced = False
+        if self.training and report is None:
             again = [look, echo] if echo else [look] if look else []
             words = [self.config.seed, slice_num, self.epoch, *again, *volume.file.encode()]
-            mirrored = bool(np.random.default_rng(words).random() < self.mirror_share)
+            drawn = np.random.default_rng(words).random(2)
+            mirrored, forced = bool(drawn[0] < self.mirror_share), bool(drawn[1] < self.teacher_forcing)
         return Slice(
             kspace=masked,
             mask=mask,
@@ -479,6 +485,7 @@ class FastMRIDataset(Dataset[Slice]):
             look=look,
             echo=echo,
             mirrored=mirrored,
+            forced=forced,
         )
 
     def _mask_seed(self, volume: Volume, slice_num: int, look: int = 0) -> int | tuple[int, ...]:

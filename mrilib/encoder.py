@@ -237,23 +237,25 @@ class KSpaceEncoder(nn.Module):
         mirrored: Tensor | None = None,
         maps_stand: bool = False,
         image: Tensor | None = None,
+        instead: tuple[Tensor, Tensor] | None = None,
     ) -> Seen:
         """The same, the maps of findings, and the pixels that both come from.
 
         Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right. With
         `maps_stand` there is no graph to VarNet and the maps. Maps that do not learn look at the image both ways.
-        `image` is the `upright_image` where it is known already.
+        `image` is the `upright_image` where it is known already. `instead`, maps and for which slices they are, bool
+        (B,), is what the tokens tell of in place of the encoder's own maps.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
             pixels = self.pixels(kspace, mask, mirrored, image)
-        return self._read(pixels, maps_stand)
+        return self._read(pixels, maps_stand, instead)
 
     def tokens_and_image(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` and `restored_image` give, for a stage that trains neither: VarNet runs once."""
         image, pixels = self._restore(kspace, mask)
         return self._read(pixels, maps_stand=True).tokens, image
 
-    def _read(self, pixels: Tensor, maps_stand: bool) -> Seen:
+    def _read(self, pixels: Tensor, maps_stand: bool, instead: tuple[Tensor, Tensor] | None = None) -> Seen:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
             maps = features = None
             if self.finding_maps is not None:
@@ -261,7 +263,8 @@ class KSpaceEncoder(nn.Module):
         tokens = self.projection(self._patches(pixels, features))
         if maps is not None:
             assert self.finding_words is not None
-            tokens = tokens + self.finding_words(maps)
+            told = maps if instead is None else torch.where(instead[1][:, None, None, None], instead[0], maps)
+            tokens = tokens + self.finding_words(told)
         batch = tokens.shape[0]
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
         return Seen(torch.cat([start, tokens, end], dim=1).float(), maps, pixels)

@@ -186,6 +186,27 @@ def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]
     return torch.where(areas.isinf(), 0, areas)
 
 
+def ellipses_seen(
+    slices: Sequence[Slice], labels: Sequence[str], matrix: tuple[int, int], size: Sequence[int]
+) -> Tensor:
+    """`ellipses` of each slice where the encoder sees them: (B, labels, *size).
+
+    Parameters
+    ----------
+    slices : sequence of Slice
+    labels : sequence of str
+    matrix : (readout, phase) [pixels]
+        Of the image that the encoder's input was cropped or padded from.
+    size : (h, w) [pixels]
+    """
+    seen = []
+    for one in slices:
+        marked = physics.center_crop_or_pad(ellipses(one.boxes or (), labels, one.recon), matrix)
+        marked = physics.center_crop_or_pad(marked, size)
+        seen.append(marked.flip(-1) if one.mirrored else marked)
+    return torch.stack(seen)
+
+
 def finding_map_losses(
     logits: Tensor, slices: Sequence[Slice], labels: Sequence[str], matrix: tuple[int, int]
 ) -> Tensor:
@@ -206,13 +227,8 @@ def finding_map_losses(
         Zero for a slice whose findings are unknown, which is never turned into "nothing there".
     """
     size = logits.shape[-2:]
-    targets = []
-    for one in slices:
-        marked = physics.center_crop_or_pad(ellipses(one.boxes or (), labels, one.recon), matrix)
-        marked = physics.center_crop_or_pad(marked, size)
-        targets.append(marked.flip(-1) if one.mirrored else marked)
     known = torch.tensor([float(one.boxes is not None) for one in slices], device=logits.device)
-    areas = torch.stack(targets).to(logits.device)
+    areas = ellipses_seen(slices, labels, matrix, size).to(logits.device)
     weights = POSITIVE_WEIGHT * (USUAL * size[0] * size[1] / areas.clamp_min(1)).sqrt()
     losses = F.binary_cross_entropy_with_logits(logits, (areas > 0).float(), reduction="none", pos_weight=weights)
     return losses.sum(1).mean((-2, -1)) * known

@@ -50,7 +50,7 @@ def make_loaders(
     val_data = FastMRIDataset(volumes["val"], config, annotations, max_slices=config.max_val_slices)
     order: dict[str, Any] = {}
     if isinstance(config, Stage1Parameters):
-        train_data.mirror_share = config.mirror_share
+        train_data.mirror_share, train_data.teacher_forcing = config.mirror_share, config.teacher_forcing
         require_boxes(train_data, config.finding_labels)
         for name in ("recon_weight", "varnet_image_weight"):
             if getattr(config, name):

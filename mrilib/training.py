@@ -23,7 +23,7 @@ from mrilib.decoder import VolumeSSIMLoss, from_patches, positive
 from mrilib.distributed import launched
 from mrilib.echo import Echoes, Made
 from mrilib.encoder import KSpaceEncoder
-from mrilib.finding_maps import finding_map_losses
+from mrilib.finding_maps import ellipses_seen, finding_map_losses
 from mrilib.history import History
 from mrilib.kspace import center_crop_or_pad
 from mrilib.lesions import lesion_shares
@@ -235,7 +235,8 @@ class AnalysisStage(Stage):
         if not self.complete:
             return self._map_loss(batch, encoder, mirrored, image)
         stand = self._maps_first
-        prefix, maps, pixels = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, stand, image)
+        instead = self._true_maps(batch, encoder)
+        prefix, maps, pixels = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, stand, image, instead)
         (total, statistics), tokens = self._text_loss(batch, prefix)
         terms: dict[str, tuple[float, Tensor]] = {}
         if maps is not None:
@@ -273,6 +274,17 @@ class AnalysisStage(Stage):
         """The maps' loss of each slice (B,)."""
         matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
         return finding_map_losses(maps, batch.slices, encoder.finding_labels, matrix)
+
+    @staticmethod
+    def _true_maps(batch: Batch, encoder: KSpaceEncoder) -> tuple[Tensor, Tensor] | None:
+        """Maps that show what is there, and the `forced` slices, where that is known; None if there is none."""
+        forced = torch.tensor([one.forced and one.boxes is not None for one in batch.slices])
+        if encoder.finding_maps is None or not forced.any():
+            return None
+        matrix, size = (batch.kspace.shape[-2], batch.kspace.shape[-1]), (encoder.img_size, encoder.img_size)
+        there = ellipses_seen(batch.slices, encoder.finding_labels, matrix, size) > 0
+        maps = torch.where(there, math.inf, -math.inf)
+        return maps.to(batch.mask.device), forced.to(batch.mask.device)
 
     def _text_loss(self, batch: Batch, prefix: Tensor) -> tuple[BatchLoss, Tensor]:
         """Cross-entropy from k-space tokens, and each slice's analysis tokens (B,)."""

@@ -324,6 +324,54 @@ def test_the_control_has_no_maps_to_wait_for(config, dataset, tmp_path):
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
 
 
+def test_a_forced_slice_tells_of_its_boxes_where_they_are_seen(config, dataset):
+    """Its tokens are those of maps that show the boxes; unknown findings, and other slices, are told as they look."""
+    system = systems.build(config)
+    stage = training.AnalysisStage(system, map_weight=3.0, text_from=0.5)
+    batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
+    found = next(number for number, one in enumerate(batch.slices) if one.boxes)
+    kspace, mask = (measured[[found] * 4] for measured in (batch.kspace, batch.mask))
+    one = batch.slices[found]._replace(forced=True)
+    four = [one, one._replace(mirrored=True), one._replace(forced=False), one._replace(boxes=None)]
+    batch = batch._replace(kspace=kspace, mask=mask, slices=four)
+    maps, forced = stage._true_maps(batch, system.encoder)
+    assert forced.tolist() == [True, True, False, False] and torch.equal(maps[1], maps[0].flip(-1))
+    told = findings_of(maps[:1])
+    top, left = ((config.img_size - length) / 2 for length in one.recon)
+    points = [Box(x - left, y - top, 0, 0, LABELS[int(label)]) for _, label, y, x in told.tolist()]
+    assert points and {box_finding(point, one.recon) for point in points} <= set(one.facts.findings)
+
+    own = system.encoder.tokens_and_maps(kspace, mask, maps_stand=True)
+    true = system.encoder.tokens_and_maps(kspace, mask, maps_stand=True, instead=(maps, forced))
+    words = system.encoder.finding_words
+    torch.testing.assert_close(true.tokens[:2, 1:-1] - own.tokens[:2, 1:-1], words(maps[:2]) - words(own.maps[:2]))
+    assert torch.equal(true.tokens[2:], own.tokens[2:]) and torch.equal(true.maps, own.maps)
+    losses = [stage.loss(batch._replace(slices=[one._replace(forced=f) for one in four])).total for f in (True, False)]
+    assert losses[0] != losses[1]
+    stage.progress = 0.0  # the maps learn where findings are; they are not told
+    losses = [stage.loss(batch._replace(slices=[one._replace(forced=f) for one in four])).total for f in (True, False)]
+    assert losses[0] == losses[1]
+
+
+def test_forced_slices_are_drawn_beside_the_mirrored_ones(config, dataset):
+    annotations, volumes = dataset.annotations, dataset.volumes
+    plain, half = (
+        FastMRIDataset(volumes, config, annotations, training=True, mirror_share=0.5, teacher_forcing=share)
+        for share in (0.0, 0.5)
+    )
+    drawn = []
+    for plain.epoch in range(8):
+        half.epoch = plain.epoch
+        pairs = [(plain[index], half[index]) for index in range(len(half))]
+        assert all(one.mirrored == other.mirrored and not one.forced for one, other in pairs)
+        drawn += [(other.mirrored, other.forced) for _, other in pairs]
+    shares = [drawn.count(both) / len(drawn) for both in ((False, False), (False, True), (True, False), (True, True))]
+    assert min(shares) > 0.12
+    assert not FastMRIDataset(volumes, config, annotations, teacher_forcing=1.0)[0].forced, "not in training"
+    late = config.model_copy(update={"teacher_forcing": 1.0, "finding_labels": []})
+    assert all(one.forced for batch in train.make_loaders(late)[1] for one in batch.slices)
+
+
 @pytest.mark.parametrize("progress", [0.0, 1.0])
 def test_activation_checkpointing_and_a_kept_varnet_before_and_after_the_text(config, dataset, progress):
     batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
@@ -429,6 +477,8 @@ def test_epochs_before_the_text_has_joined_are_not_waited_for(config, dataset, t
 def test_text_cannot_wait_for_maps_that_do_not_learn(config):
     with pytest.raises(ParameterError, match="text_from: until then nothing would learn"):
         Stage1Parameters.create({**config.to_dict(), "text_from": 0.5, "finding_labels": []})
+    with pytest.raises(ParameterError, match="teacher_forcing: there are no maps"):
+        Stage1Parameters.create({**config.to_dict(), "teacher_forcing": 0.5, "finding_labels": []})
     with pytest.raises(ParameterError, match="finding_map_weight: nothing else teaches"):
         Stage1Parameters.create({**config.to_dict(), "finding_map_weight": 0.0})
     plain = Stage1Parameters.create({**config.to_dict(), "finding_map_weight": 0.0, "finding_labels": []})
