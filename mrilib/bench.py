@@ -591,10 +591,12 @@ class Bench:
         scored = [name for name in UNLEARNED if name != "bart" or bart.version()] + config.methods
         if "costs" in config.bench_parts:
             yield "costs", self.measure_costs
+        training_parts = [part for part in ("stage1", "train") if part in config.bench_parts]
+        if config.seeds_at_once > 1 and training_parts:
+            yield "train the seeds", self.train_seeds
+            training_parts = []
         for seed in config.bench_seeds:
-            for part in ("stage1", "train"):
-                if part not in config.bench_parts:
-                    continue
+            for part in training_parts:
                 if part == "stage1":
                     yield f"stage 1, seed {seed}", functools.partial(self.train_stage1, seed)
                     continue
@@ -612,6 +614,16 @@ class Bench:
                 for shift in config.shifts:
                     for name in names:
                         yield f"{shift}: {name}", functools.partial(self.score_shift, shift, name, seed)
+
+    def train_seeds(self) -> None:
+        """Stage 1 and all methods, `seeds_at_once` seeds at a time; TrainingStopped if time was over before the end."""
+        from mrilib.bench_seeds import train_side_by_side  # which imports this module
+
+        train_side_by_side(self, self._ends - time.perf_counter())
+
+    def end(self) -> None:
+        """Let `bench_seconds` be over now: a training under way saves its state and stops, no further job begins."""
+        self._ends = -math.inf
 
     def run(self) -> list[str]:
         """Do the jobs one after the other; what is done already takes no time.

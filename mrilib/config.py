@@ -583,6 +583,11 @@ class BenchParameters(OutputParameters):
     stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
     stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
     bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
+    seeds_at_once: int = P(
+        1,
+        "seeds trained side by side, a process each with its share of the threads; they then log to seedN/train.log",
+        ge=1,
+    )
     varnet_cascades: int = P(
         4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1
     )

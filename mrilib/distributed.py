@@ -93,11 +93,11 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
         # Of processes that fail the launcher ends the others by a signal, which they take for a request to stop.
         runs.withdraw_stop(directory)
         raise RuntimeError(
-            f"{config.num_processes} training processes failed, {_reason(lines)}; see '{display_path(log)}'"
+            f"{config.num_processes} training processes failed, {reason(lines)}; see '{display_path(log)}'"
         )
 
 
-def _reason(lines: list[str]) -> str:
+def reason(lines: list[str]) -> str:
     """The first error that a log tells: in this package's words, or a traceback's last line."""
     told = [line for line in lines if line.startswith("error: ")]
     told += ["error: " + line for line in (re.sub(r"^\[rank\d+\]: ", "", one) for one in lines) if RAISED.match(line)]
