@@ -141,6 +141,8 @@ VARNET_SIZES = (
     "varnet_sens_chans",
     "varnet_sens_pools",
 )
+TRAINING_PARTS = ("stage1", "train")
+END = "bench_seconds are over"
 COST_ROUNDS = 3
 SCORES = "scores.json"  # of a method at an acceleration, beside its images
 TEXTS = "texts.json"  # what the texts of a seed's stage 1 are worth
@@ -203,13 +205,15 @@ class Bench:
         self.device = training.pick_device(self.stage2.device)
         self.backbone, self.tokenizer = build_backbone(self.stage2, self.device)
         self._ends = math.inf  # when `bench_seconds` are over
+        self._under_way: Path | None = None  # the folder of a training
 
     # ---------------------------------------------------------------------------------------- training
 
     def measure_costs(self) -> dict[str, list[float]]:
         """Seconds of an optimizer step of stage 1, its control and every method, measured once; a number a round.
 
-        What a training took (``done.json``) depends on what else the machine did; this says what the steps are worth.
+        What a training took (``done.json``) depends on what else the machine did; this says what the steps are worth,
+        each alone with the threads that a training has (`seeds_at_once`).
         """
         folder = self.directory / "costs"
         names = ["stage1", "control", *self.config.methods]
@@ -281,18 +285,17 @@ class Bench:
         # An interrupted training goes on where it stopped: done.json is missing, its checkpoint is there.
         config = config.model_copy(update={"epochs": validations, "save_interval": validations, "resume": True})
         loaders = self._loaders(config, each, texts)
-        late = False
 
         def stop_when_late(_: dict[str, float]) -> None:
-            nonlocal late
             if time.perf_counter() > self._ends:
-                late = True
-                request_stop(folder, "bench_seconds are over")
+                request_stop(folder, END)
 
+        self._under_way = folder
         try:
             history = training.fit(stage, config, *loaders, folder, on_step=stop_when_late)
         finally:
-            if late:
+            self._under_way = None
+            if time.perf_counter() > self._ends:
                 withdraw_stop(folder)
         return {
             "git": git_state(),
@@ -591,17 +594,11 @@ class Bench:
         scored = [name for name in UNLEARNED if name != "bart" or bart.version()] + config.methods
         if "costs" in config.bench_parts:
             yield "costs", self.measure_costs
-        training_parts = [part for part in ("stage1", "train") if part in config.bench_parts]
-        if config.seeds_at_once > 1 and training_parts:
+        if config.seeds_at_once > 1 and any(part in config.bench_parts for part in TRAINING_PARTS):
             yield "train the seeds", self.train_seeds
-            training_parts = []
-        for seed in config.bench_seeds:
-            for part in training_parts:
-                if part == "stage1":
-                    yield f"stage 1, seed {seed}", functools.partial(self.train_stage1, seed)
-                    continue
-                for name in config.methods:
-                    yield f"train {name}, seed {seed}", functools.partial(self.train_method, name, seed)
+        else:
+            for seed in config.bench_seeds:
+                yield from self._trainings(seed)
         for number, seed in enumerate(config.bench_seeds):
             # what is not learned is the same for every seed
             names = scored if number == 0 else config.methods
@@ -615,6 +612,20 @@ class Bench:
                     for name in names:
                         yield f"{shift}: {name}", functools.partial(self.score_shift, shift, name, seed)
 
+    def _trainings(self, seed: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+        if "stage1" in self.config.bench_parts:
+            yield f"stage 1, seed {seed}", functools.partial(self.train_stage1, seed)
+        for name in self.config.methods if "train" in self.config.bench_parts else ():
+            yield f"train {name}, seed {seed}", functools.partial(self.train_method, name, seed)
+
+    def untrained(self, seed: int) -> list[str]:
+        """The trainings of a seed that are not done yet; refused if one was made with other parameters."""
+        folder = self.directory / f"seed{seed}"
+        claimed = [self._claim(folder / "stage1", self._stage1_made_with())] * ("stage1" in self.config.bench_parts)
+        if "train" in self.config.bench_parts:
+            claimed += [self._claim(folder / name, self._plan(name, seed)[2]) for name in self.config.methods]
+        return [job for (job, _), done in zip(self._trainings(seed), claimed, strict=True) if not done]
+
     def train_seeds(self) -> None:
         """Stage 1 and all methods, `seeds_at_once` seeds at a time; TrainingStopped if time was over before the end."""
         from mrilib.bench_seeds import train_side_by_side  # which imports this module
@@ -624,6 +635,8 @@ class Bench:
     def end(self) -> None:
         """Let `bench_seconds` be over now: a training under way saves its state and stops, no further job begins."""
         self._ends = -math.inf
+        if self._under_way is not None:
+            request_stop(self._under_way, END)
 
     def run(self) -> list[str]:
         """Do the jobs one after the other; what is done already takes no time.
@@ -684,14 +697,19 @@ def _plain(epoch: dict[str, float]) -> dict[str, float]:
 def measure_rounds(bench: Bench, names: Sequence[str]) -> dict[str, list[float]]:
     """`seconds_per_step` of some, in turn, a number a round: a machine's pace drifts.
 
-    Methods of the same network share its numbers.
+    Methods of the same network share its numbers. Each has the threads of one of the `seeds_at_once`.
     """
     network = {name: METHODS[name].network_of if name in METHODS else "" for name in names}
     network = {name: other if other in names else name for name, other in network.items()}
     each: dict[str, list[float]] = {name: [] for name in network.values()}
-    for _ in range(COST_ROUNDS):
-        for name, seconds in each.items():
-            seconds.append(seconds_per_step(bench, name))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // bench.config.seeds_at_once))
+    try:
+        for _ in range(COST_ROUNDS):
+            for name, seconds in each.items():
+                seconds.append(seconds_per_step(bench, name))
+    finally:
+        torch.set_num_threads(threads)
     return {name: each[network[name]] for name in names}
 
 

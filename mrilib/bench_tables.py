@@ -99,7 +99,7 @@ def cost_table(bench: Bench) -> pd.DataFrame:
     """What trainings cost: steps times a step's median seconds over the rounds, whose range is told.
 
     And with stage 1, for a method that reads its tokens or its image; and all of them for all seeds, trained or still
-    to be.
+    to be, where `seeds_at_once` take the time of one.
     """
     path = bench.directory / "costs" / "done.json"
     if not path.exists():
@@ -130,9 +130,10 @@ def cost_table(bench: Bench) -> pd.DataFrame:
                 "with what it needs before [s]": f"{both:.0f}",
             }
         )
-    seeds = len(config.bench_seeds)
+    seeds, at_once = len(config.bench_seeds), min(config.seeds_at_once, len(config.bench_seeds))
+    told = f"all, {seeds} seed{'s'[: seeds > 1]}" + (f", {at_once} at once" if at_once > 1 else "")
     last = dict.fromkeys(rows[0], "")
-    last |= {"training": f"all, {seeds} seed{'s'[: seeds > 1]}", "all steps [s]": f"{seeds * total:.0f}"}
+    last |= {"training": told, "all steps [s]": f"{-(-seeds // at_once) * total:.0f}"}
     return pd.DataFrame([*rows, last])
 
 

@@ -462,3 +462,11 @@ def test_rates_are_tried_on_validation(values, tmp_path):
     tried = list(bench.try_rates(str(tmp_path / "b.yaml"), ["unet"], rates=(1e-4, 1e-2), share=0.5))
     assert [(name, rate) for name, rate, _ in tried] == [("unet", 1e-4), ("unet", 1e-2)]
     assert tried[0][2] != tried[1][2] and all(0 < loss < 1 for _, _, loss in tried)
+
+
+def test_stage_1_sees_slices_flipped_and_forced_as_its_parameters_say(done):
+    one = bench.Bench(done.config, done.directory)
+    for share in (0.0, 1.0):
+        config = one.stage1 = one.stage1.model_copy(update={"mirror_share": share, "teacher_forcing": share})
+        slices = [each for batch in one._loaders(config, 2, texts=True)[0] for each in batch.slices]
+        assert slices and all(each.mirrored == each.forced == bool(share) for each in slices)
