@@ -392,7 +392,12 @@ def test_activation_checkpointing_and_a_kept_varnet_before_and_after_the_text(co
             if name == "kept" and key.startswith("varnet."):
                 assert value is None or not value.any()
             else:
-                torch.testing.assert_close(value, gradients["plain"][key], rtol=1e-4, atol=1e-6)
+                expected = gradients["plain"][key]
+                if expected is None:
+                    assert value is None
+                    continue
+                rounding = 1e-6 + 1e-5 * float(expected.abs().max())  # sums of many terms of the largest one's size
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=rounding)
 
 
 def test_varnets_image_is_learned_with_the_maps_and_stands_with_them(config, dataset):
