@@ -59,7 +59,7 @@ def test_seeds_side_by_side_are_trained_as_one_after_the_other(values, tmp_path)
         changed.run()
 
 
-def test_when_time_is_over_no_seed_begins_and_one_under_way_stops(values, tmp_path, monkeypatch):
+def test_when_time_is_over_no_seed_begins_and_one_under_way_stops(values, tmp_path):
     one = bench.Bench(BenchParameters.create({**values, "seeds_at_once": 2, "bench_parts": ["stage1"]}), tmp_path)
     one.config = one.config.model_copy(update={"bench_seeds": [3, 5, 7], "stage1_steps": 2000})
     with pytest.raises(TrainingStopped, match="stage 1, seed 3, stage 1, seed 5, stage 1, seed 7"):
