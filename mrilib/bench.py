@@ -68,6 +68,7 @@ from mrilib.model import (
     build_decoder,
     build_encoder,
     count_parameters,
+    start_with_encoder,
 )
 from mrilib.optimizer import build_optimizer
 from mrilib.resume import FREE_ON_RESUME
@@ -365,7 +366,7 @@ class Bench:
         """
         changed: dict[str, Any] = {} if name == "model" else {"tokens_from": 0.0}
         if not METHODS[name].image:
-            changed["encoder_image"] = False
+            changed |= {"encoder_image": False, "encoder_weights": False}
         if not (METHODS[name].image or METHODS[name].tokens):
             changed["data_echo"] = 1  # nothing frozen that could be kept: new slices are better than old ones
         if not METHODS[name].ours:
@@ -410,6 +411,8 @@ class Bench:
         if self.reads_encoder(name):
             checkpoint = self._encoder_checkpoint(seed)
             system, _ = inference.load_stage1(checkpoint, self.backbone, self.tokenizer)
+            if self._stage2(name).encoder_weights:
+                start_with_encoder(module, system.encoder)
             system.decoder = module
             system.freeze(None)
             return system

@@ -487,6 +487,11 @@ class Stage2Parameters(TrainingParameters):
     )
     sense: bool = P(False, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
     encoder_image: bool = P(False, "the U-Net starts from the image of stage 1's encoder, VarNet's as it is restored")
+    encoder_weights: bool = P(
+        False,
+        "the U-Net starts with the weights of the one that restores the encoder's image "
+        "(restore_chans = decoder_hidden_dim / 4)",
+    )
     lesion_weight: float = P(
         0.0, "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none", ge=0
     )
@@ -513,6 +518,17 @@ class Stage2Parameters(TrainingParameters):
         for name in ("sense", "encoder_image", "tokens_from"):
             if getattr(self, name) and not self.image_skip:
                 raise ValueError(f"{name}: there is nothing but tokens without the measured data; set image_skip: true")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.encoder_weights and not self.encoder_image:
+            raise ValueError("encoder_weights: they were learned on the encoder's image; set encoder_image: true")
+        if self.encoder_weights and (self.decoder_type != "small" or not self.use_bilinear_upsample):
+            raise ValueError(
+                "encoder_weights: of a U-Net that is small and bilinear; set decoder_type: small and "
+                "use_bilinear_upsample: true"
+            )
         return self
 
     @model_validator(mode="after")

@@ -180,6 +180,38 @@ class ImageDecoder(nn.Module):
         return physics.center_crop_or_pad(magnitude, recon) * scale[:, None, None]
 
     @torch.no_grad()
+    def start_with(self, restoration: UNet) -> None:
+        """Start with the weights of the U-Net that restores the encoder's image, at work on the image started from.
+
+        What stage 1 has learned of images need not be learned again, here in the weights. What that U-Net does not
+        have, the other inputs of the stem and the tokens' map, begins as it is, the former at a tenth; the noise power
+        at zero.
+
+        Parameters
+        ----------
+        restoration : UNet
+            `KSpaceEncoder.restoration`: two inputs, two outputs, the decoder's width and depth.
+
+        Raises
+        ------
+        ValueError
+            If the widths differ.
+        """
+        own, given = self.unet.state_dict(), restoration.state_dict()
+        if own["head.weight"].shape[1] != given["head.weight"].shape[1]:
+            wide, other = own["head.weight"].shape[1], given["head.weight"].shape[1]
+            raise ValueError(f"the decoder's U-Net is {wide} wide and the encoder's {other}")
+        start = given["stem.weight"].shape[1]  # of the image that it starts from, which is the last
+        own["stem.weight"].mul_(0.1)[:, -start:] = given.pop("stem.weight")
+        for name, tensor in given.items():
+            # further outputs come after, and further inputs too: the tokens' map at the bottleneck
+            own[name][tuple(slice(length) for length in tensor.shape)] = tensor
+        joined = own.get("bottleneck.0.shortcut.weight")
+        if joined is not None:  # where nothing joins it is the identity
+            features = joined.shape[0]
+            joined.zero_()[:, :features, 0, 0] = torch.eye(features)
+
+    @torch.no_grad()
     def start_images(self, kspace: Tensor, mask: Tensor, refined: Tensor) -> Tensor:
         """What a decoder with `encoder_image` starts from: the encoder's image, as it is and in line with the data.
 

@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrilib import analysis, kernels
-from mrilib.config import BackboneParameters, Stage1Parameters, Stage2Parameters, resolve
+from mrilib.config import BackboneParameters, ParameterError, Stage1Parameters, Stage2Parameters, resolve
 from mrilib.corpus import fact_token
 from mrilib.data import Batch, Slice
 from mrilib.decoder import ImageDecoder
@@ -433,6 +433,31 @@ def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_token
         activation_checkpointing=config.activation_checkpointing,
     )
     return decoder.to(memory_format=torch.channels_last)
+
+
+def decoder_to_train(config: Stage2Parameters, system: TwoStageModel, use_tokens: bool = True) -> ImageDecoder:
+    """An untrained image decoder for a model's frozen parts, with their weights where it asks for them, on its device.
+
+    Raises
+    ------
+    ParameterError
+        `encoder_weights`, and the encoder restores no image, or by a U-Net of another width.
+    """
+    decoder = build_decoder(config, system.backbone, use_tokens)
+    if config.encoder_weights:
+        start_with_encoder(decoder, system.encoder)
+    return decoder.to(system.device)
+
+
+def start_with_encoder(decoder: ImageDecoder, encoder: nn.Module) -> None:
+    """Give a decoder the weights of the U-Net that restores the encoder's image; errors as of `decoder_to_train`."""
+    restoration = getattr(encoder, "restoration", None)
+    if restoration is None:
+        raise ParameterError("encoder_weights: this encoder restores no image; train stage 1 with restore_chans")
+    try:
+        decoder.start_with(restoration)
+    except ValueError as error:
+        raise ParameterError(f"encoder_weights: {error}") from None
 
 
 def tensor_hash(module: nn.Module) -> str:

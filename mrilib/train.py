@@ -79,11 +79,11 @@ def make_stages(config: StageParameters, device: torch.device) -> Iterator[train
         return
     system, stage1_config = inference.load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
     inference.check_same_input(config, stage1_config)
-    system.decoder = model.build_decoder(config, backbone).to(device)
+    system.decoder = model.decoder_to_train(config, system)
     yield training.ReconstructionStage.of(system, config)
     if config.train_control:
         training.prepare(config)  # the same seed again: the same order of slices and masks
-        decoder = model.build_decoder(config, backbone, use_tokens=False).to(device)
+        decoder = model.decoder_to_train(config, system, use_tokens=False)
         plain = model.TwoStageModel(system.encoder, backbone, tokenizer, decoder)
         yield training.ReconstructionStage.of(plain, config, "plain")
 

@@ -455,6 +455,15 @@ def test_every_known_method_is_built_and_gives_an_image(done):
     assert not built["tokens_alone"].decoder.image_skip
     reading = {name for name, system in built.items() if system.decoder.encoder_image}
     assert reading == {"model", "trained_without_tokens", "without_tokens_equal_time"}
+    one = bench.Bench(done.config, done.directory)
+    one.stage2 = one.stage2.model_copy(update={"encoder_weights": True})  # which this encoder has none of
+    for name in bench.METHODS:
+        assert one._stage2(name).encoder_weights == (name in reading)
+        if name in reading:
+            with pytest.raises(ParameterError, match="encoder_weights: this encoder restores no image"):
+                one._system(name, 0)
+        else:
+            one._system(name, 0)
 
 
 def test_rates_are_tried_on_validation(values, tmp_path):

@@ -169,6 +169,15 @@ def test_stages_check_what_belongs_together(data: dict[str, Any]) -> None:
         with pytest.raises(ParameterError, match=rf"{name}: .*image_skip"):
             changed = {"image_skip": False, "train_control": False, name: value}
             config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **changed})
+    small = {"encoder_image": True, "encoder_weights": True, "decoder_type": "small"}
+    config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **small})
+    for changed, told in (
+        ({"encoder_image": False}, "set encoder_image: true"),
+        ({"decoder_type": "full"}, "decoder_type: small"),
+        ({"use_bilinear_upsample": False}, "use_bilinear_upsample: true"),
+    ):
+        with pytest.raises(ParameterError, match=f"encoder_weights: .*{told}"):
+            config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **small, **changed})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -8,11 +8,20 @@ import pytest
 import torch
 from fastmri.losses import SSIMLoss
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mrilib import kspace
-from mrilib.decoder import SENSE_ITERATIONS, SENSE_WEIGHT, ImageDecoder, VolumeSSIMLoss, from_patches, zero_filled
+from mrilib.decoder import (
+    DEPTHS,
+    SENSE_ITERATIONS,
+    SENSE_WEIGHT,
+    ImageDecoder,
+    VolumeSSIMLoss,
+    from_patches,
+    zero_filled,
+)
 from mrilib.encoder import PATCH, SENSE_START
-from mrilib.unet import ChannelNorm
+from mrilib.unet import ChannelNorm, UNet
 
 
 def decoder(decoder_type: str = "lightweight", trained: bool = True, **changes: Any) -> ImageDecoder:
@@ -240,6 +249,30 @@ def test_the_encoders_image_is_what_it_starts_from(sense: bool) -> None:
     torch.testing.assert_close(together[1:], one, rtol=1e-3, atol=1e-8)
     with pytest.raises(ValueError, match="none was given"):
         model(some_tokens(), **data, recon=(33, 45))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_it_may_start_with_the_weights_of_what_restores_the_encoders_image(tokens: bool) -> None:
+    """At work on the image that it starts from, and on the rest of what it sees a little; tokens and noise are new."""
+    restoration = UNet(2, 2, 4, DEPTHS["small"])
+    changes = {"token_dim": 12 if tokens else 0, "encoder_image": True, "trained": False}
+    model = decoder("small", **changes)
+    other = model.unet.stem.weight[:, :16] / 10  # of zero-filled image and the encoder's as it is
+    model.start_with(restoration)
+    image = torch.randn(2, 2, 32, 48)
+    seen = torch.cat([torch.zeros(2, 4, 32, 48), image], dim=1)
+    with torch.no_grad():
+        expected = restoration(image)
+        if tokens:  # their map takes part in the norm before the bottleneck, as zeros too: nothing else differs
+            body, own = model.unet.bottleneck[0].body, restoration.bottleneck[0].body
+            assert torch.equal(body[0].weight[:24], own[0].weight) and torch.equal(body[0].bias[:24], own[0].bias)
+            body[0].forward = lambda x: F.pad(own[0](x[:, :24]), (0, 0, 0, 0, 0, 16), value=-30.0)  # silent after SiLU
+        found = model.unet(seen, torch.zeros(2, 16, 2, 3) if tokens else None)
+    torch.testing.assert_close(found[:, :2], expected)
+    assert expected.abs().max() > 0.01 and not found[:, 2].any()
+    torch.testing.assert_close(model.unet.stem.weight[:, :16], other)
+    with pytest.raises(ValueError, match="is 4 wide and the encoder's 8"):
+        model.start_with(UNet(2, 2, 8, DEPTHS["small"]))
 
 
 @pytest.mark.parametrize("sense", [False, True])

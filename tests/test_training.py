@@ -329,7 +329,15 @@ def test_a_decoder_may_start_from_the_encoders_image(stage1, phantom_dir, backbo
             assert not torch.allclose(system.reconstruct(batch, tokens, starts.flip(-1)), image, rtol=0.01, atol=0)
             stage.image_tokens = system.image_tokens  # of a cache, which has no images
             torch.testing.assert_close(stage.reconstruct(batch), image)
+    own = config.model_copy(update={"encoder_weights": True, "decoder_type": "small", "decoder_hidden_dim": 16})
+    for use_tokens in (True, False):
+        decoder = model.decoder_to_train(own, system, use_tokens)
+        assert torch.equal(decoder.unet.up[0][0].body[2].weight, system.encoder.restoration.up[0][0].body[2].weight)
+    with pytest.raises(ParameterError, match="encoder_weights: the decoder's U-Net is 8 wide and the encoder's 4"):
+        model.decoder_to_train(own.model_copy(update={"decoder_hidden_dim": 32}), system)
     control = model.TwoStageModel(model.build_control(stage1[0], system.backbone), system.backbone, system.tokenizer)
+    with pytest.raises(ParameterError, match="encoder_weights: this encoder restores no image"):
+        model.decoder_to_train(own, control)
     control.decoder = system.decoder
     with pytest.raises(ValueError, match="encoder_image: a learned prefix makes no image"):
         control(batch)
