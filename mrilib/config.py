@@ -490,7 +490,7 @@ class Stage2Parameters(TrainingParameters):
     encoder_weights: bool = P(
         False,
         "the U-Net starts with the weights of the one that restores the encoder's image "
-        "(restore_chans = decoder_hidden_dim / 4)",
+        "(restore_chans: decoder_hidden_dim / 4)",
     )
     lesion_weight: float = P(
         0.0, "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none", ge=0
