@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mrilib import kspace as physics
 from mrilib.encoder import PATCH, SENSE_START
-from mrilib.unet import Depth, UNet
+from mrilib.unet import FOLD, Depth, UNet
 
 SENSE_WEIGHT, SENSE_ITERATIONS = 0.1, 3  # how the U-Net's image is brought into line with the coils
 # Found by counting: 160M and 80M parameters at token_dim 2048, decoder_hidden_dim 512 (a test holds them to 2%).
@@ -184,8 +184,9 @@ class ImageDecoder(nn.Module):
         """Start with the weights of the U-Net that restores the encoder's image, at work on the image started from.
 
         What stage 1 has learned of images need not be learned again, here in the weights. What that U-Net does not
-        have, the other inputs of the stem and the tokens' map, begins as it is, the former at a tenth; the noise power
-        at zero.
+        have begins as it is: the other inputs of the stem at a tenth, the noise power at zero, the tokens' map in the
+        bottleneck's first convolution alone, whose norm it takes part in. Without tokens the decoder's first output is
+        that U-Net's.
 
         Parameters
         ----------
@@ -195,14 +196,20 @@ class ImageDecoder(nn.Module):
         Raises
         ------
         ValueError
-            If the widths differ.
+            If the widths or depths differ, or the decoder starts from no image of the encoder.
         """
+        if not self.encoder_image:
+            raise ValueError("the decoder does not start from the encoder's image")
         own, given = self.unet.state_dict(), restoration.state_dict()
+        of_tokens = ("bottleneck.0.shortcut.", "modulate.")
+        if {name for name in own if not name.startswith(of_tokens)} != given.keys():
+            raise ValueError("the decoder's U-Net is not as deep as the encoder's")
         if own["head.weight"].shape[1] != given["head.weight"].shape[1]:
             wide, other = own["head.weight"].shape[1], given["head.weight"].shape[1]
             raise ValueError(f"the decoder's U-Net is {wide} wide and the encoder's {other}")
-        start = given["stem.weight"].shape[1]  # of the image that it starts from, which is the last
-        own["stem.weight"].mul_(0.1)[:, -start:] = given.pop("stem.weight")
+        # The image that it starts from is the last of three complex ones; a token image may come after.
+        stem, end = given.pop("stem.weight"), 6 * FOLD**2
+        own["stem.weight"].mul_(0.1)[:, end - stem.shape[1] : end] = stem
         for name, tensor in given.items():
             # further outputs come after, and further inputs too: the tokens' map at the bottleneck
             own[name][tuple(slice(length) for length in tensor.shape)] = tensor

@@ -273,6 +273,18 @@ def test_it_may_start_with_the_weights_of_what_restores_the_encoders_image(token
     torch.testing.assert_close(model.unet.stem.weight[:, :16], other)
     with pytest.raises(ValueError, match="is 4 wide and the encoder's 8"):
         model.start_with(UNet(2, 2, 8, DEPTHS["small"]))
+    with pytest.raises(ValueError, match="not as deep"):
+        decoder("lightweight", **changes).start_with(restoration)
+    with pytest.raises(ValueError, match="does not start from the encoder's image"):
+        decoder("small", **{**changes, "encoder_image": False}).start_with(restoration)
+
+
+def test_weights_of_the_encoder_meet_their_image_beside_a_token_image() -> None:
+    restoration = UNet(2, 2, 4, DEPTHS["small"])
+    model = decoder("small", encoder_image=True, token_pixels=True, token_modulation=True, trained=False)
+    model.start_with(restoration)
+    assert model.unet.stem.weight.shape[1] == 7 * 4
+    assert torch.equal(model.unet.stem.weight[:, 16:24], restoration.stem.weight)
 
 
 @pytest.mark.parametrize("sense", [False, True])
