@@ -204,8 +204,8 @@ class ImageDecoder(nn.Module):
         of_tokens = ("bottleneck.0.shortcut.", "modulate.")
         if {name for name in own if not name.startswith(of_tokens)} != given.keys():
             raise ValueError("the decoder's U-Net is not as deep as the encoder's")
-        if own["head.weight"].shape[1] != given["head.weight"].shape[1]:
-            wide, other = own["head.weight"].shape[1], given["head.weight"].shape[1]
+        wide, other = (state["head.weight"].shape[1] for state in (own, given))
+        if wide != other:
             raise ValueError(f"the decoder's U-Net is {wide} wide and the encoder's {other}")
         # The image that it starts from is the last of three complex ones; a token image may come after.
         stem, end = given.pop("stem.weight"), 6 * FOLD**2
