@@ -4,10 +4,12 @@ BART (Uecker et al., Proc. ISMRM 23:2486, 2015; ``apt-get install bart``) is cal
 files in a temporary folder. Its first axes are readout, phase, slice (1 here) and coil, in column-major order.
 """
 
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -69,7 +71,9 @@ def read_cfl(path: Path) -> NDArray[np.complex64]:
 def _bart(*arguments: str) -> None:
     if shutil.which("bart") is None:
         raise BartError(MISSING)
-    done = subprocess.run(["bart", *arguments], capture_output=True, text=True)
+    # a thread each, as slices are reconstructed side by side
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bart", *arguments], capture_output=True, text=True, env=one_thread)
     if done.returncode:
         raise BartError(f"bart {arguments[0]}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
 
@@ -138,9 +142,13 @@ def reconstruct(batch: Batch, settings: Settings) -> Tensor:
     BartError
         BART is missing, or refuses a slice, for instance one without centre lines.
     """
-    return torch.stack(
-        [images[settings.output] for images in (_both(batch, number, settings) for number in range(len(batch.slices)))]
-    )
+    return torch.stack([images[settings.output] for images in _each(batch, settings)])
+
+
+def _each(batch: Batch, settings: Settings) -> list[dict[str, Tensor]]:
+    """Both outputs of each slice, several at a time: more threads for one slice are hardly of use to BART."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda number: _both(batch, number, settings), range(len(batch.slices))))
 
 
 def _both(batch: Batch, number: int, settings: Settings) -> dict[str, Tensor]:
@@ -200,8 +208,8 @@ def _tried(batches: Sequence[Batch], settings: Settings) -> list[dict[str, Any]]
     try:
         for batch in batches:
             assert batch.target is not None
-            for number, target in enumerate(batch.target.cpu().numpy()):
-                for output, image in _both(batch, number, settings).items():
+            for target, images in zip(batch.target.cpu().numpy(), _each(batch, settings), strict=True):
+                for output, image in images.items():
                     scores[output].append(score_volume(target[None], image.numpy()[None]))
     except BartError as error:
         return [{**settings._replace(output=output)._asdict(), "refused": str(error)} for output in ("combined", "rss")]

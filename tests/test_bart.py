@@ -61,6 +61,17 @@ def test_fully_sampled_data_comes_back(batch):
 
 
 @installed
+def test_slices_side_by_side_are_what_each_is_alone(batch):
+    both = bart.reconstruct(batch, bart.Settings())
+    assert len(both) == 2 and not torch.equal(both[0], both[1])
+    for number, one in enumerate(both):
+        rows = {name: getattr(batch, name)[number : number + 1] for name in ("kspace", "mask", "scale", "slices")}
+        rows["acquired"] = None if batch.acquired is None else batch.acquired[number : number + 1]
+        alone = bart.reconstruct(batch._replace(**rows), bart.Settings())
+        assert float((alone[0] - one).norm() / one.norm()) < 0.02  # BART shifts its wavelets at random
+
+
+@installed
 def test_undersampled_slices_get_better_than_zero_filled(batch):
     from mrilib.decoder import zero_filled
 
