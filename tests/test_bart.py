@@ -67,8 +67,7 @@ def test_slices_side_by_side_are_what_each_is_alone(batch):
     for number, one in enumerate(both):
         rows = {name: getattr(batch, name)[number : number + 1] for name in ("kspace", "mask", "scale", "slices")}
         rows["acquired"] = None if batch.acquired is None else batch.acquired[number : number + 1]
-        alone = bart.reconstruct(batch._replace(**rows), bart.Settings())
-        assert float((alone[0] - one).norm() / one.norm()) < 0.02  # BART shifts its wavelets at random
+        assert torch.equal(bart.reconstruct(batch._replace(**rows), bart.Settings())[0], one)
 
 
 @installed
