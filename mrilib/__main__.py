@@ -1,4 +1,4 @@
-"""The commands: python -m mrilib run | sweep | train | make-data | check | reconstruct | runs."""
+"""The commands: python -m mrilib run | sweep | train | cost | make-data | check | reconstruct | runs."""
 
 import argparse
 import json
@@ -15,7 +15,16 @@ from typing import Any
 
 import yaml
 
-from mrilib.config import NOTEBOOKS, ROOT, ParameterError, Parameters, display_path, read_yaml, resolve
+from mrilib.config import (
+    NOTEBOOKS,
+    ROOT,
+    ParameterError,
+    Parameters,
+    Stage2Parameters,
+    display_path,
+    read_yaml,
+    resolve,
+)
 
 STOPPED = 130  # exit status of what a signal has stopped, as shells have it for Ctrl-C
 PIPELINE = ("explore", "stage1", "stage2", "evaluate", "compare")
@@ -50,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
     sweep.add_argument("--name", help="the run folders' names begin with it (default: the params folder's)")
     sweep.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE,VALUE")
+    sweep.add_argument("--methods", help="files of the folder's methods/, e.g. varnet,unet; all: every one")
+    sweep.add_argument("--seeds", help="seeds of both stages, e.g. 0,1")
     sweep_stages = sweep.add_mutually_exclusive_group()
     sweep_stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
     sweep_stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
@@ -57,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweep_again = sweep.add_mutually_exclusive_group()
     sweep_again.add_argument("--resume", action="store_true", help="go on with runs that are not finished")
     sweep_again.add_argument("--overwrite", action="store_true", help="run all anew, finished ones too")
+
+    cost = commands.add_parser("cost", help="seconds and FLOPs of an optimizer step, and steps at equal compute")
+    cost.add_argument("params", type=Path, nargs="+", help="params files of stage 1 or 2, or of a methods/ folder")
+    cost.add_argument("--reference", type=int, default=1, help="the first so many files are the budget (default: 1)")
+    cost.add_argument("--rounds", type=int, default=3, help="measurements of each file, in turn (default: 3)")
+    cost.add_argument("--steps", type=int, default=5, help="optimizer steps a measurement (default: 5)")
 
     data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
     data.add_argument("directory", type=Path)
@@ -94,6 +111,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder, one papermill process each, into one run folder."""
     from mrilib import phantom
     from mrilib.config import ExploreParameters
+    from mrilib.decoders import uses_tokens
     from mrilib.runs import Run, hold, stop_on_signals
 
     folder: Path = options.params
@@ -126,6 +144,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
         if not names:
             raise ParameterError(f"'{folder}' holds no params file of a notebook ({', '.join(PIPELINE)})")
         overrides = given
+        if "stage2" in names and not uses_tokens({**read_yaml(folder / "stage2.yaml"), **given.get("stage2", {})}):
+            names = tuple(name for name in names if name != "stage1")  # nothing reads its tokens
         if options.checkpoint is not None:
             chosen = {"stage2": {"stage1_checkpoint": str(options.checkpoint.resolve())}}
             overrides = merge_overrides(chosen, given)
@@ -253,6 +273,8 @@ def notebook_values(
     folder: Path, name: str, overrides: dict[str, dict[str, Any]], directory: Path, resumed: bool
 ) -> dict[str, Any]:
     """A notebook's parameters in a run: its file, the command line's, and the run's own folder and checkpoints."""
+    from mrilib.decoders import uses_tokens
+
     path = folder / f"{name}.yaml"
     values = {**read_yaml(path), "output_dir": display_path(directory), "interactive": False}
     own = {
@@ -267,6 +289,13 @@ def notebook_values(
     for key, relative in own.get(name, {}).items():
         if values.get(key, "x"):  # emptied in the file: left out on purpose
             values[key] = display_path(directory / relative)
+    stage2 = folder / "stage2.yaml"
+    if stage2.is_file() and not uses_tokens({**read_yaml(stage2), **overrides.get("stage2", {})}):
+        without: dict[str, dict[str, Any]] = {
+            "stage2": {"stage1_checkpoint": "", "train_control": False},
+            "evaluate": {"stage1_checkpoint": "", "control_checkpoint": "", "plain_checkpoint": ""},
+        }
+        values |= without.get(name, {})
     if name == "compare":
         values["runs"] = [display_path(directory)]
     if resumed and name in ("stage1", "stage2"):
@@ -276,6 +305,8 @@ def notebook_values(
 
 def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> None:
     """Validate a notebook's parameters; the run's own checkpoints and `made`, its data, need not be there yet."""
+    from mrilib.decoders import uses_tokens
+
     later = [
         key
         for key, value in values.items()
@@ -284,7 +315,9 @@ def check_before_start(name: str, values: dict[str, Any], directory: Path, made:
     ]
     cls: type[Parameters] = NOTEBOOKS[name][1]
     try:
-        cls.create(values, written_later=later)
+        config = cls.create(values, written_later=later)
+        if isinstance(config, Stage2Parameters) and uses_tokens(values) and "stage1_checkpoint" not in later:
+            config.require_path("stage1_checkpoint")
     except ParameterError as error:
         raise ParameterError(f"{name}: {error}") from None
 
@@ -419,6 +452,15 @@ def train_stage(options: argparse.Namespace) -> int:
     return 0
 
 
+def measure_costs(options: argparse.Namespace) -> int:
+    """Measure params files in turn and print what they cost."""
+    from mrilib import cost
+
+    costs = cost.measure(options.params, options.rounds, options.steps)
+    print(cost.table(costs, options.reference).to_string(index=False))
+    return 0
+
+
 def make_data(options: argparse.Namespace) -> int:
     """Write a phantom data set."""
     from mrilib.phantom import make_dataset
@@ -473,6 +515,7 @@ COMMANDS = {
     "run": run_notebooks,
     "sweep": sweep_runs,
     "train": train_stage,
+    "cost": measure_costs,
     "make-data": make_data,
     "check": check_data,
     "reconstruct": reconstruct_file,

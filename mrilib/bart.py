@@ -4,11 +4,12 @@ BART (Uecker et al., Proc. ISMRM 23:2486, 2015; ``apt-get install bart``) is cal
 files in a temporary folder. Its first axes are readout, phase, slice (1 here) and coil, in column-major order.
 """
 
+import functools
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrilib import kspace as physics
-from mrilib.data import Batch
+from mrilib.config import DataParameters
+from mrilib.data import Batch, FastMRIDataset, Volume, make_loader
 from mrilib.evaluation import score_volume
 
 MISSING = "BART is not installed here (Debian: apt-get install bart)"
@@ -197,6 +199,16 @@ def choose(batches: Iterable[Batch]) -> tuple[Settings, list[dict[str, Any]]]:
         best = Settings(*(winner[name] for name in Settings._fields))
         grid = [best._replace(strength=strength) for strength in STRENGTHS]
     return best, tried
+
+
+def tuned(
+    volumes: Sequence[Volume], config: DataParameters, acceleration: int, slices: int
+) -> tuple[Callable[[Batch], Tensor], dict[str, Any]]:
+    """BART's reconstruction at one acceleration, with settings chosen on some validation slices; and the settings."""
+    data = FastMRIDataset(volumes, config, acceleration=acceleration, max_slices=slices)
+    settings, tried = choose(make_loader(data, 4))
+    facts = {"version": version(), "chosen": settings._asdict(), "tried": tried}
+    return functools.partial(reconstruct, settings=settings), facts
 
 
 def _same(row: dict[str, Any], settings: Settings) -> bool:

@@ -1,8 +1,7 @@
-"""What people would use instead: fastMRI's U-Net and VarNet, in the image decoder's place.
+"""The baselines: fastMRI's U-Net and VarNet, and VarNet's cascades on the combined image.
 
-Each is a module with the decoder's own call, without image tokens (``token_dim`` 0) or anything else of the encoder:
-masked k-space to the magnitude image in file units. So `TwoStageModel` holds it as it holds an `ImageDecoder`, and the
-same loop trains it on the same batches with the same loss.
+Each has the call of `ImageDecoder.forward` and uses no image tokens (``token_dim`` 0), so stage 2 trains it as it
+trains an `ImageDecoder`: by the same loop, on the same batches, with the same loss. `decoders` names them.
 """
 
 import fastmri
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 
 from mrilib import kspace as physics
 from mrilib.decoder import zero_filled
-from mrilib.encoder import around_empty_coils
-from mrilib.model import count_parameters
+from mrilib.encoder import around_empty_coils, cascade_step
 
 
 class UNetBaseline(nn.Module):
@@ -28,7 +26,7 @@ class UNetBaseline(nn.Module):
         Channels of the first level and number of down-samplings.
     """
 
-    token_dim, encoder_image = 0, False
+    token_dim = 0
 
     def __init__(self, chans: int = 32, pools: int = 4) -> None:
         super().__init__()
@@ -62,7 +60,7 @@ class VarNetBaseline(nn.Module):
         Put the measured lines back into its last k-space, which its own soft data consistency does not keep.
     """
 
-    token_dim, encoder_image = 0, False
+    token_dim = 0
 
     def __init__(
         self,
@@ -103,31 +101,44 @@ class VarNetBaseline(nn.Module):
         return fastmri.rss(fastmri.complex_abs(fastmri.ifft2c(refined.float())), dim=1)
 
 
-def chans_for(parameters: int, num_cascades: int, pools: int, sens_chans: int, sens_pools: int) -> int:
-    """Width of a VarNet's cascades that comes nearest to a number of parameters.
+class CombinedVarNet(nn.Module):
+    """VarNet's cascades on the combined image, with coil maps from the centre lines and the measured lines put back.
+
+    Each cascade is fastMRI's: k ← k − η (k − y) on the measured lines − F S D(Sᴴ F⁻¹ k), with S from
+    `kspace.center_coil_maps` where VarNet has a network for it. The last combined image becomes coil images by
+    `kspace.data_consistency`, and their RSS is the output.
 
     Parameters
     ----------
-    parameters : int
-        Wanted number of trainable parameters of the whole VarNet.
-
-    Raises
-    ------
-    ValueError
-        If even one channel has more parameters than half as many again.
+    num_cascades, chans, pools : int
+        As fastMRI names them.
     """
 
-    def count(chans: int) -> int:
-        with torch.device("meta"):  # counted without memory
-            return count_parameters(VarNet(num_cascades, sens_chans, sens_pools, chans, pools))
+    token_dim = 0
 
-    low, high = 1, 2
-    while count(high) < parameters:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < parameters else (low, middle)
-    best = min((low, high), key=lambda chans: abs(count(chans) - parameters))
-    if count(best) > 1.5 * parameters:
-        raise ValueError(f"a VarNet of {num_cascades} cascades and {pools} pools has more than {parameters} parameters")
-    return best
+    def __init__(self, num_cascades: int = 12, chans: int = 18, pools: int = 4) -> None:
+        super().__init__()
+        self.cascades = VarNet(num_cascades, chans=chans, pools=pools).cascades
+
+    def forward(
+        self,
+        tokens: None,
+        kspace: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        recon: tuple[int, int],
+        acquired: Tensor | None = None,
+    ) -> Tensor:
+        """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
+        acquired = torch.ones_like(mask) if acquired is None else acquired
+        image = around_empty_coils(self._image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
+        return physics.center_crop_or_pad(image, recon) * scale[:, None, None]
+
+    def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+        mask, acquired = masks.unbind(1)
+        maps, measured = physics.center_coil_maps(kspace, mask), physics.ifft2c(kspace)
+        refined, image = kspace, physics.combine(measured, maps)
+        for number, cascade in enumerate(self.cascades, 1):
+            last = number == len(self.cascades)
+            refined, image = cascade_step(cascade, last, refined, image, kspace, mask[:, None, None], maps)
+        return physics.rss(physics.data_consistency(image, maps, kspace, mask, acquired, measured))

@@ -120,15 +120,13 @@ def _epoch_ends(history: "History") -> list[float]:
 
 
 def _reads_text(history: "History") -> bool:
-    """Whether it is of stage 1; before the text has joined (`text_from`) its steps tell of the maps of findings."""
-    return not history.steps[0].keys().isdisjoint(("cross_entropy", "finding_map_loss"))
+    """Whether the history is of stage 1 or its control."""
+    return "cross_entropy" in history.steps[0]
 
 
 def _loss_name(history: "History") -> tuple[str, str]:
     if not _reads_text(history):
         return "loss", "1 − SSIM"
-    if not history.epochs and "cross_entropy" not in history.steps[-1]:
-        return "finding_map_loss", "loss of the maps of findings [nats]"
     # Validation has no label smoothing: beside it stands the training cross-entropy without it.
     return "cross_entropy", "cross-entropy [nats per token]"
 

@@ -5,7 +5,6 @@ attributes are for the loss and the metrics.
 """
 
 import copy
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,9 +46,7 @@ class Slice(NamedTuple):
     pixel: tuple[float, float] | None = None  # readout, phase [mm]; None if the file does not tell
     boxes: tuple[Box, ...] | None = None  # of the evaluated image; None: nobody reviewed the volume
     look: int = 0  # which of the epoch's looks at the slice this is, each with a mask of its own
-    echo: int = 0  # and which of the times that it comes as part of the same batch
     mirrored: bool = False  # the encoder is to see the image flipped left to right; the facts are, the rest is as read
-    forced: bool = False  # the text is learned from where the findings are, not from what maps of them show
 
 
 class Batch(NamedTuple):
@@ -204,17 +201,6 @@ def require_boxes(dataset: "FastMRIDataset", labels: Sequence[str]) -> None:
             )
 
 
-def require_lesions(dataset: "FastMRIDataset") -> None:
-    """Refuse a `lesion_weight` where no slice of the training volumes has a box.
-
-    Raises
-    ------
-    ParameterError
-    """
-    if not _labels_with_boxes(dataset):
-        raise ParameterError("lesion_weight: no training slice has a box; set it to 0, or give annotations_dir")
-
-
 def _labels_with_boxes(dataset: "FastMRIDataset") -> set[str]:
     annotations = dataset.annotations
     if annotations is None:
@@ -254,8 +240,6 @@ class FastMRIDataset(Dataset[Slice]):
     mirror_share : float
         Chance of a training slice to be `mirrored`, drawn anew each epoch from (seed, file, slice, epoch), and each
         time that an epoch sees it. A slice with a report of the user's own never is: its words may name sides.
-    teacher_forcing : float
-        Chance of a training slice to be `forced`, drawn with the former.
 
     Raises
     ------
@@ -276,7 +260,6 @@ class FastMRIDataset(Dataset[Slice]):
         acceleration: int | None = None,
         max_slices: int = 0,
         mirror_share: float = 0.0,
-        teacher_forcing: float = 0.0,
     ) -> None:
         self.volumes = list(volumes)
         self.config = config
@@ -284,7 +267,6 @@ class FastMRIDataset(Dataset[Slice]):
         self.training = training
         self.texts_only = False
         self.masks_per_slice, self.mirror_share = masks_per_slice, mirror_share
-        self.teacher_forcing = teacher_forcing
         self.epoch = 0
         self._buffer = np.empty((0, 0, 0), np.complex64)
         paired = zip(config.center_fractions, config.accelerations, strict=True)
@@ -349,30 +331,17 @@ class FastMRIDataset(Dataset[Slice]):
             boxes = tuple(replace(box, x=box.x + across, y=box.y + down) for box in boxes)
         return boxes
 
-    def text_length(self, index: int) -> int:
-        """Characters of a slice's prompt and analysis."""
-        volume, slice_num = self._sample(index)
-        report = self.reports.get((volume.file, slice_num))
-        if report is not None:
-            return len(report.prompt) + len(report.response)
-        return len(analysis.prompt()) + len(analysis.answer(self.facts(index)))
-
     def _sample(self, index: int) -> tuple[Volume, int]:
         volume, slice_num = self.samples[index]
         return self.volumes[volume], slice_num
 
-    def __getitem__(self, index: int | tuple[int, ...]) -> Slice:
-        """A slice by its index, by (index, look), or by (index, look, echo).
-
-        What an epoch sees again has another mask, and may be flipped; an echo has the same mask, and may be flipped.
-        """
-        index, look, echo = (*index, 0)[:3] if isinstance(index, tuple) else (index, 0, 0)
+    def __getitem__(self, index: int | tuple[int, int]) -> Slice:
+        """A slice by its index, or by (index, look): what an epoch sees again has another mask, and may be flipped."""
+        index, look = index if isinstance(index, tuple) else (index, 0)
         volume, slice_num = self._sample(index)
         if self.texts_only:
             nothing = torch.zeros(0)
-            return self._slice(
-                index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0, look, echo
-            )
+            return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0, look)
         padding, recon, readout, width = volume.padding, volume.recon, volume.readout, volume.matrix[1]
         if cropped := self.config.crop == "image":
             recon = (self.config.img_size, self.config.img_size)
@@ -418,7 +387,7 @@ class FastMRIDataset(Dataset[Slice]):
         if 0 < scale < SMALLEST_SCALE:
             raise DataError(f"{volume.path.name}, slice {slice_num}: too small for single precision; scale the file")
         masked[..., measured] = lines / scale if scale else lines
-        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration, look, echo)
+        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration, look)
 
     def _read_lines(self, stored: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
         """The measured lines (coil, readout, line) of a slice, the readout being the fastest axis in memory.
@@ -452,7 +421,6 @@ class FastMRIDataset(Dataset[Slice]):
         recon: tuple[int, int],
         acceleration: int,
         look: int = 0,
-        echo: int = 0,
     ) -> Slice:
         volume, slice_num = self._sample(index)
         acquired = torch.ones_like(mask)
@@ -460,12 +428,11 @@ class FastMRIDataset(Dataset[Slice]):
             acquired[: volume.padding[0]] = False
             acquired[volume.padding[1] :] = False
         report = self.reports.get((volume.file, slice_num))
-        mirrored = forced = False
+        mirrored = False
         if self.training and report is None:
-            again = [look, echo] if echo else [look] if look else []
+            again = [look] if look else []
             words = [self.config.seed, slice_num, self.epoch, *again, *volume.file.encode()]
-            drawn = np.random.default_rng(words).random(2)
-            mirrored, forced = bool(drawn[0] < self.mirror_share), bool(drawn[1] < self.teacher_forcing)
+            mirrored = bool(np.random.default_rng(words).random() < self.mirror_share)
         return Slice(
             kspace=masked,
             mask=mask,
@@ -483,9 +450,7 @@ class FastMRIDataset(Dataset[Slice]):
             pixel=volume.pixel,
             boxes=self.boxes(index),
             look=look,
-            echo=echo,
             mirrored=mirrored,
-            forced=forced,
         )
 
     def _mask_seed(self, volume: Volume, slice_num: int, look: int = 0) -> int | tuple[int, ...]:
@@ -497,7 +462,7 @@ class FastMRIDataset(Dataset[Slice]):
         return kspace.training_seed(*words, self.epoch, look)
 
 
-class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
+class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
     """Batches of slices of equal shape and about equal number, in an order that depends on (seed, epoch) alone.
 
     Parameters
@@ -507,33 +472,16 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
     seed : int
     shuffle : bool
         Without it the order is the dataset's.
-    group_by_length : bool
-        Put slices with texts of about equal length together, within every `WINDOW` batches of the shuffled order.
     finding_share : float
         So much of a shuffled epoch, drawn anew each time, gives its place to random slices of its shape that have a
         finding, where there are any; some may come twice.
-    echo : int
-        Times that each batch comes, the same slices under the same masks, about `ECHO_SPAN` batches apart (data
-        echoing: Choi et al., arXiv:1907.05550): for a stage that keeps what it has made of a batch the first time
-        (`Echoes`). What may be flipped is so anew each time.
-
     Attributes
     ----------
     skip : int
         Leave out so many batches at the start, unread.
     share : (int, int)
         This process's number and how many processes take turns.
-    step : int
-        Batches that an optimizer step takes, of all processes: all between a batch and its echo are a multiple of that,
-        so that echoes fall into other steps and each process gets its own batches again. But for those of an epoch's
-        last step, where that has fewer.
-    echoed : (int, int), optional
-        From which to which batch of the epoch, in the order in which they come, batches come again; all beside come
-        once, as many of them, so that the epoch is as long. All if left out.
     """
-
-    WINDOW = 8
-    ECHO_SPAN = 24  # batches: what is kept for echoes must fit in memory, yet neighbours should not repeat
 
     def __init__(
         self,
@@ -541,12 +489,9 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
         batch_size: int,
         seed: int = 0,
         shuffle: bool = False,
-        group_by_length: bool = False,
         finding_share: float = 0.0,
-        echo: int = 1,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
-        self.echo = echo
         self.finding_share = finding_share if shuffle else 0.0
         self.found: dict[tuple[int, ...], list[int]] = defaultdict(list)  # slices with a finding, by shape
         for index in range(len(dataset)) if self.finding_share else ():
@@ -557,35 +502,22 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
                 f"finding_share: {finding_share:g}, but no training slice is known to have a finding; set it to 0, or "
                 "give annotations_dir"
             )
-        self.lengths = [dataset.text_length(index) for index in range(len(dataset))] if group_by_length else []
-        self.skip, self.share, self.step = 0, (0, 1), 1
-        self.echoed: tuple[int, int] | None = None
+        self.skip, self.share = 0, (0, 1)
 
     @property
     def total(self) -> int:
-        """Batches of the dataset's epoch, of all processes, with their echoes."""
-        return len(self.plan()) * self.echo
+        """Batches of the dataset's epoch, of all processes."""
+        return len(self.plan())
 
-    def draw(self, count: int) -> list[list[int]]:
-        """So many batches of the dataset's epoch, in as many passes over its slices as that takes."""
-        batches: list[list[int]] = []
-        number = 0
-        while len(batches) < count:
-            batches += self.plan(number)
-            number += 1
-        return batches[:count]
-
-    def plan(self, number: int = 0) -> list[list[int]]:
-        """The batches of the dataset's epoch, of all processes, each once; `number` of a further pass in the epoch."""
-        rng = np.random.default_rng([self.seed, self.dataset.epoch, *([number] if number else [])])
+    def plan(self) -> list[list[int]]:
+        """The batches of the dataset's epoch, of all processes."""
+        rng = np.random.default_rng([self.seed, self.dataset.epoch])
         order: Iterable[int] = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
         if self.finding_share:
             order = [self._with_finding(int(index), rng) for index in order]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in order:
             groups[self.dataset.shape_key(int(index))].append(int(index))
-        if self.lengths:
-            groups = {key: self._by_length(group) for key, group in groups.items()}
         # As few batches as it takes, about equally large: the last one's few slices would else weigh as much as many.
         batches = [
             batch.tolist()
@@ -599,36 +531,17 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, ...]]]):
         others = self.found.get(self.dataset.shape_key(index), [])
         return int(rng.choice(others)) if others and rng.random() < self.finding_share else index
 
-    def _by_length(self, group: list[int]) -> list[int]:
-        width = self.WINDOW * self.batch_size
-        windows = [group[start : start + width] for start in range(0, len(group), width)]
-        return [index for window in windows for index in sorted(window, key=self.lengths.__getitem__)]
-
-    def __iter__(self) -> Iterator[list[int | tuple[int, ...]]]:
-        """Batches of indices, of (index, look) where the epoch has seen the slice before, and (index, look, echo)."""
+    def __iter__(self) -> Iterator[list[int | tuple[int, int]]]:
+        """Batches of indices, and of (index, look) where the epoch has seen the slice before."""
         number, count = self.share
         seen: Counter[int] = Counter()
-        batches: list[list[tuple[int, int]]] = []
-        first, last = self.echoed or (0, self.total)
-        again = -(-(last - first) // self.echo)
-        for plain in self.draw(first + again + self.total - last):
+        batches: list[list[int | tuple[int, int]]] = []
+        for plain in self.plan():
             batches.append([])
             for index in plain:
-                batches[-1].append((index, seen[index]))
+                batches[-1].append((index, seen[index]) if seen[index] else index)
                 seen[index] += 1
-        before, between, after = batches[:first], batches[first : first + again], batches[first + again :]
-        echoed = [(echo, batch) for block in self._blocks(between) for echo in range(self.echo) for batch in block]
-        order = [*((0, batch) for batch in before), *echoed[: last - first], *((0, batch) for batch in after)]
-        for echo, batch in order[self.skip + number :: count]:
-            yield [(index, look, echo) if echo else (index, look) if look else index for index, look in batch]
-
-    def _blocks(self, batches: list[Any]) -> list[list[Any]]:
-        """An epoch's batches in blocks of about equal length, after each of which its echoes come."""
-        steps = len(batches) // self.step
-        count = max(1, round(steps * self.step / self.ECHO_SPAN))
-        ends = [self.step * (steps * number // count) for number in range(count + 1)]
-        parts = [*itertools.pairwise(ends), (ends[-1], len(batches))]
-        return [batches[start:end] for start, end in parts if start < end]
+        yield from batches[self.skip + number :: count]
 
     def __len__(self) -> int:
         number, count = self.share
@@ -658,14 +571,12 @@ def make_loader(
     batch_size: int,
     seed: int = 0,
     shuffle: bool = False,
-    group_by_length: bool = False,
     finding_share: float = 0.0,
-    echo: int = 1,
 ) -> DataLoader:
     """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
     return DataLoader(
         dataset,
-        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length, finding_share, echo),
+        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, finding_share),
         collate_fn=collate,
         num_workers=dataset.config.num_workers,
         pin_memory=torch.cuda.is_available(),

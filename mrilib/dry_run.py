@@ -16,15 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mrilib import training
+from mrilib import setup, training
 from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
-from mrilib.data import Batch, FastMRIDataset, collate, make_loader
+from mrilib.data import FastMRIDataset, collate, make_loader
 from mrilib.runs import peak_memory_bytes
-from mrilib.token_cache import TokenCache, cached_loaders
-from mrilib.train import make_loaders, make_stages
+from mrilib.setup import Loaders
+from mrilib.token_cache import TokenCache
 
 GB = 1e9
 
@@ -89,16 +88,11 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
     -----
     On a CPU the peak is that of the whole process: call `report_apart` where it has done other things before.
     """
-    device = training.prepare(config)
-    stage = next(make_stages(config, device))
-    # what is measured has all parts: most time and memory, an upper bound
-    setattr(stage, stage.joining, 0.0)
-    if isinstance(stage, training.AnalysisStage):
-        stage.varnet_until = 1.0
-    _, train_loader, val_loader = make_loaders(config)
-    train, val = train_loader.dataset, val_loader.dataset
-    assert isinstance(train, FastMRIDataset) and isinstance(val, FastMRIDataset)
-    train_batches, val_batches = len(train_loader), len(val_loader)
+    device = setup.prepare(config)
+    stage = setup.build_stage(config, device)
+    loaders = setup.make_loaders(config)
+    train, val = loaders.train_data, loaders.val_data
+    train_batches, val_batches = len(loaders.train), len(loaders.val)
     cache_bytes, entries, fill_seconds = 0, 0, 0.0
     if isinstance(config, Stage2Parameters) and config.token_cache:
         cache_bytes = TokenCache(stage.model, config).total_bytes(train, val)
@@ -116,17 +110,14 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
         short = config.model_copy(
             update={"epochs": 1, "early_stopping_patience": 0, "num_processes": 1, "resume": False, "log_with": ""}
         )
-        loaders: tuple[DataLoader[Batch], ...] = (
-            make_loader(train, config.batch_size), make_loader(val, config.batch_size)
-        )  # fmt: skip
+        loaders = Loaders(loaders.split, make_loader(train, config.batch_size), make_loader(val, config.batch_size))
         if isinstance(short, Stage2Parameters) and short.token_cache:
-            assert isinstance(stage, training.ReconstructionStage)
-            short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache"), "data_echo": 1})
+            short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache")})
             begin = time.perf_counter()
-            loaders = cached_loaders(stage, short, *loaders)
+            loaders = setup.stage_loaders(short, stage, loaders)
             fill_seconds = (time.perf_counter() - begin) / (len(train) + len(val)) * entries
-        load_seconds, shape = _time_loading(loaders[0].dataset, config.batch_size)
-        history = training.fit(stage, short, *loaders, directory)
+        load_seconds, shape = _time_loading(loaders.train_data, config.batch_size)
+        history = training.fit(stage, short, loaders.train, loaders.val, directory)
         (checkpoint,) = directory.glob(f"*_checkpoints/{stage.name}_final_model.pt")
         checkpoint_bytes = checkpoint.stat().st_size
     finally:

@@ -1,7 +1,7 @@
 """The k-space encoder: fastMRI's VarNet, then a ViT, then a linear map to the backbone's width.
 
 masked k-space (B, coil, readout, phase) → VarNet's refined coil images → one complex image, combined with VarNet's own
-sensitivity maps (→ a U-Net that restores it, if one is asked for) → 16×16 patches → tokens
+sensitivity maps → 16×16 patches → tokens
 (B, (img_size/16)², vit_embed_dim) (+ what maps of findings say of each patch, if they are asked for) → between a
 learned start and end vector (B, (img_size/16)² + 2, output_dim).
 """
@@ -10,7 +10,7 @@ import functools
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from fastmri.models import VarNet
@@ -21,11 +21,9 @@ from transformers import ViTConfig, ViTModel
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from mrilib import kspace as physics
-from mrilib.finding_maps import DEPTH, PATCH, FindingMaps, FindingWords
-from mrilib.unet import UNet
+from mrilib.finding_maps import PATCH, FindingMaps, FindingWords
 
 FIRST_TOKENS = 0.01  # size of an untrained encoder's image tokens, in units of the word embeddings' root mean square
-SENSE_START = 5  # steps of conjugate gradients to the SENSE image that `sense` starts from
 
 
 class NormalizedPatchEmbeddings(ViTPatchEmbeddings):
@@ -40,12 +38,11 @@ class NormalizedPatchEmbeddings(ViTPatchEmbeddings):
         return self.norm(super().forward(pixel_values))
 
 
-class Seen(NamedTuple):
-    """What the encoder makes of a batch."""
+class EncoderOutput(NamedTuple):
+    """Tokens and detection maps of a batch."""
 
     tokens: Tensor  # float32 (B, (img_size/16)² + 2, output_dim)
-    maps: Tensor | None  # logits of the findings' maps, float32 (B, labels, img_size, img_size), if there are any
-    pixels: Tensor  # what both come from, `KSpaceEncoder.pixels`
+    maps: Tensor | None  # logits of the detection maps, float32 (B, labels, img_size, img_size); None without labels
 
 
 class KSpaceEncoder(nn.Module):
@@ -65,22 +62,10 @@ class KSpaceEncoder(nn.Module):
         VarNet's sensitivity maps come out of its network. Without it they are what goes into the network, the centre
         lines' coil images over their root sum of squares: few steps on text alone do not teach a network coils, it
         changes the maps, and with them the scan, from under the rest.
-    sense : bool
-        VarNet's cascades start from the k-space of a regularised SENSE image, made with the same maps, instead of from
-        the measured lines beside zeros; their U-Nets begin by taking its mean off, as their normalisation does, and
-        change nothing else.
-    keep_varnet : bool
-        VarNet is not trained, and runs without a graph: what it was trained to before, on images, stays.
-    restore_chans : int
-        Width of a U-Net that restores VarNet's image, where the ViT sees it, before anything looks at it; 0: none. It
-        begins as nothing, is fast where VarNet's own U-Nets are slow, and is of stage 2's use too (`restored_image`).
     finding_labels : sequence of str
         Findings that a U-Net maps on VarNet's image; what it finds is added to the tokens where it lies. Empty: none.
     finding_chans : int
         Its width.
-    pixel_head : bool
-        With a linear map from the backbone's image tokens to the pixels of their patches, for stage 1's reconstruction
-        term (`recon_weight`); tokens are the same without it.
     activation_checkpointing : bool
         Recompute each cascade and ViT layer in the backward pass.
     """
@@ -98,12 +83,8 @@ class KSpaceEncoder(nn.Module):
         sens_chans: int = 8,
         sens_pools: int = 4,
         map_network: bool = True,
-        sense: bool = False,
-        keep_varnet: bool = False,
-        restore_chans: int = 0,
         finding_labels: Sequence[str] = (),
         finding_chans: int = 8,
-        pixel_head: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -111,21 +92,12 @@ class KSpaceEncoder(nn.Module):
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the ViT's patch")
         self.img_size = img_size
         self.output_dim = output_dim
-        self.activation_checkpointing, self.keep_varnet, self.sense = activation_checkpointing, keep_varnet, sense
+        self.activation_checkpointing = activation_checkpointing
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         if map_network:
             pass_maps_through(self.varnet)
         else:
             self.varnet.sens_net.norm_unet = nn.Identity()
-        if sense:
-            for cascade in self.varnet.cascades:
-                for tensor in cascade.model.unet.up_conv[-1][-1].parameters():
-                    nn.init.zeros_(tensor)
-        self.restoration: UNet | None = None
-        if restore_chans:
-            self.restoration = UNet(2, 2, restore_chans, DEPTH)
-            for tensor in self.restoration.head.parameters():
-                nn.init.zeros_(tensor)
         self.finding_labels = tuple(finding_labels)
         self.finding_maps = FindingMaps(finding_labels, finding_chans) if finding_labels else None
         vit_config = ViTConfig(
@@ -152,23 +124,8 @@ class KSpaceEncoder(nn.Module):
             self.vit.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.projection = nn.Linear(vit_embed_dim, output_dim)
         self.finding_words = FindingWords(len(finding_labels), output_dim) if finding_labels else None
-        self.pixel_head = nn.Linear(output_dim, PATCH * PATCH) if pixel_head else None
         self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
         self.end = nn.Parameter(torch.randn(output_dim) * 0.02)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As of any module, but a VarNet that is kept asks for no gradient."""
-        super().requires_grad_(requires_grad)
-        if self.keep_varnet:
-            self.varnet.requires_grad_(False)
-        return self
-
-    def train(self, mode: bool = True) -> Self:
-        """As of any module, but a VarNet that is kept stays in eval mode."""
-        super().train(mode)
-        if self.keep_varnet:
-            self.varnet.eval()
-        return self
 
     @property
     def num_tokens(self) -> int:
@@ -230,55 +187,25 @@ class KSpaceEncoder(nn.Module):
         """
         return self.tokens_and_maps(kspace, mask).tokens
 
-    def tokens_and_maps(
-        self,
-        kspace: Tensor,
-        mask: Tensor,
-        mirrored: Tensor | None = None,
-        maps_stand: bool = False,
-        image: Tensor | None = None,
-        instead: tuple[Tensor, Tensor] | None = None,
-    ) -> Seen:
-        """The same, the maps of findings, and the pixels that both come from.
+    def tokens_and_maps(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> EncoderOutput:
+        """The tokens of `forward`, and the detection maps.
 
-        Where `mirrored`, bool (B,), is true, what follows VarNet sees its image flipped left to right. With
-        `maps_stand` there is no graph to VarNet and the maps. Maps that do not learn look at the image both ways.
-        `image` is the `upright_image` where it is known already. `instead`, maps and for which slices they are, bool
-        (B,), is what the tokens tell of in place of the encoder's own maps.
+        Where `mirrored`, bool (B,), is true, ViT and maps see VarNet's image flipped left to right. Outside of training
+        the maps are the mean of those of the image and of the flipped image.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
-            pixels = self.pixels(kspace, mask, mirrored, image)
-        return self._read(pixels, maps_stand, instead)
-
-    def tokens_and_image(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` and `restored_image` give, for a stage that trains neither: VarNet runs once."""
-        image, pixels = self._restore(kspace, mask)
-        return self._read(pixels, maps_stand=True).tokens, image
-
-    def _read(self, pixels: Tensor, maps_stand: bool, instead: tuple[Tensor, Tensor] | None = None) -> Seen:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not maps_stand):
-            maps = features = None
-            if self.finding_maps is not None:
-                maps, features = self._look(pixels, both_ways=maps_stand or not self.training)
+        pixels = self.pixels(kspace, mask, mirrored)
+        maps = features = None
+        if self.finding_maps is not None:
+            maps, features = self._step(self.finding_maps, pixels)
+            if not self.training:
+                maps = (maps + self._step(self.finding_maps, pixels.flip(-1))[0].flip(-1)) / 2
         tokens = self.projection(self._patches(pixels, features))
         if maps is not None:
             assert self.finding_words is not None
-            told = maps if instead is None else torch.where(instead[1][:, None, None, None], instead[0], maps)
-            tokens = tokens + self.finding_words(told)
+            tokens = tokens + self.finding_words(maps)
         batch = tokens.shape[0]
         start, end = (vector.to(tokens.dtype).expand(batch, 1, -1) for vector in (self.start, self.end))
-        return Seen(torch.cat([start, tokens, end], dim=1).float(), maps, pixels)
-
-    def maps_alone(self, pixels: Tensor) -> Tensor:
-        """The maps of `tokens_and_maps` while they learn, from `pixels`, without the ViT."""
-        return self._look(pixels, both_ways=False)[0]
-
-    def _look(self, pixels: Tensor, both_ways: bool) -> tuple[Tensor, Tensor]:
-        assert self.finding_maps is not None
-        maps, features = self._step(self.finding_maps, pixels)
-        if both_ways:
-            maps = (maps + self._step(self.finding_maps, pixels.flip(-1))[0].flip(-1)) / 2
-        return maps, features
+        return EncoderOutput(torch.cat([start, tokens, end], dim=1).float(), maps)
 
     def _patches(self, pixels: Tensor, features: Tensor | None) -> Tensor:
         """What the ViT makes of the patches, (B, (img_size/16)², vit_embed_dim).
@@ -296,48 +223,18 @@ class KSpaceEncoder(nn.Module):
             patches = layer(patches)
         return self.vit.layernorm(patches)[:, 1:]  # the class token says nothing of a place
 
-    def pixels(
-        self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None, image: Tensor | None = None
-    ) -> Tensor:
-        """What ViT and maps look at, float32 (B, 2, img_size, img_size): the image's real and imaginary part.
+    def pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Input of ViT and detection maps, float32 (B, 2, img_size, img_size): the image's real and imaginary part.
 
-        Of mean square 1 before it is restored. `image` is the `upright_image` where it is known already.
+        The mean square is 1: VarNet's maps, and with them the image's scale, depend on the number of coils. A mean has
+        no meaning for a complex image and is not taken off.
         """
-        if image is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.keep_varnet):
-                image = self.upright_image(kspace, mask)
-        pixels, _ = self._normalized(image, mirrored)
-        return pixels if self.restoration is None else pixels + self._step(self.restoration, pixels).float()
-
-    def restored_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
-        """`upright_image`, restored where the ViT sees it; what a decoder with `encoder_image` starts from.
-
-        Returns
-        -------
-        Tensor, complex64, shape (B, readout, phase); in the units of `kspace`
-        """
-        return self._restore(kspace, mask)[0]
-
-    def _restore(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`restored_image`, and its `pixels`."""
-        image = self.upright_image(kspace, mask)
-        pixels, size = self._normalized(image)
-        if self.restoration is None:
-            return image, pixels
-        change = self._step(self.restoration, pixels).float()
-        whole = physics.center_crop_or_pad(change * size, image.shape[-2:])
-        return image + torch.view_as_complex(whole.movedim(1, -1).contiguous()), pixels + change
-
-    def _normalized(self, image: Tensor, mirrored: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A complex image as the ViT's input, mean square 1, (B, 2, img_size, img_size), and its size (B, 1, 1, 1)."""
-        image = physics.center_crop_or_pad(image, (self.img_size, self.img_size))
+        image = physics.center_crop_or_pad(self.upright_image(kspace, mask), (self.img_size, self.img_size))
         if mirrored is not None:
             image = torch.where(mirrored[:, None, None], image.flip(-1), image)
-        # A mean has no meaning for a complex image, but its size has: VarNet's maps, and with them the image's scale,
-        # depend on the number of coils.
         power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
         image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-        return torch.view_as_real(image).movedim(-1, 1), power.sqrt()[:, None]
+        return torch.view_as_real(image).movedim(-1, 1)
 
     def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """VarNet's refined coil images combined with its own sensitivity maps.
@@ -375,13 +272,11 @@ class KSpaceEncoder(nn.Module):
         lines = mask[:, None, None]
         image = start = physics.combine(physics.ifft2c(kspace), maps)
         refined = kspace
-        if self.sense:
-            with torch.no_grad():
-                image = start = physics.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=start)
-            refined = physics.fft2c(physics.expand(start, maps))
         for number, cascade in enumerate(self.varnet.cascades):
             last = number + 1 == len(self.varnet.cascades)
-            refined, image = self._step(functools.partial(_cascade, cascade, last), refined, image, kspace, lines, maps)
+            refined, image = self._step(
+                functools.partial(cascade_step, cascade, last), refined, image, kspace, lines, maps
+            )
         return image, start
 
     def _maps(self, measured: Tensor, fastmri_mask: Tensor) -> Tensor:
@@ -401,7 +296,7 @@ class KSpaceEncoder(nn.Module):
         return module(*inputs)
 
 
-def _cascade(
+def cascade_step(
     cascade: nn.Module, last: bool, refined: Tensor, image: Tensor, kspace: Tensor, lines: Tensor, maps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A cascade's k-space and its image, from those before it; of the last one the image alone is right."""

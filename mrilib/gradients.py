@@ -1,7 +1,6 @@
 """The gradients of one step: summed over its batches and over all processes, in halves when memory runs out."""
 
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -106,8 +105,6 @@ class StepGradients:
             self.checked = True
         norms = gradient_norms(self.stage.part)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-        if self.stage.partial:
-            rest_where_nothing_is_learned(self.parameters)
         return parts, norms, norm
 
     def _accumulate(self, micro_batch: int, batches: list[Batch], weight: float) -> list[Part]:
@@ -155,13 +152,6 @@ def out_of_memory(where: str, slices: int, batch: Batch, error: Exception) -> Me
     """What to say when memory ran out on some slices at once: how large they are, and which parameters to turn."""
     shape = f"{slices} slices of (coil, readout, phase) {tuple(batch.kspace.shape[1:])} at once"
     return MemoryError(f"{where}: memory ran out on {shape}. What to turn: {MEMORY_REMEDIES} ({error})")
-
-
-def rest_where_nothing_is_learned(parameters: Iterable[nn.Parameter]) -> None:
-    """No gradient where it is zero: AdamW would decay what stands still, and count steps for its bias correction."""
-    for parameter in parameters:
-        if parameter.grad is not None and not parameter.grad.any():
-            parameter.grad = None
 
 
 def gradient_norms(part: nn.Module) -> dict[str, float]:

@@ -57,6 +57,6 @@ def read_history(run: Path, name: str) -> History | None:
     first = max(number for number, step in enumerate(steps) if step["step"] == 1)  # the last attempt counts
     history = History(steps=steps[first:], epochs=epochs)
     for epoch in epochs:
-        if epoch["val_loss"] < history.best_loss and epoch.get("complete", 1.0):
+        if epoch["val_loss"] < history.best_loss:
             history.best_epoch, history.best_loss = int(epoch["epoch"]), epoch["val_loss"]
     return history

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mrilib import analysis
 from mrilib.analysis import Facts
-from mrilib.checkpoint import CheckpointError, load_checkpoint, load_weights
+from mrilib.checkpoint import load_checkpoint
 from mrilib.config import (
-    DataParameters,
     EvaluateParameters,
     ParameterError,
-    Parameters,
-    Stage1Parameters,
-    Stage2Parameters,
-    display_path,
     resolve,
 )
 from mrilib.data import Batch, FastMRIDataset, Slice, Volume, collate, make_loader
@@ -38,81 +32,8 @@ from mrilib.evaluation import (
     write_reconstruction,
 )
 from mrilib.figures import Comparison
-from mrilib.model import TwoStageModel, build_control, build_decoder, build_encoder, tensor_hash
+from mrilib.model import TwoStageModel
 from mrilib.runs import progress_bar
-
-
-def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
-    """Parameters as a checkpoint holds them. Not validated anew: its data may lie elsewhere today.
-
-    What is newer than the checkpoint has its default, which leaves everything as it was before.
-    """
-    unknown = set(content["config"]) - set(cls.model_fields)
-    if unknown:
-        raise CheckpointError(f"{display_path(path)}: its parameters are another version's: {', '.join(unknown)}")
-    return cls.model_construct(**content["config"])
-
-
-def _check_backbone(content: dict[str, Any], backbone: PreTrainedModel, path: Path) -> None:
-    if content["backbone"] != tensor_hash(backbone):
-        raise CheckpointError(
-            f"{display_path(path)} was trained with another backbone; give its backbone_path and backbone_dtype"
-        )
-
-
-def load_stage1(
-    path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TwoStageModel, Stage1Parameters]:
-    """A model with the k-space encoder of a stage-1 checkpoint, everything frozen.
-
-    Raises
-    ------
-    CheckpointError
-        Missing, damaged, of another stage or architecture, or trained with another backbone.
-    """
-    content = load_checkpoint(path, "stage1")
-    config = _restore(Stage1Parameters, content, path)
-    _check_backbone(content, backbone, path)
-    encoder = build_encoder(config.model_copy(update={"varnet_weights": ""}), backbone)
-    load_weights(encoder, content["weights"], display_path(path))
-    return TwoStageModel(encoder.to(backbone.device), backbone, tokenizer), config
-
-
-def load_control(path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TwoStageModel:
-    """The control of stage 1 that sees no k-space."""
-    content = load_checkpoint(path, "control")
-    _check_backbone(content, backbone, path)
-    control = build_control(_restore(Stage1Parameters, content, path), backbone)
-    load_weights(control, content["weights"], display_path(path))
-    return TwoStageModel(control.to(backbone.device), backbone, tokenizer)
-
-
-def load_stage2(path: Path, model: TwoStageModel, use_tokens: bool = True) -> Stage2Parameters:
-    """Put the image decoder of a stage-2 checkpoint into a model.
-
-    Parameters
-    ----------
-    path : Path
-    model : TwoStageModel
-        Receives the decoder.
-    use_tokens : bool
-        False: the checkpoint is of stage 2's control, the decoder without tokens.
-
-    Raises
-    ------
-    CheckpointError
-        As `load_stage1`, or trained on another encoder's tokens.
-    """
-    content = load_checkpoint(path, "stage2" if use_tokens else "plain")
-    config = _restore(Stage2Parameters, content, path)
-    _check_backbone(content, model.backbone, path)
-    if content["encoder"] != tensor_hash(model.encoder):
-        raise CheckpointError(f"{display_path(path)} was trained on the tokens of another stage-1 checkpoint")
-    decoder = build_decoder(config, model.backbone, use_tokens)
-    load_weights(decoder, content["weights"], display_path(path))
-    model.decoder = decoder.to(model.device)
-    model.freeze(None)
-    return config
 
 
 def other_patient(dataset: FastMRIDataset, seed: int) -> list[int]:
@@ -171,6 +92,8 @@ class Tester:
     nearest : NearestTrainingSlice, optional
     max_new_tokens : int
         Longest generated analysis.
+    others : mapping, optional
+        Further methods: name → function from a batch to images (B, h, w) [file units].
     """
 
     def __init__(
@@ -180,7 +103,9 @@ class Tester:
         plain: TwoStageModel | None = None,
         nearest: NearestTrainingSlice | None = None,
         max_new_tokens: int = 128,
+        others: Mapping[str, Callable[[Batch], Tensor]] | None = None,
     ) -> None:
+        self.others = others or {}
         self.model, self.control, self.plain, self.nearest = model, control, plain, nearest
         self.max_new_tokens = max_new_tokens
         self._control_texts: dict[str, str] = {}
@@ -212,10 +137,15 @@ class Tester:
         bar = progress_bar(len(loader), "test", interactive)
         for cpu_batch in loader:
             batch = cpu_batch.to(self.model.device)
+            for method, images in self._images_without_tokens(batch):
+                writer.add(method, batch.slices[0].acceleration, batch.slices, images)
+            if self.model.encoder is None:
+                bar.update()
+                continue
             prefix = self.model.encoder(batch.kspace, batch.mask)
             others = [dataset[partners[number[one.file], one.slice_num]] for one in batch.slices] if partners else []
             other_prefix = torch.cat([self._prefix(one) for one in others]) if others else None
-            for method, images in self._images(batch, prefix, other_prefix):
+            for method, images in self._images_by_tokens(batch, prefix, other_prefix):
                 writer.add(method, batch.slices[0].acceleration, batch.slices, images)
             rows += self._texts(batch, prefix, other_prefix, others)
             bar.update()
@@ -226,21 +156,25 @@ class Tester:
         batch = collate([one]).to(self.model.device)
         return self.model.encoder(batch.kspace, batch.mask)
 
-    def _images(
-        self, batch: Batch, prefix: Tensor, other_prefix: Tensor | None
-    ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
-        model = self.model
-        starts = model.start_images(batch)
+    def _images_without_tokens(self, batch: Batch) -> Iterator[tuple[str, Tensor | np.ndarray]]:
         yield "zero_filled", zero_filled(batch.kspace, batch.scale, batch.recon)
-        yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix), starts)
-        if other_prefix is not None:
-            tokens = model.image_tokens_from_prefix(other_prefix)
-            yield "other_patient_tokens", model.reconstruct(batch, tokens, starts)
-        yield "no_tokens", model.reconstruct(batch, None, starts)
+        if not self.model.uses_tokens:
+            yield "model", self.model.reconstruct(batch, None)
         if self.plain is not None:
             yield "trained_without_tokens", self.plain.reconstruct(batch, None)
         if self.nearest is not None and batch.target is not None:
             yield "nearest_training_slice", np.stack([self.nearest.answer(t.cpu().numpy()) for t in batch.target])
+        for name, reconstruct in self.others.items():
+            yield name, reconstruct(batch)
+
+    def _images_by_tokens(
+        self, batch: Batch, prefix: Tensor, other_prefix: Tensor | None
+    ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
+        model = self.model
+        yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix))
+        if other_prefix is not None:
+            yield "other_patient_tokens", model.reconstruct(batch, model.image_tokens_from_prefix(other_prefix))
+        yield "no_tokens", model.reconstruct(batch, None)
 
     def _texts(
         self, batch: Batch, prefix: Tensor, other_prefix: Tensor | None, others: Sequence[Slice]
@@ -382,27 +316,6 @@ def write_texts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
-def check_same_input(config: DataParameters, stage1: Stage1Parameters) -> None:
-    """Refuse data parameters by which the encoder would see other images, or be tested on patients it was trained on.
-
-    The split by patient is drawn anew in each notebook, so whatever it is drawn from must be the same. Where the data
-    folder is another, or the test files have one of their own, they are not drawn from the encoder's patients.
-    """
-    for name in ("img_size", "num_coils", "crop"):
-        given, trained = getattr(config, name), getattr(stage1, name)
-        if given != trained:
-            raise ParameterError(f"{name}: {given} is given, but the k-space encoder was trained with {trained}")
-    if config.test_dir or resolve(config.data_dir) != resolve(stage1.data_dir):
-        return
-    for name in ("split_seed", "val_fraction", "test_fraction", "val_dir", "test_dir"):
-        given, trained = getattr(config, name), getattr(stage1, name)
-        if given != trained:
-            raise ParameterError(
-                f"{name}: {given!r} is given, but the k-space encoder was trained with {trained!r}; with another split "
-                "it would be tested on patients that it has learned from"
-            )
-
-
 def check_covers(dataset: FastMRIDataset) -> None:
     """Refuse ``crop: image`` to less than the targets that are to be scored, before anything is reconstructed."""
     config = dataset.config
@@ -440,7 +353,7 @@ def preview(
 ) -> list[Comparison]:
     """A few slices of a data set, spread evenly: target, zero-filled and the model's image.
 
-    During a training `reconstruct` is the stage's own, which knows whether the tokens have joined.
+    During a training `reconstruct` is the stage's own, which may read image tokens from the token cache.
     """
     shown = []
     for index in np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]:
@@ -460,7 +373,7 @@ def training_cost(config: EvaluateParameters) -> dict[str, Any]:
     The final checkpoint beside a given one tells what the whole training took; the best may be of an early epoch.
     """
     cost: dict[str, Any] = {"peak_memory_bytes": 0, "trainable_parameters": {}}
-    for stage in ("stage1", "stage2"):
+    for stage in ("stage1", "stage2") if config.stage1_checkpoint else ("stage2",):
         path = resolve(getattr(config, f"{stage}_checkpoint"))
         final = path.with_name(f"{stage}_final_model.pt")
         content = load_checkpoint(final if final.exists() else path, stage)["cost"]

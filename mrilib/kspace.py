@@ -354,28 +354,6 @@ def sense(
     return _SenseFromPrior.apply(prior, right, lines, maps, weight, iterations)
 
 
-def fitted_scale(image: Tensor, mask: Tensor, maps: Tensor, zero_filled: Tensor) -> Tensor:
-    """The real factor with which an image explains the measured lines best: argmin_a ‖a M F S x − y‖².
-
-    Parameters
-    ----------
-    image, zero_filled : Tensor, complex64, shape (batch, readout, phase)
-        The measured lines' coil images, combined with `maps`, are `zero_filled`.
-    mask : Tensor, bool, shape (batch, phase)
-    maps : Tensor, complex64, shape (batch, coil, readout, phase)
-
-    Returns
-    -------
-    Tensor, float32, shape (batch, 1, 1); 0 for an image of zeros
-    """
-    lines = torch.fft.ifftshift(mask, dim=-1)[:, None, None]
-    # as in `_conjugate_gradients`; a phase that shifts would bring does not matter to the power
-    spectrum = torch.view_as_real(torch.fft.fft(expand(image, maps), norm="ortho")).square().sum(-1)
-    power = (spectrum * lines).sum((-3, -2, -1))
-    fit = (torch.view_as_real(image) * torch.view_as_real(zero_filled)).sum((-3, -2, -1))
-    return (fit / power.clamp_min(torch.finfo(torch.float32).tiny))[:, None, None]
-
-
 @torch.no_grad()
 def _conjugate_gradients(
     right: Tensor, image: Tensor, lines: Tensor, maps: Tensor, weight: float, iterations: int

@@ -5,22 +5,20 @@ Median of the box against the median of a ring around it, inside the head and ou
 neither a bright pixel nor the box's corners decide.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
 
 from mrilib.analysis import Annotations, Box
 from mrilib.data import Volume
 from mrilib.evaluation import head_mask
-from mrilib.style import method_label
+from mrilib.style import in_order, method_label
 
 LOST = 0.5  # a lesion with less of its contrast than this is lost
 FAINT = 0.1  # contrast over the surroundings' median below which a target does not show a lesion
@@ -101,27 +99,6 @@ def measure(
     return measured
 
 
-def lesion_shares(boxes: Sequence[Box], recon: tuple[int, int]) -> Tensor:
-    """What pixels count in a mean over a slice's boxes, whatever their label; small ones count as much as large.
-
-    Parameters
-    ----------
-    boxes : sequence of Box
-        In array coordinates of the evaluated image.
-    recon : (h, w) [pixels]
-
-    Returns
-    -------
-    Tensor, float32, shape (h, w)
-        Within `GAP` of a box its share; they add up to 1 if every box has pixels of the image. Zeros without a box.
-    """
-    shares = torch.zeros(recon)
-    for box in boxes:
-        inside = shares[_slices(box, GAP, recon)]
-        inside += 1 / (max(1, inside.numel()) * len(boxes))
-    return shares
-
-
 def lesions_of(volumes: Sequence[Volume], annotations: Annotations, directory: str | Path) -> tuple[list[Lesion], int]:
     """Every lesion of the reviewed volumes in a folder of reconstructions.
 
@@ -156,6 +133,19 @@ def lesions_of(volumes: Sequence[Volume], annotations: Annotations, directory: s
                 size = float(np.sqrt(box.width * box.height))
                 lesions.append(Lesion(volume.file, volume.patient, number, box.label, size, own, kept))
     return lesions, boxes_seen - len(lesions)
+
+
+def lesions_in(
+    directory: str | Path, volumes: Sequence[Volume], annotations: Annotations, methods: Mapping[str, Iterable[str]]
+) -> tuple[dict[str, dict[str, list[Lesion]]], int]:
+    """Lesions of each acceleration and method in ``<directory>/<method>/<acceleration>``, and how many are left out."""
+    found: dict[str, dict[str, list[Lesion]]] = {}
+    left_out = 0
+    for acceleration, names in methods.items():
+        for name in in_order(names):
+            folder = Path(directory) / name / acceleration
+            found.setdefault(acceleration, {})[name], left_out = lesions_of(volumes, annotations, folder)
+    return found, left_out
 
 
 def size_name(size: float) -> str:

@@ -18,10 +18,9 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mrilib import analysis, kernels
-from mrilib.config import BackboneParameters, ParameterError, Stage1Parameters, Stage2Parameters, resolve
+from mrilib.config import BackboneParameters, Stage1Parameters, resolve
 from mrilib.corpus import fact_token
 from mrilib.data import Batch, Slice
-from mrilib.decoder import ImageDecoder
 from mrilib.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
 from mrilib.nirvana import NirvanaForCausalLM, load_backbone
 from mrilib.nirvana_cache import NirvanaCacheLayer
@@ -50,30 +49,40 @@ class TwoStageModel(nn.Module):
 
     Parameters
     ----------
-    encoder : KSpaceEncoder or LearnedPrefix
-    backbone : PreTrainedModel
-        Any Hugging Face causal language model; frozen here, for good.
-    tokenizer : PreTrainedTokenizerBase
-    decoder : ImageDecoder, optional
-        Stage 1 does without.
+    encoder : KSpaceEncoder or LearnedPrefix, optional
+    backbone : PreTrainedModel, optional
+        Any Hugging Face causal language model; always frozen.
+    tokenizer : PreTrainedTokenizerBase, optional
+        A model whose decoder uses no image tokens has none of these three.
+    decoder : nn.Module, optional
+        `ImageDecoder` or another of `decoders.DECODERS`. Stage 1 has none.
     """
+
+    encoder: Any
+    backbone: Any
+    decoder: Any
 
     def __init__(
         self,
-        encoder: KSpaceEncoder | LearnedPrefix,
-        backbone: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        decoder: ImageDecoder | None = None,
+        encoder: KSpaceEncoder | LearnedPrefix | None = None,
+        backbone: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.backbone, self.decoder = encoder, backbone, decoder
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.freeze(None)
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
-        return next(self.backbone.parameters()).device
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def uses_tokens(self) -> bool:
+        """Whether the decoder, if there is one, reads image tokens."""
+        return self.decoder is None or self.decoder.token_dim > 0
 
     def freeze(self, trainable: str | None) -> list[nn.Parameter]:
         """Freeze everything but one part, and return that part's parameters.
@@ -208,8 +217,7 @@ class TwoStageModel(nn.Module):
         self._check_length(length + max_new_tokens)
         inputs = torch.stack([F.pad(row, (0, 0, length - len(row), 0)) for row in rows])
         attention = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        generator: Any = self.backbone  # a GenerationMixin too, as every causal language model of the library is
-        output = generator.generate(
+        output = self.backbone.generate(
             inputs_embeds=inputs,
             attention_mask=attention,
             max_new_tokens=max_new_tokens,
@@ -229,50 +237,21 @@ class TwoStageModel(nn.Module):
         """The same from k-space tokens (B, N + 2, hidden)."""
         return self.hidden_states(prefix).float()
 
-    def tokens_and_starts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Image tokens, and `start_images`; the encoder runs once for both."""
-        if self.decoder is None or not self.decoder.encoder_image:
-            return self.image_tokens(batch), None
-        prefix, image = self._sees_images().tokens_and_image(batch.kspace, batch.mask)
-        return self.image_tokens_from_prefix(prefix), self.decoder.start_images(batch.kspace, batch.mask, image)
-
     def hidden_states(self, prefix: Tensor) -> Tensor:
         """The same in the type that the backbone works in, which is what the token cache keeps."""
         prefix = prefix.to(word_embeddings(self.backbone).dtype)
         self._check_length(prefix.shape[1])
-        base: Any = self.backbone.base_model
-        return base(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
+        return self.backbone.base_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 
-    def reconstruct(self, batch: Batch, tokens: Tensor | None, starts: Tensor | None = None) -> Tensor:
-        """The decoder's image (B, h, w) [file units] from image tokens, or from none.
-
-        A decoder with `encoder_image` needs `start_images`: `starts` if they are there already, else they are made
-        here.
-        """
+    def reconstruct(self, batch: Batch, tokens: Tensor | None) -> Tensor:
+        """The decoder's image (B, h, w) [file units] from image tokens, or from none."""
         if self.decoder is None:
             raise ValueError("this model has no image decoder; train stage 2 first")
-        inputs = (tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
-        if not self.decoder.encoder_image:
-            return self.decoder(*inputs)
-        return self.decoder(*inputs, starts=self.start_images(batch) if starts is None else starts)
-
-    @torch.no_grad()
-    def start_images(self, batch: Batch) -> Tensor | None:
-        """`ImageDecoder.start_images` of a decoder that starts from the encoder's image; None for another."""
-        if self.decoder is None or not self.decoder.encoder_image:
-            return None
-        image = self._sees_images().restored_image(batch.kspace, batch.mask)
-        return self.decoder.start_images(batch.kspace, batch.mask, image)
-
-    def _sees_images(self) -> KSpaceEncoder:
-        if not isinstance(self.encoder, KSpaceEncoder):
-            raise ValueError("encoder_image: a learned prefix makes no image that the decoder could start from")
-        return self.encoder
+        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
 
     def forward(self, batch: Batch) -> Tensor:
         """From masked k-space to the image (B, h, w) [file units]."""
-        use_tokens = self.decoder is None or self.decoder.token_dim > 0
-        return self.reconstruct(batch, *(self.tokens_and_starts(batch) if use_tokens else (None,)))
+        return self.reconstruct(batch, self.image_tokens(batch) if self.uses_tokens else None)
 
 
 def word_embeddings(backbone: PreTrainedModel) -> Tensor:
@@ -343,7 +322,7 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def delta_rule_path(backbone: PreTrainedModel, config: BackboneParameters) -> dict[str, Any]:
+def delta_rule_path(backbone: PreTrainedModel | None, config: BackboneParameters) -> dict[str, Any]:
     """Which code computes the backbone's delta rule in a run, for its record; see `kernels.path`.
 
     Raises
@@ -351,6 +330,8 @@ def delta_rule_path(backbone: PreTrainedModel, config: BackboneParameters) -> di
     KernelError
         Fused kernels that fail their check on this device.
     """
+    if backbone is None:
+        return {"path": "none", "because": "the decoder uses no image tokens"}
     if not isinstance(backbone, NirvanaForCausalLM):
         return {"path": "none", "because": f"{type(backbone).__name__} has no delta rule"}
     mixed = getattr(config, "mixed_precision", "no") == "bf16"
@@ -392,12 +373,8 @@ def build_encoder(
         sens_chans=config.varnet_sens_chans,
         sens_pools=config.varnet_sens_pools,
         map_network=config.varnet_map_network,
-        sense=config.varnet_sense,
-        keep_varnet=config.varnet_keep,
-        restore_chans=config.restore_chans,
         finding_labels=config.finding_labels,
         finding_chans=config.finding_chans,
-        pixel_head=config.recon_weight > 0,
         activation_checkpointing=config.activation_checkpointing,
     )
     encoder.match_embeddings(embedding_rms(backbone))
@@ -406,7 +383,7 @@ def build_encoder(
         encoder.finding_words.start_from(*(word_vectors(one, backbone, tokenizer).cpu() for one in words))
     if config.varnet_weights:
         encoder.load_varnet(resolve(config.varnet_weights))
-    for convolutions in (encoder.varnet, encoder.restoration, encoder.finding_maps):
+    for convolutions in (encoder.varnet, encoder.finding_maps):
         if convolutions is not None:
             convolutions.to(memory_format=torch.channels_last)  # halves the time of narrow convolutions on CPUs
     return encoder
@@ -415,49 +392,6 @@ def build_encoder(
 def build_control(config: Stage1Parameters, backbone: PreTrainedModel) -> LearnedPrefix:
     """Stage 1's control that sees no k-space, as long as the encoder's output and as small at the start."""
     return LearnedPrefix((config.img_size // 16) ** 2, hidden_size(backbone), FIRST_TOKENS * embedding_rms(backbone))
-
-
-def build_decoder(config: Stage2Parameters, backbone: PreTrainedModel, use_tokens: bool = True) -> ImageDecoder:
-    """The image decoder of stage 2's parameters; without tokens it is stage 2's control."""
-    decoder = ImageDecoder(
-        decoder_type=config.decoder_type,
-        token_dim=hidden_size(backbone) if use_tokens else 0,
-        decoder_hidden_dim=config.decoder_hidden_dim,
-        img_size=config.img_size,
-        use_bilinear_upsample=config.use_bilinear_upsample,
-        image_skip=config.image_skip,
-        token_modulation=config.token_modulation,
-        token_pixels=config.token_pixels,
-        sense=config.sense,
-        encoder_image=config.encoder_image,
-        activation_checkpointing=config.activation_checkpointing,
-    )
-    return decoder.to(memory_format=torch.channels_last)
-
-
-def decoder_to_train(config: Stage2Parameters, system: TwoStageModel, use_tokens: bool = True) -> ImageDecoder:
-    """An untrained image decoder for a model's frozen parts, with their weights where it asks for them, on its device.
-
-    Raises
-    ------
-    ParameterError
-        `encoder_weights`, and the encoder restores no image, or by a U-Net of another width.
-    """
-    decoder = build_decoder(config, system.backbone, use_tokens)
-    if config.encoder_weights:
-        start_with_encoder(decoder, system.encoder)
-    return decoder.to(system.device)
-
-
-def start_with_encoder(decoder: ImageDecoder, encoder: nn.Module) -> None:
-    """Give a decoder the weights of the U-Net that restores the encoder's image; errors as of `decoder_to_train`."""
-    restoration = getattr(encoder, "restoration", None)
-    if restoration is None:
-        raise ParameterError("encoder_weights: this encoder restores no image; train stage 1 with restore_chans")
-    try:
-        decoder.start_with(restoration)
-    except ValueError as error:
-        raise ParameterError(f"encoder_weights: {error}") from None
 
 
 def tensor_hash(module: nn.Module) -> str:
@@ -474,15 +408,15 @@ def count_parameters(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def count_trained(part: nn.Module) -> int:
-    """Parameters that a stage trains of its part: all of them but those of a VarNet that is kept."""
-    kept = part.varnet if isinstance(part, KSpaceEncoder) and part.keep_varnet else None
-    return count_parameters(part) - count_parameters(kept)
-
-
 @torch.no_grad()
-def fingerprint(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """SHA-256 of the backbone's tensors, and of the logits that it gives for the prompt alone; bitwise."""
+def fingerprint(model: TwoStageModel) -> dict[str, str]:
+    """SHA-256 of the backbone's tensors, and of the logits that it gives for the prompt alone; bitwise.
+
+    Empty for a model without a backbone.
+    """
+    backbone, tokenizer = model.backbone, model.tokenizer
+    if backbone is None:
+        return {}
     ids = torch.tensor([tokenizer(analysis.prompt(), add_special_tokens=False)["input_ids"]], device=backbone.device)
     logits = backbone(input_ids=ids, use_cache=False).logits.float().cpu().contiguous()
     return {"tensors": tensor_hash(backbone), "text_logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}

@@ -14,9 +14,9 @@ from mrilib import analysis
 from mrilib.config import EvaluateParameters, ParameterError, display_path, resolve
 from mrilib.data import FastMRIDataset, make_loader, read_volume
 from mrilib.evaluation import score_volume, write_reconstruction
-from mrilib.inference import load_stage1, load_stage2
-from mrilib.model import TwoStageModel, build_backbone
+from mrilib.model import TwoStageModel
 from mrilib.runs import read_json
+from mrilib.setup import load_trained
 from mrilib.training import pick_device
 
 
@@ -40,14 +40,11 @@ def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, Eval
     former = resolve(values["output_dir"])
     for name in ("stage1_checkpoint", "stage2_checkpoint"):
         path = resolve(values[name])
-        if path.is_relative_to(former):
+        if values[name] and path.is_relative_to(former):
             values[name] = str(directory.resolve() / path.relative_to(former))
     config = EvaluateParameters.create(values, written_later=("data_dir",))
     disable_progress_bar()  # transformers' bars for loading a file say nothing here
-    backbone, tokenizer = build_backbone(config, pick_device(device))
-    model, _ = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
-    load_stage2(resolve(config.stage2_checkpoint), model)
-    return model, config
+    return load_trained(config, pick_device(device))[0], config
 
 
 @torch.no_grad()
@@ -83,9 +80,10 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     images, texts = [], []
     for cpu_batch in make_loader(dataset, config.batch_size):
         batch = cpu_batch.to(model.device)
-        prefix = model.encoder(batch.kspace, batch.mask)
-        images.append(model.reconstruct(batch, model.image_tokens_from_prefix(prefix)).cpu().numpy())
-        texts += model.generate(prefix, [analysis.prompt()] * len(batch.slices), config.max_new_tokens)
+        images.append(model(batch).cpu().numpy())
+        if model.encoder is not None:
+            prefix = model.encoder(batch.kspace, batch.mask)
+            texts += model.generate(prefix, [analysis.prompt()] * len(batch.slices), config.max_new_tokens)
     stack = np.concatenate(images)
     write_reconstruction(out / f"{volume.file}.h5", stack)
     rows = [{"file": volume.file, "slice": number, "analysis": text} for number, text in enumerate(texts)]

@@ -15,7 +15,6 @@ from mrilib.config import (
     PARAMETERS_HEADER,
     ROOT,
     BackboneParameters,
-    BenchParameters,
     DataParameters,
     OutputParameters,
     Parameters,
@@ -28,7 +27,6 @@ SHARED: dict[type[Parameters], str] = {
     DataParameters: "Data, masks and coils",
     BackboneParameters: "The frozen language model",
     TrainingParameters: "The training loop, both stages",
-    BenchParameters: "The comparison with other methods",
 }
 HEADER = """# Parameters
 

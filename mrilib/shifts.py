@@ -1,11 +1,11 @@
-"""Away from home: test files as another scanner, or the same on a bad day, would have written them.
+"""Shifts: test files as another scanner, or the same scanner with more noise, would have written them (`shift` of 04).
 
 Each function writes fastMRI-format copies of volumes, so that every method reads them as it reads any file. Another
-acceleration or mask type needs no copy: it is a parameter.
+acceleration, mask type or folder is a parameter of 04 and needs no copy.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import h5py
@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mrilib.data import Volume, read_volume
+from mrilib import phantom
+from mrilib.config import EvaluateParameters, ParameterError, resolve
+from mrilib.data import Volume, index_volumes, read_volume
 from mrilib.kspace import center_crop_or_pad, ifft2c, rss
+from mrilib.runs import read_json
 from mrilib.scanner import SEQUENCES, simulate_volume, write_h5
 
 EDGE = 0.08  # share of the readout's field of view, at each end, that holds nothing but noise
@@ -114,34 +117,62 @@ def write_head(path: Path, coils: int = 6) -> Path:
     return path
 
 
-def copies(volumes: Sequence[Volume], directory: Path, shift: str, seed: int = 0) -> list[Volume]:
-    """Shifted copies of volumes below a folder; those that are there are not written again.
+def shifted(config: EvaluateParameters, volumes: Sequence[Volume], directory: Path) -> list[Volume]:
+    """The test volumes under the shift that the parameters name; files that are there are not written again.
 
     Parameters
     ----------
+    config : EvaluateParameters
+        `shift`: "noise 2" doubles the noise, "coils 4" keeps four coils, "head nibabel" is another real head, and
+        "patients 2" are as many phantom patients made with seed 2.
     volumes : sequence of Volume
+        The test volumes; they are returned as they are without a shift.
     directory : Path
-    shift : str
-        "noise 2" doubles the noise, "coils 4" keeps four coils.
-    seed : int
-        Of the noise.
+        Receives a folder of files.
 
     Raises
     ------
-    ValueError
-        An unknown shift.
+    ParameterError
+        An unknown shift; "patients" where `data_dir` is not a phantom, or is one of that seed.
     """
-    kind, _, number = shift.partition(" ")
-    if kind not in ("noise", "coils") or not number.replace(".", "", 1).isdigit():
-        raise ValueError(f"shift '{shift}' is not known; 'noise FACTOR' and 'coils NUMBER' are")
-    folder = directory / shift.replace(" ", "_")
-    made = []
-    for volume in volumes:
-        path = folder / volume.path.name
-        if path.exists():
-            made.append(read_volume(path))
-        elif kind == "noise":
-            made.append(more_noise(volume, folder, float(number), seed))
-        else:
-            made.append(fewer_coils(volume, folder, int(number)))
-    return made
+    if not config.shift:
+        return list(volumes)
+    kind, _, value = config.shift.partition(" ")
+    folder = directory / config.shift.replace(" ", "_")
+    if kind == "patients" and value.isdigit():
+        return _other_patients(config, len(volumes), int(value), folder)
+    if config.shift == "head nibabel":
+        path = folder / "head.h5"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_head(path, config.num_coils)
+        return [read_volume(path)]
+    if kind == "noise" and _is_number(value) and float(value) >= 1:
+        copy: Callable[[Volume], Volume] = lambda one: more_noise(one, folder, float(value), config.seed)  # noqa: E731
+    elif kind == "coils" and value.isdigit() and int(value):
+        copy = lambda one: fewer_coils(one, folder, int(value))  # noqa: E731
+    else:
+        raise ParameterError(
+            f"shift: '{config.shift}' is not known; there are 'noise FACTOR' (at least 1), 'coils NUMBER', "
+            "'head nibabel' and 'patients SEED'"
+        )
+    paths = [folder / volume.path.name for volume in volumes]
+    return [read_volume(path) if path.exists() else copy(volume) for path, volume in zip(paths, volumes, strict=True)]
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _other_patients(config: EvaluateParameters, count: int, seed: int, folder: Path) -> list[Volume]:
+    """As many volumes made as the phantom in `data_dir`, from another seed."""
+    known = resolve(config.data_dir) / phantom.PARAMETERS_FILE
+    if not known.exists():
+        raise ParameterError(f"shift: patients {seed}: '{config.data_dir}' is no phantom to make others like")
+    made = read_json(known)
+    if made["seed"] == seed:
+        raise ParameterError(f"shift: patients {seed}: '{config.data_dir}' holds these patients; choose another seed")
+    if not (folder / "brain_file_list.csv").exists():  # written last
+        size = {name: made[name] for name in ("slices", "img_size", "coils")}
+        phantom.make_dataset(folder, volumes=count, seed=seed, **size, progress=False)
+    return index_volumes(folder)

@@ -20,16 +20,10 @@ COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
 # Methods by their keys in metrics.json, in the order of tables and figures: label and colour.
 METHODS = {
     "model": ("two-stage model", BLUE),
-    "tokens_alone": ("decoder of tokens alone", PURPLE),
     "trained_without_tokens": ("decoder trained without tokens", GREEN),
-    "decoder_alone": ("decoder without stage\u00a01", GREY),  # not to be wrapped there
-    "without_tokens_equal_time": ("decoder trained without tokens, equal time", ORANGE),
     "no_tokens": ("no tokens", SKY),
     "other_patient_tokens": ("another patient's tokens", PURPLE),
     "varnet": ("fastMRI's VarNet", VERMILLION),
-    "varnet_equal_size": ("VarNet of equal size", BLACK),
-    "varnet_of_encoder": ("VarNet as in the encoder", SKY),
-    "varnet_both_stages": ("VarNet, steps of both stages", VERMILLION),
     "varnet_measured_lines": ("VarNet, measured lines put back", ORANGE),
     "unet": ("fastMRI's U-Net", SKY),
     "bart": ("BART l1-wavelet", GREEN),

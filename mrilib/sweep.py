@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, read_yaml, resolve, with_defaults
+from mrilib.decoders import uses_tokens
 from mrilib.runs import read_json
 
 MRILIB = (sys.executable, "-m", "mrilib")
@@ -26,6 +27,7 @@ class Variant(NamedTuple):
 
     name: str  # of the run folder
     parameters: dict[str, Any]  # "stage1.learning_rate" → value
+    notebooks: tuple[str, ...] = ()  # that it runs
 
 
 def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
@@ -59,8 +61,50 @@ def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
     return grid
 
 
-def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
-    """All combinations, named after the parameters that vary: ``demo-stage1.learning_rate-1e-4``.
+def methods_of(folder: Path, given: str | None) -> dict[str, dict[str, Any]]:
+    """Method → what its file in ``methods/`` changes in the folder's stage2.yaml, of the methods that are asked for.
+
+    Raises
+    ------
+    ParameterError
+        A method without a file.
+    """
+    files = {path.stem: path for path in sorted((folder / "methods").glob("*.yaml"))}
+    names = list(files) if given == "all" else (given or "").split(",") if given else []
+    for name in names:
+        if name not in files:
+            raise ParameterError(
+                f"--methods: '{display_path(folder / 'methods' / name)}.yaml' does not exist; there are: "
+                f"{', '.join(files) or 'none'}"
+            )
+    return {name: {f"stage2.{key}": value for key, value in read_yaml(files[name]).items()} for name in names}
+
+
+def parse_seeds(given: str | None) -> list[int]:
+    """``0,1`` → [0, 1]."""
+    try:
+        return [int(one) for one in given.split(",")] if given else []
+    except ValueError:
+        raise ParameterError(f"--seeds {given}: whole numbers are wanted, separated by commas: 0,1") from None
+
+
+def variants(
+    base: str,
+    grid: dict[str, list[Any]],
+    methods: Mapping[str, dict[str, Any]] | None = None,
+    seeds: Sequence[int] = (),
+) -> list[Variant]:
+    """All combinations, named after what varies: ``demo-stage1.learning_rate-1e-4``, ``comparison-varnet-seed-0``.
+
+    Parameters
+    ----------
+    base : str
+    grid : dict
+        "stage1.learning_rate" → values.
+    methods : mapping, optional
+        Method → the stage-2 parameters that it changes.
+    seeds : sequence of int
+        Each is the seed of both stages.
 
     Raises
     ------
@@ -68,12 +112,20 @@ def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
         If nothing varies, or two values would give folders of one name.
     """
     varying = [name for name, values in grid.items() if len(values) > 1]
-    if not varying:
-        raise ParameterError("nothing to sweep: give a parameter several values, -p stage1.learning_rate=1e-4,3e-4")
+    if not varying and not methods and not seeds:
+        raise ParameterError(
+            "nothing to sweep: give a parameter several values, -p stage1.epochs=3,6, or --methods, --seeds"
+        )
     found = []
-    for values in itertools.product(*grid.values()):
+    chosen_seeds: list[int | None] = [*seeds] or [None]
+    for method, seed, values in itertools.product(methods or [""], chosen_seeds, itertools.product(*grid.values())):
         chosen = dict(zip(grid, values, strict=True))
-        found.append(Variant("-".join([base, *(f"{name}-{_word(chosen[name])}" for name in varying)]), chosen))
+        parts = [base, *([method] if method else []), *(f"{name}-{_word(chosen[name])}" for name in varying)]
+        parameters = {**methods[method], **chosen} if methods else chosen
+        if seed is not None:
+            parts.append(f"seed-{seed}")
+            parameters = {**parameters, "stage1.seed": seed, "stage2.seed": seed}
+        found.append(Variant("-".join(parts), parameters))
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         raise ParameterError(f"two of the values give one folder name: {', '.join(names)}")
@@ -85,7 +137,19 @@ def _word(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_")[-40:] or "empty"
 
 
-def check(folder: Path, planned: Sequence[Variant], notebooks: Sequence[str]) -> None:
+def _used(folder: Path, variant: Variant, there: Sequence[str]) -> Variant:
+    """A variant with its notebooks: without stage 1 and its parameters where the decoder uses no tokens."""
+    given = {n.partition(".")[2]: v for n, v in variant.parameters.items() if n.startswith("stage2.")}
+    if "stage1" not in there:
+        kept = {name: value for name, value in variant.parameters.items() if name != "stage1.seed"}
+        variant = variant._replace(parameters=kept)
+    if "stage2" not in there or uses_tokens({**read_yaml(folder / "stage2.yaml"), **given}):
+        return variant._replace(notebooks=tuple(there))
+    parameters = {name: value for name, value in variant.parameters.items() if not name.startswith("stage1.")}
+    return Variant(variant.name, parameters, tuple(name for name in there if name != "stage1"))
+
+
+def check(folder: Path, planned: Sequence[Variant]) -> None:
     """Refuse what a run would refuse, before the first of them starts.
 
     Raises
@@ -94,10 +158,10 @@ def check(folder: Path, planned: Sequence[Variant], notebooks: Sequence[str]) ->
         Names the variant and the parameter.
     """
     for one in planned:
-        unused = {name.partition(".")[0] for name in one.parameters} - set(notebooks)
+        unused = {name.partition(".")[0] for name in one.parameters} - set(one.notebooks)
         if unused:
             raise ParameterError(f"'{folder}' holds no {' and no '.join(sorted(unused))}.yaml that this sweep runs")
-        for notebook in notebooks:
+        for notebook in one.notebooks:
             given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}
             try:
                 NOTEBOOKS[notebook][1].create({**read_yaml(folder / f"{notebook}.yaml"), **given}, written_later=LATER)
@@ -119,9 +183,10 @@ def sweep(options: argparse.Namespace) -> int:
     base = options.name or folder.resolve().name
     only = ["stage1"] if options.stage1_only else ["stage2"] if options.stage2_only else None
     steps = only or ["explore", "stage1", "stage2", "evaluate", "compare"]
-    planned = variants(base, parse_grid(options.parameter))
-    notebooks = [name for name in steps if (folder / f"{name}.yaml").is_file()]
-    check(folder, planned, notebooks)
+    files = [name for name in steps if (folder / f"{name}.yaml").is_file()]
+    methods, seeds = methods_of(folder, options.methods), parse_seeds(options.seeds)
+    planned = [_used(folder, one, files) for one in variants(base, parse_grid(options.parameter), methods, seeds)]
+    check(folder, planned)
     own = {one.name: resolve("outputs") / one.name for one in planned}
     comparison = resolve("outputs") / f"{base}-sweep"
     if not options.overwrite:
@@ -131,7 +196,7 @@ def sweep(options: argparse.Namespace) -> int:
             raise ParameterError(f"not finished: {', '.join(unfinished)}; {told}")
         for one in planned:
             if own[one.name].exists():
-                _check_same(own[one.name], folder, one, notebooks)
+                _check_same(own[one.name], folder, one)
 
     states: dict[str, str] = {}
     for number, one in enumerate(planned, 1):
@@ -170,14 +235,14 @@ def _status(path: Path) -> str:
     return str(read_json(path / "run.json")["status"]) if (path / "run.json").is_file() else "no run"
 
 
-def _check_same(path: Path, folder: Path, one: Variant, notebooks: Sequence[str]) -> None:
+def _check_same(path: Path, folder: Path, one: Variant) -> None:
     """Take a run that is there, or go on with it, only if it has the notebooks and parameters asked for now."""
     if not (path / "run.json").is_file():
         raise ParameterError(f"'{display_path(path)}' is no run folder; choose another --name, or --overwrite")
     record = read_json(path / "run.json")
     made = record["notebooks"]
-    if set(record["planned"]) != set(notebooks):
-        told = f"consists of {', '.join(record['planned'])}, not of {', '.join(notebooks)}"
+    if set(record["planned"]) != set(one.notebooks):
+        told = f"consists of {', '.join(record['planned'])}, not of {', '.join(one.notebooks)}"
         raise ParameterError(f"'{display_path(path)}' {told}; choose another --name, or --overwrite")
     for notebook, section in made.items():
         given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}

@@ -141,7 +141,6 @@ def parameter_table(model: TwoStageModel) -> pd.DataFrame:
         if name == "encoder" and hasattr(part, "varnet"):
             modules = {
                 "VarNet": part.varnet,
-                "restoration": part.restoration,
                 "maps of findings": part.finding_maps,
                 "ViT": part.vit,
             }
@@ -286,14 +285,22 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
 def model_card(
     model: TwoStageModel,
     config: EvaluateParameters,
-    stage1: Stage1Parameters,
+    stage1: Stage1Parameters | None,
     stage2: Stage2Parameters,
     volumes: Mapping[str, Sequence[Volume]],
 ) -> str:
     """What the model is, what it was trained on, and what it is not for; Markdown."""
     counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
-    cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
+    made_of = f"image decoder {decoder:,} parameters ({stage2.decoder}, without image tokens)"
+    trained = ""
+    if stage1 is not None:
+        cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
+        made_of = (
+            f"k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT with {stage1.vit_num_layers} "
+            f"layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type})"
+        )
+        trained = f"stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; "
     from mrilib.phantom import PARAMETERS_FILE  # it takes seconds to import, which the training notebooks need not
 
     phantom = ""
@@ -305,11 +312,10 @@ def model_card(
     return f"""
 | | |
 |---|---|
-| **Model** | k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT \
-with {stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
+| **Model** | {made_of} |
 | **Backbone** | `{config.backbone_path}`, tokenizer `{config.tokenizer_path or "the backbone's own"}` |
-| **Trained** | stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: at most \
-{stage2.epochs} epochs, SSIM loss; the checkpoints are those given above, the best by validation by default |
+| **Trained** | {trained}stage 2: at most {stage2.epochs} epochs, SSIM loss; \
+the checkpoints are those given above, the best by validation by default |
 | **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test \
 patients, split by patient |
 | **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre \

@@ -2,8 +2,7 @@
 
 Encoder and backbone are frozen in stage 2, so the image tokens of a (slice, mask) never change. A file, called a shard
 here, holds a few slices of one volume under one mask: the backbone's raw hidden states in their own type, the sampled
-lines of the masked, normalised k-space, mask, scale and target, so that neither the h5 file nor the model is needed; a
-decoder with `encoder_image` still has the encoder run up to its image.
+lines of the masked, normalised k-space, mask, scale and target, so that neither the h5 file nor the model is needed.
 
 A shard is named after a hash of all that it was computed from: weights, settings, code, mask parameters, the h5 file's
 bytes. What has changed is therefore not found and computed anew; nothing stale can be read. It is computed in a batch
@@ -36,11 +35,10 @@ from mrilib import data, delta_rule, encoder, finding_maps, kernels, kspace, nir
 from mrilib import model as model_module
 from mrilib import volume as volume_module
 from mrilib.config import ParameterError, Stage2Parameters, display_path, resolve
-from mrilib.data import Batch, FastMRIDataset, Slice, collate, make_loader
+from mrilib.data import Batch, FastMRIDataset, Slice, collate
 from mrilib.distributed import TrainingStopped
 from mrilib.model import TwoStageModel, delta_rule_path, hidden_size, tensor_hash
 from mrilib.runs import progress_bar, stop_requested, versions
-from mrilib.training import ReconstructionStage
 
 FORMAT = 1  # of a shard; raised when one holds other things than before
 SLICES = 4  # in a shard at most
@@ -82,13 +80,13 @@ class CachedSlices(FastMRIDataset):
         """Shard and row of a slice under the present epoch's mask."""
         return self.places[self.epoch % self.masks_per_slice if self.training else 0, index]
 
-    def __getitem__(self, index: int | tuple[int, ...]) -> Slice:
-        index, look, echo = (*index, 0)[:3] if isinstance(index, tuple) else (index, 0, 0)
+    def __getitem__(self, index: int | tuple[int, int]) -> Slice:
+        index, look = index if isinstance(index, tuple) else (index, 0)
         if look:
             raise ValueError("the token cache has one mask a slice and epoch; its slices are seen once an epoch")
         entry = read_entry(*self.place(index))
         if entry is None:
-            return super().__getitem__((index, look, echo))
+            return super().__getitem__(index)
         tensors, facts = entry
         mask = tensors["mask"]
         lines = torch.view_as_complex(tensors["lines"])
@@ -97,7 +95,7 @@ class CachedSlices(FastMRIDataset):
         recon = (facts["recon"][0], facts["recon"][1])
         scale = float(tensors["scale"])
         one = self._slice(index, masked, mask, scale, tensors.get("target"), recon, facts["acceleration"])
-        return one._replace(tokens=tensors["tokens"], echo=echo)
+        return one._replace(tokens=tensors["tokens"])
 
 
 class TokenCache:
@@ -287,19 +285,6 @@ class TokenCache:
             _write(shard.path, save(tensors, {"shard": json.dumps({"key": shard.key, "rows": rows})}))
         except OSError as error:
             raise OSError(f"token_cache_dir: {display_path(shard.path)} cannot be written ({error})") from None
-
-
-def cached_loaders(
-    stage: ReconstructionStage, config: Stage2Parameters, *loaders: DataLoader[Batch]
-) -> tuple[DataLoader[Batch], ...]:
-    """Training and validation loader of stage 2 that read from the token cache, as does the stage from now on."""
-    datasets = [loader.dataset for loader in loaders]
-    assert all(isinstance(dataset, FastMRIDataset) for dataset in datasets)
-    cache = TokenCache(stage.model, config)
-    train, val = cache.hold(*datasets)  # type: ignore[arg-type]
-    stage.image_tokens = cache.image_tokens
-    loader = make_loader(train, config.batch_size, config.seed, shuffle=True, echo=config.data_echo)
-    return loader, make_loader(val, config.batch_size)
 
 
 def _uncached(dataset: FastMRIDataset, number: int) -> FastMRIDataset:

@@ -2,15 +2,13 @@
 
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
 
-from mrilib import model, token_cache, train, training
+from mrilib import setup, training
 from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.data import Batch
 
@@ -40,7 +38,6 @@ class CacheTimes(NamedTuple):
 def measure(stage1: Stage1Parameters, stage2: Stage2Parameters) -> CacheTimes:
     """Time an epoch's parts on the data of `stage2`, with one mask a slice.
 
-    For a decoder that does not start from the encoder's image, which the cache does not hold, and without echoes.
     The encoder is one of `stage1` without training, which costs the same. The cache is filled into a temporary folder
     and is read from the page cache, as it is in a training whose tokens fit in memory.
 
@@ -52,17 +49,14 @@ def measure(stage1: Stage1Parameters, stage2: Stage2Parameters) -> CacheTimes:
     with tempfile.TemporaryDirectory(prefix="token-cache-") as name:
         folder = Path(name)
         given = {"epochs": 1 + PASSES, "masks_per_slice": 1, "train_control": False, "token_cache": True}
-        # what the cache holds alone: a decoder that starts from SENSE, each batch of new slices
-        given |= {"encoder_image": False, "data_echo": 1}
         config = stage2.model_copy(update=given | {"token_cache_dir": str(folder / "cache")})
-        plain_loaders = train.make_loaders(config.model_copy(update={"token_cache": False}))[1:]
-        computed = _seconds(_stage(stage1, config), plain_loaders)
+        loaders = setup.make_loaders(config)
+        computed = _seconds(_stage(stage1, config), loaders)
         stage = _stage(stage1, config)
-        _, train_loader, val_loader = train.make_loaders(config)
-        train_loader, val_loader = token_cache.cached_loaders(stage, config, train_loader, val_loader)
-        cached = min(_seconds(stage, (train_loader, val_loader)) for _ in range(PASSES))
-        batches = list(train_loader)
-        history = training.fit(stage, config, train_loader, val_loader, folder / "run")
+        loaders = setup.stage_loaders(config, stage, loaders)
+        cached = min(_seconds(stage, loaders) for _ in range(PASSES))
+        batches = list(loaders.train)
+        history = training.fit(stage, config, loaders.train, loaders.val, folder / "run")
         epoch = min(entry["seconds"] for entry in history.epochs[1:])
         decoder = min(_decoder_seconds(stage, batches, config.max_grad_norm) for _ in range(PASSES))
     return CacheTimes(len(batches), computed, cached, decoder, epoch)
@@ -70,21 +64,18 @@ def measure(stage1: Stage1Parameters, stage2: Stage2Parameters) -> CacheTimes:
 
 def _stage(stage1: Stage1Parameters, config: Stage2Parameters) -> training.ReconstructionStage:
     device = training.prepare(config)
-    backbone, tokenizer = model.build_backbone(config, device)
-    encoder = model.build_encoder(stage1, backbone)
-    return training.ReconstructionStage(
-        model.TwoStageModel(encoder, backbone, tokenizer, model.build_decoder(config, backbone))
-    )
+    stage = setup.build_stage(config, device, setup.build_stage(stage1, device).model.encoder)
+    assert isinstance(stage, training.ReconstructionStage)
+    return stage
 
 
-def _seconds(stage: training.ReconstructionStage, loaders: Iterable[DataLoader]) -> float:
+def _seconds(stage: training.ReconstructionStage, loaders: setup.Loaders) -> float:
     """Everything that an epoch does before the decoder: slices loaded, image tokens got."""
     begin = time.perf_counter()
-    source = stage.image_tokens or stage.model.image_tokens
     with torch.no_grad():
-        for loader in loaders:
+        for loader in (loaders.train, loaders.val):
             for batch in loader:
-                source(batch.to(stage.model.device))
+                stage.image_tokens(batch.to(stage.model.device))
     return time.perf_counter() - begin
 
 

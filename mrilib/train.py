@@ -2,90 +2,17 @@
 
 import logging
 import sys
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader
 from transformers.utils.logging import disable_progress_bar
 
-from mrilib import inference, model, runs, token_cache, training
+from mrilib import model, runs, setup, training
 from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
-from mrilib.data import (
-    Batch,
-    FastMRIDataset,
-    Split,
-    load_annotations,
-    make_loader,
-    require_boxes,
-    require_lesions,
-    require_targets,
-    split_volumes,
-)
 from mrilib.distributed import launched
-
-StageParameters = Stage1Parameters | Stage2Parameters
-
-
-def make_loaders(
-    config: StageParameters,
-) -> tuple[Split, DataLoader[Batch], DataLoader[Batch]]:
-    """Split, training loader and validation loader of a stage's parameters."""
-    volumes = split_volumes(config)
-    if isinstance(config, Stage2Parameters):
-        require_targets(volumes["train"] + volumes["val"])
-    annotations = load_annotations(config)
-    train_data = FastMRIDataset(
-        volumes["train"],
-        config,
-        annotations,
-        training=True,
-        masks_per_slice=config.masks_per_slice,
-        max_slices=config.max_train_slices,
-    )
-    val_data = FastMRIDataset(volumes["val"], config, annotations, max_slices=config.max_val_slices)
-    order: dict[str, Any] = {}
-    if isinstance(config, Stage1Parameters):
-        train_data.mirror_share, train_data.teacher_forcing = config.mirror_share, config.teacher_forcing
-        require_boxes(train_data, config.finding_labels)
-        for name in ("recon_weight", "varnet_image_weight"):
-            if getattr(config, name):
-                require_targets(volumes["train"], name)
-        order = {"group_by_length": config.group_by_length, "finding_share": config.finding_share}
-    else:
-        if config.lesion_weight:
-            require_lesions(train_data)
-    train_loader = make_loader(train_data, config.batch_size, config.seed, shuffle=True, echo=config.data_echo, **order)
-    return volumes, train_loader, make_loader(val_data, config.batch_size)
-
-
-def make_stages(config: StageParameters, device: torch.device) -> Iterator[training.Stage]:
-    """The trainings of a stage's parameters, built one after the other: the stage itself, then its control."""
-    backbone, tokenizer = model.build_backbone(config, device)
-    if isinstance(config, Stage1Parameters):
-        encoder = model.build_encoder(config, backbone, tokenizer).to(device)
-        system = model.TwoStageModel(encoder, backbone, tokenizer)
-        yield training.AnalysisStage.of(system, config)
-        if config.train_control:
-            training.prepare(config)  # the same seed again: the same order of slices
-            control = model.build_control(config, backbone).to(device)
-            yield training.AnalysisStage(
-                model.TwoStageModel(control, backbone, tokenizer), "control", config.label_smoothing
-            )
-        return
-    system, stage1_config = inference.load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
-    inference.check_same_input(config, stage1_config)
-    system.decoder = model.decoder_to_train(config, system)
-    yield training.ReconstructionStage.of(system, config)
-    if config.train_control:
-        training.prepare(config)  # the same seed again: the same order of slices and masks
-        decoder = model.decoder_to_train(config, system, use_tokens=False)
-        plain = model.TwoStageModel(system.encoder, backbone, tokenizer, decoder)
-        yield training.ReconstructionStage.of(plain, config, "plain")
+from mrilib.setup import StageParameters
 
 
 def train(config: StageParameters, only: str = "") -> Path:
@@ -129,35 +56,31 @@ def train(config: StageParameters, only: str = "") -> Path:
 
 
 def _train_stages(config: StageParameters, directory: Path, run: runs.Run | None, only: str) -> None:
-    device = training.prepare(config)
-    volumes, train_loader, val_loader = make_loaders(config)
+    device = setup.prepare(config)
+    loaders = setup.make_loaders(config)
     notebook = "stage1" if isinstance(config, Stage1Parameters) else "stage2"
     if run is not None:
-        split = {name: [volume.file for volume in part] for name, part in volumes.items()}
-        run.note(notebook, split=split, skipped_files=volumes.skipped)
-    for stage in make_stages(config, device):
+        split = {name: [volume.file for volume in part] for name, part in loaders.split.items()}
+        run.note(notebook, split=split, skipped_files=loaders.split.skipped)
+    stage = setup.build_stage(config, device)
+    before = model.fingerprint(stage.model)
+    for control in (False, True) if config.train_control else (False,):
+        stage = setup.build_control_stage(config, stage) if control else stage
         if only not in ("", stage.name):
             continue
-        if (
-            isinstance(config, Stage2Parameters)
-            and isinstance(stage, training.ReconstructionStage)
-            and config.token_cache
-        ):
-            train_loader, val_loader = token_cache.cached_loaders(stage, config, train_loader, val_loader)
-        before = model.fingerprint(stage.model.backbone, stage.model.tokenizer)
-        history = training.fit(stage, config, train_loader, val_loader, directory)
-        after = model.fingerprint(stage.model.backbone, stage.model.tokenizer)
-        if run is not None and stage.name == notebook:
-            facts = {
-                "frozen_before": before,
-                "frozen_after": after,
-                "best_epoch": history.best_epoch,
-                "best_val_loss": history.best_loss,
-                "seconds": history.seconds,
-                "peak_memory_bytes": runs.peak_memory_bytes(),
-                "trainable_parameters": model.count_trained(stage.part),
-            }
-            run.note(notebook, **facts)
+        loaders = setup.stage_loaders(config, stage, loaders)
+        history = training.fit(stage, config, loaders.train, loaders.val, directory)
+        if run is not None and not control:
+            run.note(
+                notebook,
+                frozen_before=before,
+                frozen_after=model.fingerprint(stage.model),
+                best_epoch=history.best_epoch,
+                best_val_loss=history.best_loss,
+                seconds=history.seconds,
+                peak_memory_bytes=runs.peak_memory_bytes(),
+                trainable_parameters=model.count_parameters(stage.part),
+            )
     if run is not None:
         run.finish(notebook)
 

@@ -5,7 +5,6 @@ epochs done. The order of the slices is a function of (seed, epoch), a training 
 and of how often the epoch has seen the slice: going on means leaving out batches, unread.
 """
 
-import bisect
 import logging
 import math
 import time
@@ -18,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils.memory import should_reduce_batch_size
-from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -35,7 +33,7 @@ from mrilib.history import (
     steps_path,
     write_epochs,
 )
-from mrilib.model import count_parameters, count_trained, tensor_hash
+from mrilib.model import count_parameters, tensor_hash
 from mrilib.optimizer import build_optimizer
 from mrilib.resume import check_same_training, data_hash
 
@@ -45,6 +43,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mrilib")
 T = TypeVar("T")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def total_steps(config: TrainingParameters, steps_per_epoch: int) -> int:
+    """Optimizer steps of a training: those of its epochs, or `max_steps` if that ends it before."""
+    steps = config.epochs * steps_per_epoch
+    return min(steps, config.max_steps) if config.max_steps else steps
 
 
 class Trainer:
@@ -86,18 +90,20 @@ class Trainer:
         # Batches of one step, over all processes; what this process takes of them is up to the sampler.
         launched = self.accelerator.num_processes if distributed.launched() else config.num_processes
         self.step_batches = config.gradient_accumulation_steps * launched
-        self.sampler.step = self.step_batches
-        stage.data_echo = self.sampler.echo  # what is kept for an echo that does not come would fill the memory
         self.steps_per_epoch = -(-self.sampler.total // self.step_batches)
-        self.total_steps = self.steps_per_epoch * config.epochs
-        self.schedule = self._build_schedule()
-        stage.progress = (self.total_steps - 1) / self.total_steps
-        if not stage.complete:
-            raise ParameterError(f"{stage.joining}: of {self.total_steps} steps none is left that has all; lower it")
-        stage.progress = 0.0
+        self.total_steps = total_steps(config, self.steps_per_epoch)
+        self.epochs = -(-self.total_steps // self.steps_per_epoch)
+        self.schedule = get_scheduler(
+            SCHEDULES[config.lr_schedule],
+            self.optimizer,
+            num_warmup_steps=round(config.warmup_ratio * self.total_steps),
+            num_training_steps=self.total_steps,
+        )
         self.data_hash = data_hash(train_loader, val_loader)
-        self.backbone_hash = tensor_hash(stage.model.backbone)
-        self.encoder_hash = tensor_hash(stage.model.encoder) if stage.trainable == "decoder" else ""
+        # what the trained part depends on; a decoder without tokens depends on neither
+        model = stage.model
+        self.backbone_hash = tensor_hash(model.backbone) if model.uses_tokens else ""
+        self.encoder_hash = tensor_hash(model.encoder) if model.uses_tokens and stage.trainable == "decoder" else ""
         self.history = History()
         self.step = self.epoch = 0
         self.gradients = StepGradients(stage, self.parameters, self.accelerator, config)
@@ -164,7 +170,7 @@ class Trainer:
                 "seconds": self.history.seconds + time.perf_counter() - self.begin,
                 "epoch_seconds": self.epoch_seconds,
                 "peak_memory_bytes": runs.peak_memory_bytes(),
-                "trainable_parameters": count_trained(self.stage.part),
+                "trainable_parameters": count_parameters(self.stage.part),
             },
         }
 
@@ -197,7 +203,6 @@ class Trainer:
             self.load(load_checkpoint(path, self.stage.name), path)
             if path == final and self.main:  # the process that wrote it may not have come to this any more
                 unfinished.unlink(missing_ok=True)
-            self.stage.progress = max(0, self.step - 1) / self.total_steps
             logger.info("%s goes on after epoch %d, step %d", self.stage.name, self.epoch, self.step)
         return path == final
 
@@ -257,13 +262,13 @@ class Trainer:
         return self.history
 
     def _train(self) -> None:
-        trained = count_trained(self.stage.part)
+        trained = count_parameters(self.stage.part)
         logger.info(
             "%s: %d epochs of %d steps, %d trainable parameters, %d frozen",
-            *(self.stage.name, self.config.epochs, self.steps_per_epoch),
+            *(self.stage.name, self.epochs, self.steps_per_epoch),
             *(trained, count_parameters(self.stage.model) - trained),
         )
-        while self.epoch < self.config.epochs and not self._out_of_patience():
+        while self.epoch < self.epochs and not self._out_of_patience():
             begin = time.perf_counter() - self.epoch_seconds
             for batches in self._steps_of_epoch():
                 self._take_step(batches)
@@ -285,26 +290,17 @@ class Trainer:
         dataset = self.train_loader.dataset
         assert isinstance(dataset, FastMRIDataset)
         dataset.epoch = self.epoch
-        self.stage.begin_epoch()
         self.stage.model.train()
         done = self.step - self.epoch * self.steps_per_epoch
         self.sampler.skip = done * self.step_batches
         self.sampler.share = (self.accelerator.process_index, self.accelerator.num_processes)
         count = self.sampler.total
-        first, last = (
-            min(max(0, self._steps_before(share) - self.epoch * self.steps_per_epoch) * self.step_batches, count)
-            for share in self.stage.echoed
-        )
-        self.sampler.echoed = first, last
         batches = iter(self.train_loader)
-        for step in range(done, self.steps_per_epoch):
+        left = self.total_steps - self.epoch * self.steps_per_epoch  # fewer than an epoch's if max_steps ends it
+        for step in range(done, min(self.steps_per_epoch, left)):
             first, last = step * self.step_batches, min((step + 1) * self.step_batches, count)
             own = len(range(first + self.accelerator.process_index, last, self.accelerator.num_processes))
             yield self._guarded(lambda own=own: list(islice(batches, own)))
-
-    def _steps_before(self, share: float) -> int:
-        """Steps that begin before this share of the training."""
-        return bisect.bisect_left(range(self.total_steps), share, key=lambda step: step / self.total_steps)
 
     def _guarded(self, action: Callable[[], T]) -> T:
         """What an error interrupts is saved first, as it was before the step: nothing of it has been applied."""
@@ -323,7 +319,6 @@ class Trainer:
     def _take_step(self, batches: list[Batch]) -> None:
         start = time.perf_counter()
         number = self.step + 1
-        self._advance()
         parts, norms, norm = self._guarded(lambda: self.gradients.compute(batches, self._where()))
         weight = sum(part.weight for part in parts)
         loss = sum(part.loss for part in parts) / weight
@@ -351,27 +346,6 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         }
         self._tell(entry)
-
-    def _build_schedule(self) -> LRScheduler:
-        """Warm-up and decay over all steps, or over those before and again over those after `stage.rate_anew_from`."""
-        joins = round(self.stage.rate_anew_from * self.total_steps)
-        lengths = [steps for steps in (joins, self.total_steps - joins) if steps]
-        parts = [
-            get_scheduler(
-                SCHEDULES[self.config.lr_schedule],
-                self.optimizer,
-                num_warmup_steps=round(self.config.warmup_ratio * steps),
-                num_training_steps=steps,
-            )
-            for steps in lengths
-        ]
-        return parts[0] if len(parts) == 1 else SequentialLR(self.optimizer, parts, lengths[:1])
-
-    def _advance(self) -> None:
-        """Tell the stage how far the training is; what joins with this step is looked at as at a first step."""
-        before, self.stage.progress = self.stage.complete, self.step / self.total_steps
-        if self.stage.complete and not before:
-            self.gradients.checked = False
 
     def _where(self) -> str:
         return f"{self.stage.name}, epoch {self.epoch + 1}, step {self.step + 1}"
@@ -450,14 +424,13 @@ class Trainer:
                 "epoch": number,
                 "train_loss": math.fsum(self.losses) / len(self.losses),
                 **{f"val_{name}": value for name, value in metrics.items()},
-                "skipped_steps": self.steps_per_epoch - len(self.losses),
-                "complete": float(self.stage.complete),
+                "skipped_steps": self.step - self.epoch * self.steps_per_epoch - len(self.losses),
                 "seconds": seconds,
             }
         )
         self.epoch, self.losses, self.epoch_seconds = number, [], 0.0
-        logger.info("%s epoch %d/%d %s", self.stage.name, number, config.epochs, _told(history.epochs[-1]))
-        if metrics["loss"] < history.best_loss and self.stage.complete:
+        logger.info("%s epoch %d/%d %s", self.stage.name, number, self.epochs, _told(history.epochs[-1]))
+        if metrics["loss"] < history.best_loss:
             history.best_loss, history.best_epoch = metrics["loss"], number
             self.save("best_model")
         if number % config.save_interval == 0:
@@ -480,10 +453,8 @@ class Trainer:
                 (folder / f"{start}{number}.pt").unlink()
 
     def _out_of_patience(self) -> bool:
-        # an epoch before all has joined can be no best one, and is not waited for
-        early = sum(not epoch.get("complete", 1.0) for epoch in self.history.epochs)
-        patience, waited = self.config.early_stopping_patience, self.epoch - max(self.history.best_epoch, early)
-        if patience and self.stage.complete and waited >= patience:
+        patience, waited = self.config.early_stopping_patience, self.epoch - self.history.best_epoch
+        if patience and waited >= patience:
             logger.info("%s: no better validation loss for %d epochs", self.stage.name, waited)
             return True
         return False
@@ -513,14 +484,14 @@ class Trainer:
         if entry["step"] % self.config.log_interval == 0 or entry["step"] == self.total_steps:
             logger.info(
                 "%s epoch %d/%d step %d/%d loss %.4f lr %.2e gradient norm %.3f, %.2f s/step",
-                *(self.stage.name, entry["epoch"], self.config.epochs, entry["step"], self.total_steps, entry["loss"]),
+                *(self.stage.name, entry["epoch"], self.epochs, entry["step"], self.total_steps, entry["loss"]),
                 *(entry["learning_rate"], entry["gradient_norm"], entry["seconds"]),
             )
 
     def _check_frozen(self) -> None:
         model = self.stage.model
         model.freeze(None)
-        if tensor_hash(model.backbone) != self.backbone_hash:
+        if self.backbone_hash and tensor_hash(model.backbone) != self.backbone_hash:
             raise RuntimeError("the frozen backbone has changed during training")
         if self.encoder_hash and tensor_hash(model.encoder) != self.encoder_hash:
             raise RuntimeError("the frozen k-space encoder has changed during training")

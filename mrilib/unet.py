@@ -84,9 +84,6 @@ class UNet(nn.Module):
     depth : Depth
     joined : int
         Channels of the map that joins at the bottleneck; 0: none.
-    modulated : bool
-        The map also scales and shifts the features at every level of the way up (Perez et al., AAAI 2018), each where
-        it lies; at the start by nothing.
     bilinear : bool
         False: transposed convolutions.
     activation_checkpointing : bool
@@ -100,7 +97,6 @@ class UNet(nn.Module):
         width: int,
         depth: Depth,
         joined: int = 0,
-        modulated: bool = False,
         bilinear: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -121,11 +117,6 @@ class UNet(nn.Module):
             self.grow.append(Upsample(from_width, wide, bilinear))
             first = ResidualBlock(2 * wide if inputs else wide, wide)
             self.up.append(nn.Sequential(first, *(ResidualBlock(wide, wide) for _ in range(blocks - 1))))
-        self.modulate: nn.ModuleList | None = None
-        if modulated and joined:
-            self.modulate = nn.ModuleList(nn.Conv2d(joined, 2 * wide, 1) for wide in reversed(widths))
-            for tensor in self.modulate.parameters():
-                nn.init.zeros_(tensor)
         self.head = nn.Conv2d(width, outputs * FOLD**2, 3, padding=1)
 
     def forward(self, pixels: Tensor | None, joined: Tensor | None = None) -> Tensor:
@@ -147,15 +138,11 @@ class UNet(nn.Module):
         if joined is not None:
             parts.append(joined.to(parts[0].dtype) if parts else joined)
         x = bottleneck = self._step(self.bottleneck, torch.cat(parts, dim=1))
-        for level, (grow, blocks) in enumerate(zip(self.grow, self.up, strict=True)):
+        for grow, blocks in zip(self.grow, self.up, strict=True):
             x = grow(x)
             if skips:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = self._step(blocks, x)
-            if self.modulate is not None and joined is not None:
-                here = F.interpolate(joined, x.shape[-2:], mode="bilinear", align_corners=False)
-                factor, shift = self.modulate[level](here).to(x.dtype).chunk(2, dim=1)
-                x = x * (1 + factor) + shift
         return F.pixel_shuffle(self.head(F.silu(x)), FOLD), bottleneck
 
     def _step(self, module: nn.Module, x: Tensor) -> Tensor:

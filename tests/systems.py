@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mrilib import corpus, model, pretrain, train
+from mrilib import corpus, model, pretrain, setup, train
 from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.data import Batch, FastMRIDataset, collate
 from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
@@ -83,8 +83,8 @@ def batch_of(dataset: FastMRIDataset, count: int) -> Batch:
 
 def loaders(config: Stage1Parameters | Stage2Parameters) -> tuple[DataLoader, DataLoader]:
     """Training and validation loader, as the notebooks make them."""
-    _, train_loader, val_loader = train.make_loaders(config)
-    return train_loader, val_loader
+    loaders = setup.make_loaders(config)
+    return loaders.train, loaders.val
 
 
 def train_in(directory: Path, config: Stage1Parameters | Stage2Parameters) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from mrilib import backbone_speed, corpus, model, pretrain
 from mrilib.data import FastMRIDataset, load_annotations, split_volumes
+from mrilib.decoders import build_decoder
 from mrilib.nirvana import NirvanaConfig, load_backbone
 
 WIDTHS = {"llama": 48, "gpt2": 40, "qwen2": 56, "qwen3": 64, "nirvana": 32}
@@ -104,7 +105,7 @@ def test_both_stages_and_generation(kind, tokenizer, phantom_dir, tmp_path):
     system = systems.build(config)
     dataset = FastMRIDataset(split_volumes(config)["test"], config, load_annotations(config))
     batch = systems.batch_of(dataset, 2)
-    before = model.fingerprint(system.backbone, system.tokenizer)
+    before = model.fingerprint(system)
 
     system.freeze("encoder")
     system.train()
@@ -116,7 +117,7 @@ def test_both_stages_and_generation(kind, tokenizer, phantom_dir, tmp_path):
 
     (tmp_path / "checkpoint.pt").touch()
     config2 = systems.stage2_config(phantom_dir, tmp_path, tmp_path / "checkpoint.pt")
-    system.decoder = model.build_decoder(config2, system.backbone)
+    system.decoder = build_decoder(config2, model.hidden_size(system.backbone))
     system.freeze("decoder")
     system.train()
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_both_stages_and_generation(kind, tokenizer, phantom_dir, tmp_path):
     together = system.generate(prefix, prompts, 8)
     alone = [system.generate(prefix[i : i + 1], [prompts[i]], 8)[0] for i in range(2)]
     assert together == alone and len(together) == 2
-    assert model.fingerprint(system.backbone, system.tokenizer) == before
+    assert model.fingerprint(system) == before
 
 
 def test_frozen_layers_recompute_in_eval_mode(kind):

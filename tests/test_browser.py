@@ -12,9 +12,10 @@ import lab
 import pytest
 import systems
 
-from mrilib import inference, model, training
+from mrilib import model, setup, training
 from mrilib.config import ROOT
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
+from mrilib.decoders import build_decoder
 
 pytestmark = pytest.mark.skipif(bool(lab.ABSENT), reason=f"the notebooks were not tried in a browser: {lab.ABSENT}")
 READ = (".widget-slider .widget-label", ".widget-slider .widget-readout", ".widget-html-content [role=status]")
@@ -52,8 +53,8 @@ def trained(phantom_dir, tmp_path_factory) -> dict[str, Any]:
     }
     stage2 = systems.stage2_config(phantom_dir, backbone, Path(checkpoints["stage1_checkpoint"]), epochs=1)
     language_model, tokenizer = model.build_backbone(stage2, "cpu")
-    system, _ = inference.load_stage1(Path(checkpoints["stage1_checkpoint"]), language_model, tokenizer)
-    system.decoder = model.build_decoder(stage2, language_model)
+    system, _ = setup.load_stage1(Path(checkpoints["stage1_checkpoint"]), language_model, tokenizer)
+    system.decoder = build_decoder(stage2, model.hidden_size(language_model))
     training.fit(training.ReconstructionStage(system), stage2, train, val, directory)
     values = systems.values(phantom_dir, backbone)
     common = {name: values[name] for name in COMMON}

@@ -575,35 +575,6 @@ def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volum
     assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
 
 
-def test_echoes_are_the_same_slices_under_the_same_masks(volumes: list[Volume], phantom_dir: Path) -> None:
-    """A block of batches at a time, each process its own batches again; a resumed training goes on within the block."""
-    config = parameters(phantom_dir)
-    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
-    plan = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9).plan()
-    sampler = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9, echo=2)
-    span = sampler.ECHO_SPAN = 4
-    sampler.step = 2
-    once = list(ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9))
-    assert sampler.plan() == plan and sampler.total == len(sampler) == 2 * len(plan) and len(plan) > span
-    assert any(isinstance(batch[0], tuple) for batch in once)  # a slice that comes again in a new look has echoes too
-    blocks = sampler._blocks(once)
-    assert [batch for block in blocks for batch in block] == once and len(blocks) > 2
-    assert all(len(block) % 2 == 0 and span / 2 <= len(block) <= 2 * span for block in blocks[:-1])
-    whole = list(sampler)
-    looks = [[(index, 0) if isinstance(index, int) else index for index in batch] for batch in once]
-    again = {str(batch): [(*look, 1) for look in looked] for batch, looked in zip(once, looks, strict=True)}
-    assert whole == [batch for block in blocks for batch in (*block, *(again[str(one)] for one in block))]
-    sampler.skip, sampler.share = 6, (1, 2)
-    assert list(sampler) == whole[7::2] and len(sampler) == len(whole[7::2])
-    sampler.skip = 0
-    first = list(sampler)[:span]
-    own = first[: span // 2]
-    assert first[span // 2 :] == [again[str(batch)] for batch in own]  # of a block, this process's own
-    for batch, echo in zip(own, first[span // 2 :], strict=True):
-        for index, other in zip(batch, echo, strict=True):
-            assert torch.equal(dataset[index].mask, dataset[other].mask)
-
-
 def test_a_slice_seen_again_in_an_epoch_looks_different(volumes: list[Volume], phantom_dir: Path) -> None:
     """Another mask each time, flipped or not; the same again in a second pass over the epoch, and by any process."""
     config = parameters(phantom_dir, mask_type="random")
@@ -681,20 +652,6 @@ def test_batches_are_few_and_about_equally_large(volumes: list[Volume], phantom_
     for sizes in groups.values():
         assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
         assert len(sizes) == -(-sum(sizes) // batch_size)
-
-
-def test_batches_of_like_length(volumes: list[Volume], phantom_dir: Path) -> None:
-    config = parameters(phantom_dir)
-    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
-    padding = []
-    for group in (False, True):
-        sampler = ShapeBatchSampler(dataset, 3, seed=1, shuffle=True, group_by_length=group)
-        plan = sampler.plan()
-        assert sorted(i for batch in plan for i in batch) == list(range(len(dataset)))
-        assert all(len({dataset.shape_key(i) for i in batch}) == 1 for batch in plan)
-        lengths = [[dataset.text_length(i) for i in batch] for batch in plan]
-        padding.append(sum(max(batch) - one for batch in lengths for one in batch))
-    assert padding[1] < padding[0]
 
 
 def test_chunks_of_a_batch_are_the_batch(volumes: list[Volume], phantom_dir: Path) -> None:

@@ -436,22 +436,6 @@ def test_background_phase_of_another_image_leaves_the_difference() -> None:
     torch.testing.assert_close(kspace.remove_background_phase(*turned), result, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("height", "width"), [(24, 31), (32, 32), (7, 40)])
-def test_fitted_scale_is_the_least_squares_fit_to_the_measured_lines(height: int, width: int) -> None:
-    generator = torch.Generator().manual_seed(3)
-    mask = torch.rand(2, width, generator=generator) < 0.4
-    full, image = noise(2, 3, height, width), noise(2, height, width)
-    maps = full / kspace.rss(full)[:, None]
-    measured = torch.where(mask[:, None, None], noise(2, 3, height, width), 0)
-    zero = kspace.combine(kspace.ifft2c(measured), maps)
-    factor = kspace.fitted_scale(image, mask, maps, zero)
-    predicted = torch.where(mask[:, None, None], kspace.fft2c(kspace.expand(image, maps)), 0)
-    expected = (predicted.conj() * measured).real.sum((1, 2, 3)) / predicted.abs().square().sum((1, 2, 3))
-    torch.testing.assert_close(factor[:, 0, 0], expected, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(kspace.fitted_scale(5 * image, mask, maps, zero), factor / 5, rtol=1e-3, atol=1e-5)
-    assert not kspace.fitted_scale(torch.zeros_like(image), mask, maps, zero).any()
-
-
 def test_background_phase_taken_off_and_put_back_is_the_image() -> None:
     image, other = noise(2, 24, 31), noise(2, 24, 31)
     phase = kspace.background_phase(other)

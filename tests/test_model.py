@@ -59,26 +59,6 @@ def test_an_encoder_without_a_map_network_trains_all_it_has(config, dataset):
     system.check_gradients()
 
 
-def test_a_varnet_that_is_kept_is_not_trained_and_keeps_no_graph(config, dataset):
-    system = systems.build(config)
-    kept = systems.build(config)
-    kept.encoder.keep_varnet = True
-    trained = kept.freeze("encoder")
-    assert len(trained) == len(list(kept.encoder.parameters())) - len(list(kept.encoder.varnet.parameters()))
-    kept.train()
-    assert not kept.encoder.varnet.training and kept.encoder.vit.training
-    assert model.count_trained(kept.encoder) == sum(parameter.numel() for parameter in trained)
-    assert model.count_trained(system.encoder) == model.count_parameters(system.encoder)
-    batch = systems.batch_of(dataset, 2)
-    loss = kept.analysis_loss(batch).loss
-    assert torch.equal(loss.detach(), system.analysis_loss(batch).loss.detach())
-    loss.backward()
-    kept.check_gradients()
-    next(kept.encoder.varnet.parameters()).grad = torch.zeros_like(next(kept.encoder.varnet.parameters()))
-    with pytest.raises(RuntimeError, match=r"encoder\.varnet"):
-        kept.check_gradients()
-
-
 def test_labels_are_the_analysis_and_its_end_alone(system, dataset):
     slices = systems.batch_of(dataset, 3).slices
     texts = system.tokenize(slices)
@@ -146,12 +126,12 @@ def test_control_is_as_long_as_the_encoder_and_sees_nothing(config, system, data
 
 
 def test_fingerprint_tells_one_changed_bit(system):
-    before = model.fingerprint(system.backbone, system.tokenizer)
-    assert model.fingerprint(system.backbone, system.tokenizer) == before
+    before = model.fingerprint(system)
+    assert model.fingerprint(system) == before
     weight = next(system.backbone.parameters())
     with torch.no_grad():
         weight.view(torch.int32)[0, 0] ^= 1
-    assert model.fingerprint(system.backbone, system.tokenizer)["tensors"] != before["tensors"]
+    assert model.fingerprint(system)["tensors"] != before["tensors"]
 
 
 def test_tokenizer_that_does_not_fit_the_backbone_is_refused(config, backbone_dir, tmp_path):

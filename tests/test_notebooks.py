@@ -17,8 +17,10 @@ from papermill.inspection import inspect_notebook
 from mrilib import reference
 from mrilib.__main__ import COMMANDS, main
 from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
+from mrilib.decoders import find_decoder
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
+METHODS = sorted(ROOT.glob("params/*/methods/*.yaml"))
 
 
 def source_of(stem: str) -> dict:
@@ -67,10 +69,17 @@ def test_params_files_fit_their_notebook(path):
     cls(**values)
 
 
-def test_demo_bench_and_full_have_a_file_for_each_notebook():
-    for folder in ("demo", "bench", "full"):
+def test_demo_comparison_and_full_have_a_file_for_each_notebook():
+    for folder in ("demo", "comparison", "full"):
         names = {path.stem for path in PARAMS if path.parent.name == folder}
         assert {"explore", "stage1", "stage2", "evaluate", "compare"} <= names
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_the_comparisons_methods_change_stage_2(path):
+    values, stage2 = yaml.safe_load(path.read_text()), yaml.safe_load((path.parent.parent / "stage2.yaml").read_text())
+    assert find_decoder(values["decoder"]) and values["max_steps"] > 0
+    NOTEBOOKS["stage2"][1](**{**stage2, **values})
 
 
 def papermill(notebook: str, out: Path, *arguments: str) -> subprocess.CompletedProcess:

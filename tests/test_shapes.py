@@ -14,6 +14,7 @@ from heads import as_test_file, write_shape
 from mrilib import check, kspace, model, training
 from mrilib.config import DataParameters, Stage1Parameters
 from mrilib.data import FastMRIDataset, collate, make_loader
+from mrilib.decoders import build_decoder
 from mrilib.evaluation import by_acceleration, evaluate_volumes, summarize, write_reconstruction
 from mrilib.volume import Volume, read_volume
 
@@ -41,9 +42,8 @@ def system(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[mode
     backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
     config = systems.stage1_config(folder, backbone, img_size=320, num_coils=COILS, epochs=1)
     whole = systems.build(config)
-    whole.decoder = model.build_decoder(
-        systems.stage2_config(folder, backbone, backbone / "config.json", img_size=320, num_coils=COILS), whole.backbone
-    )
+    stage2 = systems.stage2_config(folder, backbone, backbone / "config.json", img_size=320, num_coils=COILS)
+    whole.decoder = build_decoder(stage2, model.hidden_size(whole.backbone))
     return whole, config
 
 

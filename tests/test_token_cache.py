@@ -18,6 +18,7 @@ from safetensors import safe_open
 from mrilib import kernels, model, runs, token_cache, token_cache_speed, training
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
+from mrilib.decoders import build_decoder
 from mrilib.distributed import TrainingStopped
 from mrilib.token_cache import TokenCache, read_entry
 
@@ -32,7 +33,7 @@ def system_of(config: Stage2Parameters) -> model.TwoStageModel:
     stage1 = systems.stage1_config(Path(config.data_dir), Path(config.backbone_path))
     system = systems.build(stage1)
     torch.manual_seed(2)
-    system.decoder = model.build_decoder(config, system.backbone)
+    system.decoder = build_decoder(config, model.hidden_size(system.backbone))
     return system
 
 
@@ -128,14 +129,13 @@ def test_training_has_the_same_losses_as_without(filled, tmp_path, monkeypatch, 
         training.prepare(config)
         system = system_of(config)
         pair = datasets(config)
-        source = None
+        stage = training.ReconstructionStage(system)
         if cached:
             refuse_to_compute(monkeypatch)
             cache = TokenCache(system, config)
-            pair, source = cache.hold(*pair), cache.image_tokens
+            pair, stage.image_tokens = cache.hold(*pair), cache.image_tokens
             monkeypatch.setattr(model.TwoStageModel, "image_tokens", lambda *_: pytest.fail("the backbone ran"))
         loaders = make_loader(pair[0], config.batch_size, 0, shuffle=True), make_loader(pair[1], config.batch_size)
-        stage = training.ReconstructionStage(system, image_tokens=source)
         histories.append(training.fit(stage, config, *loaders, tmp_path / str(cached)))
     plain, cached = histories
     assert [s["loss"] for s in cached.steps] == pytest.approx([s["loss"] for s in plain.steps], rel=1e-5)

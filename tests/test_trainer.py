@@ -326,7 +326,7 @@ def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
 
 def test_a_parameter_newer_than_a_training_counts_as_its_default():
     now = {
-        "config": {"epochs": 2, "sense": False, "tokens_from": 0.0},
+        "config": {"epochs": 2, "sense": False},
         "data": "a",
         "backbone": "b",
         "encoder": "c",
@@ -334,8 +334,8 @@ def test_a_parameter_newer_than_a_training_counts_as_its_default():
     }
     before = {**now, "config": {"epochs": 2}}
     check_same_training(before, now, "run/stage2_resume.pt")
-    changed = {**now, "config": {**now["config"], "tokens_from": 0.5}}
-    with pytest.raises(ParameterError, match=r"was begun with tokens_from: 0.0 \(now 0.5\)"):
+    changed = {**now, "config": {**now["config"], "sense": True}}
+    with pytest.raises(ParameterError, match=r"was begun with sense: False \(now True\)"):
         check_same_training(before, changed, "run/stage2_resume.pt")
 
 
