@@ -7,7 +7,6 @@ and truth values are converted; what cannot be converted, or is not known, is re
 
 import ast
 import difflib
-import importlib.util
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -290,7 +289,6 @@ class TrainingParameters(BackboneParameters):
     gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1)
     mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
     activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
-    masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0)
     max_train_slices: int = P(0, "use so many training slices an epoch at most; 0: all", ge=0)
     max_val_slices: int = P(0, "use so many validation slices at most, spread evenly; 0: all", ge=0)
     save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1)
@@ -299,22 +297,12 @@ class TrainingParameters(BackboneParameters):
     resume: bool = P(False, "go on with the run folder's own training; false: refuse a folder that holds one")
     checkpoint_minutes: float = P(10, "minutes between the checkpoints to resume from; 0: after every step", ge=0)
     max_checkpoints: int = P(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0)
-    on_nan: Literal["stop", "skip"] = P("stop", "loss or gradient not finite: stop with the state saved, or skip")
-    auto_batch_size: bool = P(False, "halve the slices in memory at once when it runs out; steps stay the same")
     num_processes: int = P(1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1)
-    log_with: Literal["", "tensorboard", "wandb", "trackio"] = P("", "tracker beside the run's logs; empty: none")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yamls_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
-
-    @field_validator("log_with")
-    @classmethod
-    def _tracker_is_there(cls, value: str) -> str:
-        if value and importlib.util.find_spec(value) is None:
-            raise ValueError(f"the package {value} is not installed: pip install {value}")
-        return value
 
 
 class ExploreParameters(DataParameters):
@@ -368,7 +356,6 @@ class Stage1Parameters(TrainingParameters):
         [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
     )
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
-    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
@@ -383,12 +370,6 @@ class Stage1Parameters(TrainingParameters):
             raise ValueError(
                 "finding_labels: the U-Net that maps them halves the image four times; img_size is below 32"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _maps_learn(self) -> Self:
-        if self.finding_labels and not self.finding_map_weight:
-            raise ValueError("finding_map_weight: nothing else teaches the maps of finding_labels; set it above 0")
         return self
 
     @model_validator(mode="after")
@@ -421,18 +402,18 @@ class Stage2Parameters(TrainingParameters):
     baseline_cascades: int = P(12, "cascades of the VarNets", ge=1)
     baseline_chans: int = P(18, "channels of the VarNets' and fastMRI's U-Nets", ge=1)
     baseline_pools: int = P(4, "down-sampling levels of the VarNets' and fastMRI's U-Nets", ge=1)
-    token_cache: bool = P(
-        False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
+    masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0)
+    token_cache_dir: str = P(
+        "", "folder of the token cache, shared by runs: image tokens and decoder inputs are computed once; empty: none"
     )
-    token_cache_dir: str = P("outputs/token_cache", "folder of the token cache, shared by runs", min_length=1)
     train_control: bool = P(True, "also train the control: a decoder without image tokens, same steps")
 
     @model_validator(mode="after")
     def _cache_has_masks(self) -> Self:
-        if self.token_cache and not self.masks_per_slice:
+        if self.token_cache_dir and not self.masks_per_slice:
             raise ValueError(
-                "token_cache: with masks_per_slice 0 every epoch has new masks and nothing to read back; "
-                "set masks_per_slice to 1 or more, or token_cache: off"
+                "token_cache_dir: with masks_per_slice 0 every epoch has new masks and nothing to read back; "
+                "set masks_per_slice to 1 or more, or leave token_cache_dir empty"
             )
         return self
 

@@ -94,7 +94,7 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
     train, val = loaders.train_data, loaders.val_data
     train_batches, val_batches = len(loaders.train), len(loaders.val)
     cache_bytes, entries, fill_seconds = 0, 0, 0.0
-    if isinstance(config, Stage2Parameters) and config.token_cache:
+    if isinstance(config, Stage2Parameters) and config.token_cache_dir:
         cache_bytes = TokenCache(stage.model, config).total_bytes(train, val)
         entries = len(train) * min(config.epochs, config.masks_per_slice) + len(val)
     steps = 3 if device.type == "cuda" else 1
@@ -108,10 +108,10 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
     directory = Path(tempfile.mkdtemp(prefix="dry-run-", dir=parent)) if keep is None else keep
     try:
         short = config.model_copy(
-            update={"epochs": 1, "early_stopping_patience": 0, "num_processes": 1, "resume": False, "log_with": ""}
+            update={"epochs": 1, "early_stopping_patience": 0, "num_processes": 1, "resume": False}
         )
         loaders = Loaders(loaders.split, make_loader(train, config.batch_size), make_loader(val, config.batch_size))
-        if isinstance(short, Stage2Parameters) and short.token_cache:
+        if isinstance(short, Stage2Parameters) and short.token_cache_dir:
             short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache")})
             begin = time.perf_counter()
             loaders = setup.stage_loaders(short, stage, loaders)

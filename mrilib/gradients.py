@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mrilib")
 MEMORY_REMEDIES = (
-    "batch_size (gradient_accumulation_steps up in its place), auto_batch_size: true, activation_checkpointing: true, "
+    "batch_size (gradient_accumulation_steps up in its place), activation_checkpointing: true, "
     "mixed_precision: bf16, img_size, num_coils"
 )
 
@@ -46,12 +46,12 @@ class StepGradients:
         The trained ones.
     accelerator : Accelerator
     config : TrainingParameters
-        batch_size, auto_batch_size, max_grad_norm.
+        batch_size, max_grad_norm.
 
     Attributes
     ----------
     micro_batch : int
-        Slices that go through the model at once; `auto_batch_size` halves it.
+        Slices that go through the model at once; halved when memory runs out.
     """
 
     def __init__(
@@ -125,8 +125,6 @@ class StepGradients:
     def _with_smaller_batches(
         self, error: RuntimeError, batches: list[Batch], weight: float, rng: dict, where: str
     ) -> list[Part]:
-        if not self.config.auto_batch_size:
-            raise out_of_memory(where, self.micro_batch, batches[0], error) from None
         size = self.micro_batch
 
         def halve() -> int:

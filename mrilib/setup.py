@@ -90,7 +90,7 @@ def make_loaders(config: StageParameters) -> Loaders:
         config,
         annotations,
         training=True,
-        masks_per_slice=config.masks_per_slice,
+        masks_per_slice=0 if isinstance(config, Stage1Parameters) else config.masks_per_slice,
         max_slices=config.max_train_slices,
         mirror_share=stage1.mirror_share if stage1 else 0.0,
     )
@@ -111,13 +111,13 @@ def _loaders(
 def stage_loaders(config: StageParameters, stage: training.Stage, loaders: Loaders) -> Loaders:
     """The loaders that a stage is trained with: the same batches, from where this stage gets them.
 
-    Stage 1's control reads no k-space. With `token_cache` stage 2 reads image tokens and decoder inputs from the cache,
-    which is filled first.
+    Stage 1's control reads no k-space. With `token_cache_dir` stage 2 reads image tokens and decoder inputs from there,
+    after what is missing has been computed.
     """
     train_data, val_data, cache = loaders.train_data, loaders.val_data, None
     if stage.name == "control":
         train_data, val_data = train_data.without_kspace(), val_data.without_kspace()
-    elif isinstance(config, Stage2Parameters) and config.token_cache and stage.model.uses_tokens:
+    elif isinstance(config, Stage2Parameters) and config.token_cache_dir and stage.model.uses_tokens:
         assert isinstance(stage, training.ReconstructionStage)
         cache = TokenCache(stage.model, config)
         train_data, val_data = cache.hold(train_data, val_data)
@@ -145,7 +145,7 @@ def build_stage(
     if isinstance(config, Stage1Parameters):
         backbone, tokenizer = build_backbone(config, device)
         system = TwoStageModel(build_encoder(config, backbone, tokenizer).to(device), backbone, tokenizer)
-        return training.AnalysisStage(system, "stage1", config.label_smoothing, config.finding_map_weight)
+        return training.AnalysisStage(system, "stage1", config.label_smoothing, training.MAP_WEIGHT)
     if not find_decoder(config.decoder).uses_tokens:
         return training.ReconstructionStage(TwoStageModel(decoder=build_decoder(config, 0).to(device)))
     backbone, tokenizer = build_backbone(config, device)

@@ -213,8 +213,8 @@ class TokenCache:
         self.facts |= {"entries": slices, "bytes": needed + there, "bytes_to_write": needed}
         if needed and needed + SPARE_BYTES > free:
             raise ParameterError(
-                f"token_cache: {told}, of which 1.1 GB are kept for the run. Choose another token_cache_dir, "
-                "fewer masks_per_slice, max_train_slices, or token_cache: off; or delete old caches there"
+                f"token_cache_dir: {told}, of which 1.1 GB are kept for the run. Choose another token_cache_dir, "
+                "fewer masks_per_slice, max_train_slices, or none; or delete old caches there"
             )
 
     def total_bytes(self, *datasets: FastMRIDataset) -> int:

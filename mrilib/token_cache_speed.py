@@ -48,7 +48,7 @@ def measure(stage1: Stage1Parameters, stage2: Stage2Parameters) -> CacheTimes:
     """
     with tempfile.TemporaryDirectory(prefix="token-cache-") as name:
         folder = Path(name)
-        given = {"epochs": 1 + PASSES, "masks_per_slice": 1, "train_control": False, "token_cache": True}
+        given = {"epochs": 1 + PASSES, "masks_per_slice": 1, "train_control": False}
         config = stage2.model_copy(update=given | {"token_cache_dir": str(folder / "cache")})
         loaders = setup.make_loaders(config)
         computed = _seconds(_stage(stage1, config), loaders)

@@ -80,7 +80,6 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             cpu=stage.model.device.type == "cpu",
-            log_with=config.log_with or None,
             project_dir=directory / "logs",
         )
         self.parameters = stage.model.freeze(stage.trainable)
@@ -163,7 +162,6 @@ class Trainer:
                 "epochs": history.epochs,
                 "best_epoch": history.best_epoch,
                 "best_loss": history.best_loss,
-                "skipped": history.skipped,
             },
             **self.identity(),
             "cost": {
@@ -246,7 +244,6 @@ class Trainer:
         if not self.restore():
             if self.main:
                 self.log = runs.JsonLines(self.steps_path, keep=lambda entry: entry["step"] <= self.step)
-            self._start_trackers()
             self.bar = runs.progress_bar(self.total_steps, self.stage.name, self.interactive, self.main)
             self.bar.update(self.step)
             try:
@@ -255,8 +252,6 @@ class Trainer:
                 self.bar.close()
                 if self.log is not None:
                     self.log.close()
-                for tracker in self.accelerator.trackers:
-                    tracker.finish()
             self.history.seconds += time.perf_counter() - self.begin
         self._check_frozen()
         return self.history
@@ -322,15 +317,11 @@ class Trainer:
         parts, norms, norm = self._guarded(lambda: self.gradients.compute(batches, self._where()))
         weight = sum(part.weight for part in parts)
         loss = sum(part.loss for part in parts) / weight
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if not finite:
-            self._not_finite(parts, loss, norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_finite(parts, loss, norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
-        if finite:
-            self.optimizer.step()
-            self.losses.append(loss)
-        else:
-            self.history.skipped += 1
+        self.optimizer.step()
+        self.losses.append(loss)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step = number
@@ -350,18 +341,15 @@ class Trainer:
     def _where(self) -> str:
         return f"{self.stage.name}, epoch {self.epoch + 1}, step {self.step + 1}"
 
-    def _not_finite(self, parts: list[Part], loss: float, norm: float) -> None:
+    def _not_finite(self, parts: list[Part], loss: float, norm: float) -> FloatingPointError:
         sick = [part for part in parts if not math.isfinite(part.loss)] or parts
         where = ", ".join(one for part in sick for one in part.slices)
         told = f"{self._where()}: loss {loss}, gradient norm {norm}; slices: {where}"
-        if self.config.on_nan == "skip":
-            logger.warning("%s; the step is skipped", told)
-            return
         self.optimizer.zero_grad(set_to_none=True)
         self.save_to_resume()
-        raise FloatingPointError(
+        return FloatingPointError(
             f"{told}. The state before is in '{display_path(self.checkpoint_path('resume'))}'. What "
-            "to turn: learning_rate, max_grad_norm, warmup_ratio, mixed_precision; on_nan: skip leaves such steps out"
+            "to turn: learning_rate, max_grad_norm, warmup_ratio, mixed_precision"
         )
 
     def _save_or_stop(self) -> None:
@@ -413,18 +401,13 @@ class Trainer:
         if not math.isfinite(metrics["loss"]):
             sick = [f"{one['file']} slice {one['slice']}" for one in scores if not math.isfinite(one["loss"])]
             told = f"{self.stage.name}, epoch {number}: validation loss {metrics['loss']}; slices: {', '.join(sick)}"
-            if config.on_nan == "stop":
-                self.save_to_resume()
-                raise FloatingPointError(told)
-            logger.warning("%s; this epoch cannot be the best", told)
-        if not self.losses:
-            raise FloatingPointError(f"{self.stage.name}, epoch {number}: every step was skipped; nothing is learned")
+            self.save_to_resume()
+            raise FloatingPointError(told)
         history.epochs.append(
             {
                 "epoch": number,
                 "train_loss": math.fsum(self.losses) / len(self.losses),
                 **{f"val_{name}": value for name, value in metrics.items()},
-                "skipped_steps": self.step - self.epoch * self.steps_per_epoch - len(self.losses),
                 "seconds": seconds,
             }
         )
@@ -439,8 +422,6 @@ class Trainer:
         if self.main:  # before the state: a process that goes on from it does not write this epoch's row again
             write_epochs(self.epochs_path, history.epochs)
         self.save_to_resume()
-        if self.main:
-            self.accelerator.log({k: v for k, v in history.epochs[-1].items() if k.startswith("val_")}, step=self.step)
         if self.main and self.on_epoch is not None:
             self.on_epoch(history)
 
@@ -461,22 +442,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ what is told
 
-    def _start_trackers(self) -> None:
-        if not self.config.log_with:
-            return
-        values = {name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)}
-        options: dict[str, Any] = {"tensorboard": {"purge_step": self.step + 1}}
-        if self.config.log_with == "wandb":  # one curve for a run that was resumed
-            options["wandb"] = {"id": f"{self.directory.name}-{self.stage.name}", "resume": "allow"}
-        self.accelerator.init_trackers(f"{self.directory.name}-{self.stage.name}", values, options)
-
     def _tell(self, entry: dict[str, float]) -> None:
         if not self.main:
             return
         self.history.steps.append(entry)
         assert self.log is not None
         self.log.write(**entry)
-        self.accelerator.log(entry, step=int(entry["step"]))
         self.bar.set_postfix(loss=f"{entry['loss']:.4f}", lr=f"{entry['learning_rate']:.1e}", refresh=False)
         self.bar.update()
         if self.on_step is not None:

@@ -27,6 +27,8 @@ from mrilib.history import History
 from mrilib.model import TwoStageModel
 from mrilib.trainer import Trainer
 
+MAP_WEIGHT = 3.0  # of the detection maps' loss, added to the text's
+
 
 class BatchLoss(NamedTuple):
     """What a stage says of one batch."""

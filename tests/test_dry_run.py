@@ -49,7 +49,7 @@ def test_stage2_with_its_token_cache(stage1, phantom_dir, tmp_path):
     checkpoint = tmp_path / "stage1" / "stage1_checkpoints" / "stage1_final_model.pt"
     stage2 = systems.stage2_config(
         phantom_dir, backbone, checkpoint, output_dir=str(tmp_path / "stage2"), train_control=False,
-        token_cache=True, masks_per_slice=2, token_cache_dir=str(tmp_path / "cache"),
+        masks_per_slice=2, token_cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     report = dry_run.report(stage2)
     assert not (tmp_path / "cache").exists() and list((tmp_path / "stage2").iterdir()) == []

@@ -20,7 +20,7 @@ LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific w
 def config(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
     return systems.stage1_config(
-        phantom_dir, backbone, finding_labels=list(LABELS), finding_chans=2, finding_map_weight=3.0, learning_rate=3e-3
+        phantom_dir, backbone, finding_labels=list(LABELS), finding_chans=2, learning_rate=3e-3
     )
 
 
@@ -129,7 +129,7 @@ def test_findings_without_a_box_to_learn_from_are_refused(config, dataset):
 def test_tokens_see_the_maps_and_nothing_of_the_boxes(config, dataset):
     system = systems.build(config)
     batch = batches(dataset)[0]
-    tokens, maps, _ = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
+    tokens, maps = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
     side = config.img_size
     assert maps.shape == (len(batch.slices), len(LABELS), side, side) and maps.dtype == torch.float32
     assert torch.equal(tokens, system.encoder(batch.kspace, batch.mask))

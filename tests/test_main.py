@@ -307,7 +307,7 @@ def test_stage2_alone_takes_the_given_checkpoint(run, params, tmp_path):
     assert status == 0 and record["status"] == "done" and record["planned"] == ["stage2"]
     assert record["notebooks"]["stage2"]["config"]["stage1_checkpoint"] == str(checkpoint)
     assert (alone / "stage2_checkpoints" / "stage2_best_model.pt").exists()
-    overrides += ["-p", "stage2.token_cache=true", "-p", "stage2.masks_per_slice=1"]
+    overrides += ["-p", f"stage2.token_cache_dir={tmp_path / 'cache'}", "-p", "stage2.masks_per_slice=1"]
     cached = tmp_path / "cached"
     status = main(["run", str(params), "--name", str(cached), "--stage2-only", "-c", str(checkpoint), *overrides])
     assert status == 0

@@ -91,7 +91,7 @@ def test_decoders_without_tokens_train_without_stage_1(stage2, name, tmp_path, m
     monkeypatch.setattr(setup, "build_backbone", lambda *_: pytest.fail("the backbone is loaded"))
     stage = setup.build_stage(config, setup.prepare(config))
     loaders = setup.make_loaders(config)
-    assert setup.stage_loaders(config.model_copy(update={"token_cache": True}), stage, loaders) is loaders
+    assert setup.stage_loaders(config.model_copy(update={"token_cache_dir": str(tmp_path)}), stage, loaders) is loaders
     history = training.fit(stage, config, loaders.train, loaders.val, tmp_path)
     assert len(history.steps) == 2 and 0 < history.epochs[0]["val_ssim"] < 1
     assert model.fingerprint(stage.model) == {}
@@ -145,7 +145,6 @@ def test_max_steps_ends_a_training_and_it_resumes(stage2, tmp_path, given, epoch
     history, stage = trained(tmp_path / "a")
     total = limit if 0 < limit < 2 * each else 2 * each
     assert len(history.steps) == total and len(history.epochs) == epochs
-    assert [epoch["skipped_steps"] for epoch in history.epochs] == [0] * epochs
     rates = [step["learning_rate"] for step in history.steps]
     assert rates[-1] <= 0.5 * max(rates)  # the schedule ends where the training does
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import systems
 import torch
-import yaml
 from safetensors import safe_open
 
 from mrilib import kernels, model, runs, token_cache, token_cache_speed, training
@@ -25,7 +24,7 @@ from mrilib.token_cache import TokenCache, read_entry
 
 def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
     values = systems.values(data, backbone, stage1_checkpoint=str(backbone), **systems.DECODER)
-    values |= {"masks_per_slice": 2, "epochs": 3, "token_cache": True, "token_cache_dir": str(directory)}
+    values |= {"masks_per_slice": 2, "epochs": 3, "token_cache_dir": str(directory)}
     return Stage2Parameters.create(values | others)
 
 
@@ -171,7 +170,7 @@ def test_size_is_said_beforehand_and_refused_when_the_disk_is_too_small(filled, 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=token_cache.SPARE_BYTES + actual // 2))
     small = config.model_copy(update={"token_cache_dir": str(tmp_path)})
-    with pytest.raises(ParameterError, match=r"token_cache: .* GB to be written to .*masks_per_slice"):
+    with pytest.raises(ParameterError, match=r"token_cache_dir: .* GB to be written to .*masks_per_slice"):
         TokenCache(system, small).hold(*datasets(small))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     TokenCache(system, config).hold(*datasets(config))  # a cache that is there needs no room
@@ -345,13 +344,10 @@ def test_killed_processes_leave_a_usable_cache_and_two_at_once_do_not_harm_it(fi
     assert files(tmp_path) == wanted
 
 
-def test_the_parameter_is_on_or_off_and_needs_masks(phantom_dir, backbone_dir, tmp_path):
-    for text, value in (("on", True), ("off", False), ('"on"', True)):
-        given = yaml.safe_load(f"token_cache: {text}")
-        assert config_of(phantom_dir, backbone_dir, tmp_path, **given).token_cache is value
+def test_the_cache_needs_masks(phantom_dir, backbone_dir, tmp_path):
     with pytest.raises(ParameterError, match="masks_per_slice 0 every epoch has new masks"):
         config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0)
-    assert config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0, token_cache=False).masks_per_slice == 0
+    assert config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0, token_cache_dir="").masks_per_slice == 0
 
 
 def test_raw_hidden_states_are_stored(filled):

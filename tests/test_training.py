@@ -26,7 +26,7 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaders(config):
     volumes = split_volumes(config)
     annotations = load_annotations(config)
-    train = FastMRIDataset(volumes["train"], config, annotations, training=True, masks_per_slice=config.masks_per_slice)
+    train = FastMRIDataset(volumes["train"], config, annotations, training=True)
     val = FastMRIDataset(volumes["val"], config, annotations)
     return make_loader(train, config.batch_size, config.seed, shuffle=True), make_loader(val, config.batch_size)
 
