@@ -3,7 +3,6 @@
 A headless record shows none of it while it happens: curves and examples, which are kept, have their figures at the end.
 """
 
-import html
 import io
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from mrilib import charts
 from mrilib.style import STYLE, RecordFigure
-from mrilib.tables import html_table, marked_text
+from mrilib.tables import Markup, html_table, marked_text
 from mrilib.training import History
 
 Example = TypeVar("Example")
@@ -147,7 +146,7 @@ def text_progress(examples: Mapping[int, pd.DataFrame]) -> str:
     first = next(iter(examples.values()))
     rows = []
     for number, (file, slice_num, true) in enumerate(zip(first["file"], first["slice"], first["true"], strict=True)):
-        rows.append((f"{file}, slice {slice_num}", "<i>true</i>", html.escape(true)))
+        rows.append((f"{file}, slice {slice_num}", Markup("<i>true</i>"), true))
         for epoch, table in examples.items():
             rows.append(("", f"after epoch {epoch}", marked_text(true, table["generated"].iloc[number])))
     return html_table(("slice", "", "analysis"), rows)

@@ -8,8 +8,10 @@ from typing import Any, ParamSpec
 import matplotlib.colors
 import numpy as np
 from cycler import cycler
+from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -108,12 +110,25 @@ class RecordFigure(Figure):
 
 
 def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with `STYLE`, and every text as it is: names of files and runs may hold a formula's `$`."""
+
     @functools.wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
-            return function(*args, **kwargs)
+            figure = function(*args, **kwargs)
+        ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}  # 10⁻³ is a formula
+        for text in figure.findobj(Text):
+            if text not in ticks:
+                text.set_parse_math(False)
+                text.set_text(printable(text.get_text(), keep="\n"))
+        return figure
 
     return inner
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text without control characters, which a terminal would obey: they become escapes such as \\x1b."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
