@@ -15,6 +15,8 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
 
+from mrilib.config import printable
+
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
@@ -124,11 +126,6 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
         return figure
 
     return inner
-
-
-def printable(text: str, keep: str = "") -> str:
-    """A text without control characters, which a terminal would obey: they become escapes such as \\x1b."""
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -11,12 +11,12 @@ import pandas as pd
 from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
 
-from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
+from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, printable, resolve
 from mrilib.data import Volume
 from mrilib.evaluation import VolumeScore, paired_difference
 from mrilib.model import TwoStageModel, count_parameters
 from mrilib.runs import all_runs, read_json
-from mrilib.style import in_order, method_label, printable
+from mrilib.style import in_order, method_label
 
 ICBM_NOTICE = (
     "© 1993–2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University, "
@@ -198,9 +198,8 @@ def html_table(names: Sequence[str], rows: Sequence[Sequence[Any]], caption: str
     head = "".join(f'<th scope="col"{left}>{cell(name)}</th>' for name in names)
     body = "".join("<tr>" + "".join(f"<td{left}>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
     told = f"<caption>{cell(caption)}</caption>" if caption else ""
-    return (
-        f'<table class="tex2jax_ignore mathjax_ignore">{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    )
+    rest = f"{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="tex2jax_ignore mathjax_ignore">{rest}'
 
 
 def shown(table: pd.DataFrame, index: bool = False, caption: str = "") -> HTML:

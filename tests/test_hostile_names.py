@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from test_charts import history
 
-from mrilib import charts, compare, figures, live, style, tables
-from mrilib.config import ROOT
+from mrilib import charts, compare, figures, live, tables
+from mrilib.config import ROOT, printable
 from mrilib.figures import Comparison
 
 NAMES = (
@@ -33,8 +33,8 @@ def assert_inert(shown: str, name: str) -> None:
     known = r"</?(?:table|caption|thead|tbody|tr|th|td|b|i|code|p)(?: (?:style|scope|class|role)=\"[^\"<>]*\")*>"
     rest = re.sub(known, "", shown)
     assert "<" not in rest and ">" not in rest, rest
-    assert style.printable(name, keep="\n") in html.unescape(rest)
-    assert style.printable(shown, keep="\n") == shown
+    assert printable(name, keep="\n") in html.unescape(rest)
+    assert printable(shown, keep="\n") == shown
     for table in re.findall(r"<table[^>]*>", shown):
         assert "tex2jax_ignore" in table and "mathjax_ignore" in table
 
@@ -69,7 +69,7 @@ def test_a_model_card_takes_no_path_for_html_or_markdown():
     for name in NAMES:
         shown = tables._code(name)
         assert "\n" not in shown and not re.search(r"[\\`*_\[\]|$]", shown)
-        assert_inert(shown, style.printable(name))
+        assert_inert(shown, printable(name))
 
 
 def test_figures_show_names_as_they_are():
@@ -79,9 +79,9 @@ def test_figures_show_names_as_they_are():
     shown = figures.reconstruction_comparison(Comparison(image, images, 1.0, title=NAMES[7]), title=NAMES[2])
     for figure in (curves, shown):
         figure.draw_without_rendering()  # a broken formula raises here
-        assert style.printable(figure.told()) == figure.told()
+        assert printable(figure.told()) == figure.told()
     texts = {text.get_text() for text in curves.legends[0].get_texts()}
-    assert texts >= {f"{style.printable(name, keep=chr(10))} training" for name in NAMES}
+    assert texts >= {f"{printable(name, keep=chr(10))} training" for name in NAMES}
     assert shown.get_suptitle() == NAMES[2]
 
 
