@@ -91,7 +91,7 @@ def images_in(run: Path) -> Kept[list[Comparison]]:
         return arrays
 
     def unpack(arrays: Mapping[str, Any]) -> list[Comparison]:
-        shown = []
+        shown: list[Comparison] = []
         while f"{len(shown)}.target" in arrays:
             start = f"{len(shown)}."
             images = f"{start}images."
@@ -239,7 +239,7 @@ def text_progress(examples: Mapping[int, pd.DataFrame]) -> str:
         Epoch → `inference.example_texts`: columns file, slice, true, generated.
     """
     first = next(iter(examples.values()))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, (file, slice_num, true) in enumerate(zip(first["file"], first["slice"], first["true"], strict=True)):
         rows.append((f"{file}, slice {slice_num}", Markup("<i>true</i>"), true))
         for epoch, table in examples.items():

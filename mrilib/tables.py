@@ -182,7 +182,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def html_table(names: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
     """An HTML table, aligned left. Every table that a notebook shows is made here.
 
     Cells, names and caption are escaped unless they are `Markup`: file names come from elsewhere. MathJax is kept out,
