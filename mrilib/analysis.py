@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+
+logger = logging.getLogger("mrilib")
 
 #: name of a contrast for each value of the h5's ``acquisition`` attribute
 CONTRASTS = {
@@ -83,6 +86,8 @@ STUDY_LABELS = (
 LABELS = tuple(sorted(BOX_LABELS + STUDY_LABELS))
 _LABEL_OF_TEXT = {label.lower(): label for label in LABELS}
 
+#: bytes; the annotations of all of fastMRI's brains, and a report of each of its slices, are a tenth of it
+LARGEST_TEXT = 2**28
 _COLUMNS = ("file", "slice", "study_level", "x", "y", "width", "height", "label")
 _BOX_COLUMNS = ("x", "y", "width", "height")
 
@@ -99,6 +104,8 @@ class Box:
         [pixels]
     label : str
         one of ``LABELS``
+    line : int
+        of the CSV; 0 if it comes from none
     """
 
     x: float
@@ -106,6 +113,7 @@ class Box:
     width: float
     height: float
     label: str
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, order=True)
@@ -163,9 +171,15 @@ class Facts:
         object.__setattr__(self, "study_labels", tuple(sorted(set(self.study_labels))))
 
 
+def _cut(value: object) -> str:
+    """A value for a message, which a megabyte of it would not make clearer."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def _nearest(value: str, known: Iterable[str]) -> str:
     names = list(known)
-    close = get_close_matches(str(value), names, n=1)
+    close = get_close_matches(str(value)[:200], names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
 
 
@@ -211,10 +225,10 @@ class Annotations:
             y = image_height - box.y - box.height
             if y < 0:
                 raise ValueError(
-                    f"{file}, slice {slice_num}: box {box.label!r} reaches row {box.y + box.height:g} of "
-                    f"{image_height} rows; the annotations belong to a larger reconstruction"
+                    f"{file}, slice {slice_num}: box {box.label!r}{_of_line(box)} reaches row {box.y + box.height:g} "
+                    f"of {image_height} rows; the annotations belong to a larger reconstruction"
                 )
-            flipped.append(Box(box.x, y, box.width, box.height, box.label))
+            flipped.append(replace(box, y=y))
         return tuple(flipped)
 
     @cached_property
@@ -254,12 +268,14 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
         if either file is missing
     """
     csv, file_list = Path(csv), Path(file_list)
+    for path in (csv, file_list):
+        _require_file(path, "table of annotations")
     files = _read_file_list(file_list)
     try:
         # everything as text first: pandas would turn a column with one bad number silently into strings
         table = pd.read_csv(csv, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{csv}: not a readable CSV file: {error}") from error
+        raise ValueError(f"{csv}: not a readable CSV file: {str(error).splitlines()[0]}") from error
     missing = [name for name in _COLUMNS if name not in table.columns]
     if missing:
         raise ValueError(f"{csv}, line 1: column {', '.join(missing)} missing; needed are {', '.join(_COLUMNS)}")
@@ -273,11 +289,11 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
         values = {name: _text(row[name]) for name in _COLUMNS}
         file, label = values["file"], values["label"]
         if file not in files:
-            raise ValueError(f"{where}: {file!r} is not in {file_list}, which must list every reviewed file")
+            raise ValueError(f"{where}: {_cut(file)} is not in {file_list}, which must list every reviewed file")
         if label not in LABELS:
-            raise ValueError(f"{where}: unknown label {label!r}{_nearest(label, LABELS)}")
+            raise ValueError(f"{where}: unknown label {_cut(label)}{_nearest(label, LABELS)}")
         if not re.fullmatch(r"[0-9]{1,9}", values["slice"]):
-            raise ValueError(f"{where}: slice {values['slice']!r} is not a number from 0 on")
+            raise ValueError(f"{where}: slice {_cut(values['slice'])} is not a number from 0 on")
         if values["study_level"] == "Yes":
             given = [name for name in _BOX_COLUMNS if values[name]]
             if given:
@@ -285,9 +301,13 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
             study.setdefault(file, set()).add(label)
         elif values["study_level"] == "No":
             x, y, width, height = (_pixels(values[name], name, where) for name in _BOX_COLUMNS)
-            boxes.setdefault((file, int(values["slice"])), []).append(Box(x, y, width, height, label))
+            if not width or not height:  # fastMRI+ has two of them
+                logger.warning(
+                    "%s: width %g, height %g: a box without area; only the text tells of it", where, width, height
+                )
+            boxes.setdefault((file, int(values["slice"])), []).append(Box(x, y, width, height, label, line))
         else:
-            raise ValueError(f"{where}: study_level is {values['study_level']!r}; it must be Yes or No")
+            raise ValueError(f"{where}: study_level is {_cut(values['study_level'])}; it must be Yes or No")
     return Annotations(
         frozenset(files),
         {key: tuple(found) for key, found in boxes.items()},
@@ -306,9 +326,13 @@ def _read_file_list(path: Path) -> set[str]:
         if not name and number == len(lines):
             continue
         if not re.fullmatch(r"[^,;\s\"]+", name):
-            raise ValueError(f"{path}, line {number}: {line!r} is not one file name")
+            raise ValueError(f"{path}, line {number}: {_cut(line)} is not one file name")
         files.add(name)
     return files
+
+
+def _of_line(box: Box) -> str:
+    return f" (line {box.line} of the CSV)" if box.line else ""
 
 
 def _text(value: object) -> str:
@@ -316,13 +340,22 @@ def _text(value: object) -> str:
 
 
 def _pixels(text: str, name: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{where}: {name} {text!r} is not a number") from None
+    if not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?|[+-]?(nan|inf)", text):  # float takes any digits
+        raise ValueError(f"{where}: {name} {_cut(text)} is not a number")
+    value = float(text)
     if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"{where}: {name} is {text}; it must be finite and not negative")
+        raise ValueError(f"{where}: {name} is {text[:200]}; it must be finite and not negative")
     return value
+
+
+def _require_file(path: Path, what: str) -> None:
+    """Refuse what should not be opened (a pipe, which would wait for ever) or is larger than any text of its kind."""
+    if not path.is_file():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: {what} does not exist")
+        raise ValueError(f"{path}: {what} must be a file")
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes; no {what} is that large")
 
 
 # ------------------------------------------------------------------------------------------------- facts of a slice
@@ -351,7 +384,10 @@ def box_finding(box: Box, image_shape: tuple[int, int]) -> Finding:
     across = (box.x + box.width / 2) / columns
     down = 1 - (box.y + box.height / 2) / rows
     if not (0 <= across <= 1 and 0 <= down <= 1):
-        raise ValueError(f"box {box.label!r} at x {box.x:g}, y {box.y:g} lies outside the image of {rows}×{columns}")
+        raise ValueError(
+            f"box {box.label!r}{_of_line(box)} at column x {box.x:g}, row y {box.y:g} lies outside the image of {rows} "
+            f"rows and {columns} columns; the annotations belong to another reconstruction"
+        )
     side = "midline" if abs(across - 0.5) <= MIDLINE_HALF_WIDTH else "left" if across < 0.5 else "right"
     return Finding(box.label, side, REGIONS[min(2, int(3 * down))])
 
@@ -394,7 +430,11 @@ def slice_facts(
             f"{num_slices} slices, counted from 0; one of them is not the right one"
         )
     boxes = annotations.boxes(file, slice_num, image_shape[0])
-    return Facts(contrast, level, tuple(box_finding(box, image_shape) for box in boxes), annotations.study_labels(file))
+    try:
+        findings = tuple(box_finding(box, image_shape) for box in boxes)
+    except ValueError as error:
+        raise ValueError(f"{file}, slice {slice_num}: {error}") from None
+    return Facts(contrast, level, findings, annotations.study_labels(file))
 
 
 # ------------------------------------------------------------------------------------------------- text and back
@@ -494,6 +534,7 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
         naming file and line: not JSON, missing or unknown keys, a wrong type, an empty text, the same slice twice
     """
     path = Path(path)
+    _require_file(path, "file of reports")
     reports: dict[tuple[str, int], Report] = {}
     first_line: dict[tuple[str, int], int] = {}
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -509,21 +550,23 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
             raise ValueError(f"{where}: a JSON {type(entry).__name__}, not an object with {', '.join(Report._fields)}")
         for key in entry:
             if key not in Report._fields:
-                raise ValueError(f"{where}: unknown key {key!r}{_nearest(key, Report._fields)}")
+                raise ValueError(f"{where}: unknown key {_cut(key)}{_nearest(key, Report._fields)}")
         for key in Report._fields:
             if key not in entry:
                 raise ValueError(f"{where}: key {key!r} is missing")
             if key == "slice":
                 if type(entry[key]) is not int or entry[key] < 0:
-                    raise ValueError(f"{where}: slice is {entry[key]!r}; it must be a number from 0 on")
+                    raise ValueError(f"{where}: slice is {_cut(entry[key])}; it must be a number from 0 on")
             elif not isinstance(entry[key], str) or not entry[key].strip():
-                raise ValueError(f"{where}: {key} is {entry[key]!r}; it must be a text that is not empty")
+                raise ValueError(f"{where}: {key} is {_cut(entry[key])}; it must be a text that is not empty")
             elif any("\ud800" <= character <= "\udfff" for character in entry[key]):  # which no tokenizer takes
                 raise ValueError(f"{where}: {key} holds half a surrogate pair, which is no character")
         entry["file"] = entry["file"].strip().removesuffix(".h5")
         place = (entry["file"], entry["slice"])
         if place in reports:
-            raise ValueError(f"{where}: {place[0]}, slice {place[1]} was already given in line {first_line[place]}")
+            raise ValueError(
+                f"{where}: {place[0][:200]}, slice {place[1]} was already given in line {first_line[place]}"
+            )
         reports[place], first_line[place] = Report(**entry), number
     return reports
 

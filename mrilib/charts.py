@@ -100,13 +100,29 @@ def training_curves(histories: "History | Mapping[str, History]", title: str = "
 
 
 def _running_mean(values: ArrayLike) -> NDArray:
-    """Mean of the last steps, a fortieth of all of them and at least 5; shorter at the start."""
+    """Mean of the last steps, a fortieth of all of them and at least 5; shorter at the start.
+
+    Values that are not finite, of skipped steps, are left out; NaN where none is left.
+    """
     array = np.asarray(values, dtype=float)
     width = min(len(array), max(5, len(array) // 40))
-    total = np.cumsum(np.concatenate([[0.0], array]))
+    finite = np.isfinite(array)
+    total = np.cumsum(np.concatenate([[0.0], np.where(finite, array, 0.0)]))
+    count = np.cumsum(np.concatenate([[0], finite]))
     ends = np.arange(1, len(array) + 1)
     starts = np.maximum(0, ends - width)
-    return (total[ends] - total[starts]) / (ends - starts)
+    counts = count[ends] - count[starts]
+    return np.where(counts > 0, (total[ends] - total[starts]) / np.maximum(counts, 1), np.nan)
+
+
+def _mark_skipped(axis: Axes, history: "History") -> None:
+    """Mark the steps that `on_nan: skip` has left out, at the panel's upper edge."""
+    steps = [
+        step["step"] for step in history.steps if not np.isfinite([step["loss"], step.get("gradient_norm", 0.0)]).all()
+    ]
+    if steps:
+        place: Any = {"transform": axis.get_xaxis_transform(), "linestyle": "", "clip_on": False, "zorder": 4}
+        axis.plot(steps, np.ones(len(steps)), marker="v", color=VERMILLION, markersize=5, label="skipped step", **place)
 
 
 def _steps(axis: Axes) -> None:
@@ -160,6 +176,7 @@ def plot_loss(
     style: Any = {"linestyle": "--", "marker": marker, "markersize": 3.5, "linewidth": 1.0}
     if validation:
         axis.plot(_epoch_ends(history), validation, color=color, label=f"{name} validation".strip(), **style)
+    _mark_skipped(axis, history)
     axis.set(ylabel=label)
     _steps(axis)
 
@@ -211,11 +228,11 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     total = _running_mean([step["gradient_norm"] for step in history.steps])
     axis.plot(steps, total, color=BLACK, label="all")
     settled = len(steps) // 20  # what starts at zero has no gradient in the first steps: the scale is that of the rest
-    lowest = total[settled:].min()
+    lowest = np.nanmin(total[settled:], initial=np.inf)
     floor = 1e-3 * lowest  # what is smaller does not matter beside the rest, and would flatten it
     for number, part in enumerate(parts):
         values = _running_mean([step[prefix + part] for step in history.steps])
-        if values.max() > 0:
+        if np.nanmax(values, initial=0.0) > 0:
             # told apart by marker and dash too, for those who print or do not see the colours
             every: Any = {
                 "marker": MARKERS[(number + number // 6) % 6],
@@ -226,6 +243,7 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
             axis.plot(steps, values, color=color, linestyle=style, linewidth=1.0, label=part, **every)
             seen = values[settled:][values[settled:] > floor]
             lowest = min(lowest, seen.min(initial=lowest))
+    _mark_skipped(axis, history)
     axis.set(yscale="log", title="gradient norms before clipping")
     _steps(axis)
     legend = axis.legend(ncols=2, fontsize=7.0, handlelength=2.2, columnspacing=0.8, loc="lower center")
@@ -233,6 +251,8 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     legend.get_frame().set(edgecolor="none", alpha=0.9)
     share = min(0.6, 0.1 * np.ceil(len(legend.get_texts()) / 2) + 0.05)  # of the axis, for the legend
     top = axis.get_ylim()[1]
+    if not np.isfinite(lowest):  # every step was skipped
+        return
     axis.set_ylim(lowest / (top / lowest) ** (share / (1 - share)), top)
 
 

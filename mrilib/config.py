@@ -39,6 +39,11 @@ def display_path(path: str | Path) -> str:
     return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else str(absolute)
 
 
+def printable(text: str, keep: str = "") -> str:
+    """A text without control characters, which a terminal would obey: they become escapes such as \\x1b."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 class Parameters(BaseModel):
     """Base of the notebooks' parameters.
 

@@ -24,7 +24,7 @@ from mrilib import analysis, kspace
 from mrilib.analysis import Annotations, Box, Facts, Report
 from mrilib.check import h5_files, usable_volumes
 from mrilib.config import DataParameters, ParameterError, display_path, resolve
-from mrilib.volume import SMALLEST_SCALE, DataError, Volume, read_volume
+from mrilib.volume import SMALLEST_SCALE, DataError, Volume, dataset, read_volume, told
 
 
 class Slice(NamedTuple):
@@ -227,6 +227,33 @@ def _labels_with_boxes(dataset: "FastMRIDataset") -> set[str]:
     }
 
 
+def _require_unchanged(h5: h5py.File, volume: Volume) -> None:
+    """Refuse a file that is no longer the one that the run began with."""
+    wanted: dict[str, tuple[int, ...]] = {"kspace": (volume.slices, volume.coils, *volume.matrix)}
+    if volume.has_target:
+        wanted["reconstruction_rss"] = (volume.slices, *volume.recon)
+    if volume.has_mask:
+        wanted["mask"] = volume.matrix[1:]
+    for name, shape in wanted.items():
+        stored = dataset(h5, name)
+        if stored is None or stored.shape != shape or stored.dtype.kind != {"kspace": "c"}.get(name, stored.dtype.kind):
+            now = "is gone" if stored is None else f"is {stored.dtype} {stored.shape} now"
+            raise DataError(
+                f"{volume.path.name}: the file was replaced while it was in use: {name} {now}, was {shape}; put the "
+                "old file back, or begin a new run"
+            )
+
+
+def loading_error(error: RuntimeError) -> DataError | None:
+    """What to do where a process that loads data was killed; None if that is not what the error says."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return DataError(
+        f"a process that loads data has ended ({told(error)}), most often for want of memory; lower num_workers or "
+        "batch_size, then resume"
+    )
+
+
 def _norm(lines: Tensor) -> float:
     """Euclidean length in double precision: no file's unit makes the squares too small or too large."""
     return torch.linalg.vector_norm(torch.view_as_real(lines), dtype=torch.float64).item()
@@ -379,6 +406,7 @@ class FastMRIDataset(Dataset[Slice]):
             padding, readout, width = (0, recon[1]), recon[0], recon[1]
         try:
             with h5py.File(volume.path, "r") as h5:
+                _require_unchanged(h5, volume)
                 if volume.has_mask:
                     mask, acceleration = torch.from_numpy(h5["mask"][()].astype(bool)), volume.acceleration
                     mask[: padding[0]] = False
@@ -395,8 +423,8 @@ class FastMRIDataset(Dataset[Slice]):
                     lines = kspace.fft2c(kspace.center_crop_or_pad(kspace.ifft2c(raw), recon))[..., measured]
                 else:
                     lines = self._read_lines(h5["kspace"], slice_num, measured)
-        except OSError as error:
-            raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({error})") from None
+        except (OSError, RuntimeError) as error:  # h5py raises both on a damaged chunk
+            raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({told(error)})") from None
         if cropped and target is not None:
             target = kspace.center_crop_or_pad(target, recon)
         if not mask[width // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
@@ -653,6 +681,20 @@ def collate(slices: list[Slice]) -> Batch:
     )
 
 
+class _Loader(DataLoader[Any]):
+    """A DataLoader that tells a data error of a loading process in the error's own words, without its traceback."""
+
+    def __iter__(self) -> Any:
+        return self._told(super().__iter__())
+
+    @staticmethod
+    def _told(batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except DataError as error:
+            raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
+
+
 def make_loader(
     dataset: FastMRIDataset,
     batch_size: int,
@@ -663,7 +705,7 @@ def make_loader(
     echo: int = 1,
 ) -> DataLoader:
     """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length, finding_share, echo),
         collate_fn=collate,

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
 
-from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
+from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, printable, resolve
 from mrilib.data import Volume
 from mrilib.evaluation import VolumeScore, paired_difference
 from mrilib.model import TwoStageModel, count_parameters
@@ -167,7 +168,7 @@ def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
         [
             (
                 f"{row['file']}, slice {row['slice']}, {row['acceleration']}x",
-                html.escape(row["true"]),
+                row["true"],
                 marked_text(row["true"], row["generated"]),
             )
             for row in (rows[i] for i in picked)
@@ -175,12 +176,37 @@ def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
     )
 
 
-def html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, aligned left; cells are HTML."""
+class Markup(str):
+    """A text that is HTML already, its own parts escaped."""
+
+    __slots__ = ()
+
+
+def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+    """An HTML table, aligned left. Every table that a notebook shows is made here.
+
+    Cells, names and caption are escaped unless they are `Markup`: file names come from elsewhere. MathJax is kept out,
+    which would read formulas in them.
+    """
+
+    def cell(value: Any) -> str:
+        if isinstance(value, Markup):
+            return value
+        return html.escape(printable(f"{value:.6g}" if isinstance(value, float) else str(value), keep="\n"))
+
     left = ' style="text-align: left; vertical-align: top"'
-    head = "".join(f'<th scope="col"{left}>{name}</th>' for name in names)
-    body = "".join("<tr>" + "".join(f"<td{left}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    head = "".join(f'<th scope="col"{left}>{cell(name)}</th>' for name in names)
+    body = "".join("<tr>" + "".join(f"<td{left}>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+    told = f"<caption>{cell(caption)}</caption>" if caption else ""
+    rest = f"{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="tex2jax_ignore mathjax_ignore">{rest}'
+
+
+def shown(table: pd.DataFrame, index: bool = False, caption: str = "") -> HTML:
+    """A DataFrame as a notebook displays it; `index`: with the rows' names."""
+    rows = table.reset_index() if index else table
+    names = [("" if index and place == 0 and table.index.name is None else name) for place, name in enumerate(rows)]
+    return HTML(html_table(names, rows.to_numpy(dtype=object).tolist(), caption))
 
 
 _SENTENCES = re.compile(
@@ -189,14 +215,15 @@ _SENTENCES = re.compile(
 )
 
 
-def marked_text(true: str, generated: str) -> str:
+def marked_text(true: str, generated: str) -> Markup:
     """A generated analysis as HTML: facts that differ from the true one are bold, what it missed follows in italics.
 
     The words are the generated ones. A text that is none, and differs, is bold as a whole.
     """
+    true, generated = (printable(text, keep="\n") for text in (true, generated))
     truth, told = _SENTENCES.fullmatch(true), _SENTENCES.fullmatch(generated)
     if truth is None or told is None:
-        return html.escape(generated) if generated == true else _html(f"{BOLD}{generated}{PLAIN}")
+        return _html(generated if generated == true else f"{BOLD}{generated}{PLAIN}")
 
     def marked(words: str, right: bool) -> str:
         return words if right else f"{BOLD}{words}{PLAIN}"
@@ -210,11 +237,11 @@ def marked_text(true: str, generated: str) -> str:
         if said:
             text += f" {begins}: {'; '.join(marked(words, not reviewed or words in known) for words in said)}."
         missed += [words for words in known if words not in said and (words != "none" or not said)]
-    return _html(text) + (f" <i>(missed: {html.escape('; '.join(missed))})</i>" if missed else "")
+    return Markup(_html(text) + (f" <i>(missed: {html.escape('; '.join(missed))})</i>" if missed else ""))
 
 
-def _html(text: str) -> str:
-    return html.escape(text).replace(BOLD, "<b>").replace(PLAIN, "</b>")
+def _html(text: str) -> Markup:
+    return Markup(html.escape(text).replace(BOLD, "<b>").replace(PLAIN, "</b>"))
 
 
 def token_line(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -283,6 +310,14 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _code(path: str) -> str:
+    """A path in a Markdown table; nothing in it is HTML, Markdown or a formula. Empty if the path is."""
+    return f"<code>{''.join(f'&#{ord(c)};' if c in _MARKDOWN else c for c in printable(path))}</code>" if path else ""
+
+
+_MARKDOWN = "\\`*_{}[]<>()#+!|$&~\"'"
+
+
 def model_card(
     model: TwoStageModel,
     config: EvaluateParameters,
@@ -299,6 +334,9 @@ def model_card(
     phantom = ""
     if (resolve(config.data_dir) / PARAMETERS_FILE).is_file():
         phantom = ". The patients are a phantom, warps of one head: numbers on them say nothing of patients"
+    data, backbone_path, tokenizer_path = (
+        _code(path) for path in (config.data_dir, config.backbone_path, config.tokenizer_path)
+    )
     crop: str = config.crop
     if crop == "image":
         crop += " (changes the acquisition: not comparable with published scores)"
@@ -307,10 +345,10 @@ def model_card(
 |---|---|
 | **Model** | k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT \
 with {stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
-| **Backbone** | `{config.backbone_path}`, tokenizer `{config.tokenizer_path or "the backbone's own"}` |
+| **Backbone** | {backbone_path}, tokenizer {tokenizer_path or "the backbone's own"} |
 | **Trained** | stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: at most \
 {stage2.epochs} epochs, SSIM loss; the checkpoints are those given above, the best by validation by default |
-| **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test \
+| **Data** | {data}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test \
 patients, split by patient |
 | **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre \
 fractions {", ".join(map(str, config.center_fractions))} |

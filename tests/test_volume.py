@@ -125,7 +125,7 @@ UTF16 = ('<?xml version="1.0" encoding="utf-16"?>' + BOMB).encode("utf-16")
         (attribute("acquisition"), "has no attribute acquisition"),
         (attribute("acquisition", "CORPD_FBK"), "unknown acquisition 'CORPD_FBK'"),
         (attribute("max"), "has no attribute max"),
-        (attribute("max", np.nan), "attribute max is .*nan.*; a positive number is wanted"),
+        (attribute("max", np.nan), "attribute max is .*nan.*; a positive number up to .* is wanted"),
         (attribute("max", np.inf), "attribute max is .*inf"),
         (attribute("max", -1.0), "attribute max is .*-1.0"),
         (attribute("max", "1e-3"), "attribute max is '1e-3'"),
