@@ -531,7 +531,7 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
 # ------------------------------------------------------------------------------------------------- scores
 
 
-def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> dict[str, float]:
+def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> dict[str, float | None]:
     """Micro-averaged scores of findings over exact (label, side, region).
 
     Over all reviewed slices, F1 = 2 TP / (2 TP + FP + FN). A clean slice counts: every finding claimed on it is a
@@ -548,8 +548,9 @@ def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) ->
     Returns
     -------
     dict
-        f1, precision, recall (1 where there was nothing to claim or to find), any_finding_accuracy (share of slices
-        rightly called clean or not), parsed (share of slices with readable findings), samples (reviewed slices)
+        f1, precision, recall, any_finding_accuracy (share of slices rightly called clean or not), parsed (share of
+        slices with readable findings), samples (reviewed slices). A ratio of nothing to nothing is None: F1 where
+        there was nothing to find and nothing claimed, all of them where nothing was reviewed.
     """
     true_positives = false_positives = false_negatives = right = readable = samples = 0
     for facts, guess in zip(truth, predicted, strict=True):
@@ -588,8 +589,8 @@ def finding_counts(facts: Facts, guess: Facts | None) -> tuple[int, int, int] | 
     return len(found & claimed), len(claimed - found), len(found - claimed)
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
@@ -612,7 +613,7 @@ def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
     return tuple(sorted(ranked[:best]))
 
 
-def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None], attribute: str) -> float:
+def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None], attribute: str) -> float | None:
     """Share of slices whose "contrast" or "level" the text names rightly; text that did not parse is wrong."""
     if attribute not in ("contrast", "level"):
         raise ValueError(f"attribute {attribute!r} is neither 'contrast' nor 'level'")

@@ -186,7 +186,10 @@ def evaluate_volumes(volumes: Sequence[Volume], directory: str | Path) -> list[V
 
 
 def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Means over volumes with 95% bootstrap intervals over patients: an entry of metrics.json."""
+    """Means over volumes with 95% bootstrap intervals over patients: an entry of metrics.json.
+
+    The intervals of a single patient are None.
+    """
     summary: dict[str, Any] = {"volumes": len(scores), "patients": len({score.patient for score in scores})}
     patients = [score.patient for score in scores]
     for metric in METRICS:
@@ -198,9 +201,11 @@ def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed
 
 def bootstrap_interval(
     values: Sequence[float], patients: Sequence[str], samples: int = 1000, seed: int = 0
-) -> list[float]:
-    """95% percentile interval of the mean, resampling whole patients."""
+) -> list[float] | None:
+    """95% percentile interval of the mean, resampling whole patients; None of a single patient."""
     sums, counts = _by_patient(values, patients)
+    if len(sums) < 2:
+        return None
     picks = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -375,7 +380,7 @@ def read_target(volume: Volume, slice_num: int) -> np.ndarray:
 
 def paired_difference(
     own: Sequence[VolumeScore], other: Sequence[VolumeScore], metric: str, samples: int = 1000, seed: int = 0
-) -> tuple[float, list[float]]:
-    """Mean of own − other over the same volumes and its 95% bootstrap interval over patients."""
+) -> tuple[float, list[float] | None]:
+    """Mean of own − other over the same volumes and its 95% bootstrap interval over patients, None of a single one."""
     change = [getattr(a, metric) - getattr(b, metric) for a, b in zip(own, other, strict=True)]
     return float(np.mean(change)), bootstrap_interval(change, [score.patient for score in own], samples, seed)

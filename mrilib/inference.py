@@ -295,7 +295,8 @@ def parse_or_none(text: str | None) -> Facts | None:
 def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts]) -> dict[str, Any]:
     """The "analysis" section of metrics.json from the rows of `Tester.run`.
 
-    Cross-entropies are in nats a token; differences come with standard errors clustered by patient.
+    Cross-entropies are in nats a token; differences come with standard errors clustered by patient, which are None of
+    a single one. That of another patient's scan is over the ``other_patient_samples`` rows that could be swapped.
     """
     patients = [row["patient"] for row in rows]
     tokens = [row["tokens"] for row in rows]
@@ -313,7 +314,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "contrast_accuracy": analysis.attribute_accuracy(truth, told, "contrast"),
         "contrast_accuracy_se": _clustered_share(truth, told, patients),
         "contrast_commonest": guess,
-        "contrast_commonest_se": guess_error,
+        "contrast_commonest_se": guess_error if len(set(patients)) > 1 else None,
         "level_accuracy": analysis.attribute_accuracy(truth, told, "level"),
         "finding_f1": findings["f1"],
         "finding_f1_se": _clustered_f1(truth, told, patients),
@@ -323,20 +324,13 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "finding_f1_best_constant": analysis.finding_scores(truth, constants)["f1"],
         "parsed": sum(one is not None for one in told) / len(told),
         "samples": len(rows),
-        "reviewed_samples": int(findings["samples"]),
+        "reviewed_samples": findings["samples"],
         "patients": len(set(patients)),
     }
-    for control in ("without_kspace", "other_patient"):
-        if any(f"nats_{control}" not in row for row in rows):
-            continue
-        nats = [row[f"nats_{control}"] for row in rows]
-        scores[f"cross_entropy_{control}"] = clustered_mean(nats, tokens, patients)[0]
-        difference = [a - b for a, b in zip(nats, own, strict=True)]
-        mean, error = clustered_mean(difference, tokens, patients)
-        scores[f"cross_entropy_gain_over_{control}"] = mean
-        scores[f"cross_entropy_gain_over_{control}_se"] = (
-            error if np.isfinite(error) else None
-        )  # of one patient it is unknown
+    if any("nats_without_kspace" in row for row in rows):
+        scores |= _control_scores(rows, "without_kspace")
+    swapped = [row for row in rows if "nats_other_patient" in row]
+    scores |= _control_scores(swapped, "other_patient") | {"other_patient_samples": len(swapped)}
     if rows[0]["generated_without_kspace"] is not None:
         blind = [parse_or_none(row["generated_without_kspace"]) for row in rows]
         scores["contrast_accuracy_without_kspace_se"] = _clustered_share(truth, blind, patients)
@@ -345,6 +339,18 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         scores["finding_f1_without_kspace"] = analysis.finding_scores(truth, blind)["f1"]
         scores["finding_f1_without_kspace_se"] = _clustered_f1(truth, blind, patients)
     return scores
+
+
+def _control_scores(rows: Sequence[dict[str, Any]], control: str) -> dict[str, float | None]:
+    """A control's cross-entropy on some rows, and its difference to the model's own on the same; None without rows."""
+    names = (f"cross_entropy_{control}", f"cross_entropy_gain_over_{control}", f"cross_entropy_gain_over_{control}_se")
+    if not rows:
+        return dict.fromkeys(names)
+    patients, tokens = ([row[name] for row in rows] for name in ("patient", "tokens"))
+    nats = [row[f"nats_{control}"] for row in rows]
+    gain, error = clustered_mean([row[f"nats_{control}"] - row["nats_own"] for row in rows], tokens, patients)
+    values = clustered_mean(nats, tokens, patients)[0], gain, error if np.isfinite(error) else None
+    return dict(zip(names, values, strict=True))
 
 
 def _clustered_share(truth: Sequence[Facts], told: Sequence[Facts | None], patients: Sequence[str]) -> float | None:

@@ -30,13 +30,13 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
     for acceleration, methods in metrics["reconstruction"].items():
         for method in in_order(methods):
             scores = methods[method]
-            low, high = scores["ssim_ci95"]
+            interval = scores["ssim_ci95"]
             rows.append(
                 {
                     "acceleration": f"{acceleration}x",
                     "method": method_label(method),
                     "SSIM": f"{scores['ssim']:.3f}",
-                    "95% interval": f"{low:.3f} to {high:.3f}",
+                    "95% interval": f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "–",
                     "PSNR [dB]": f"{scores['psnr']:.2f}",
                     "NMSE": f"{scores['nmse']:.4f}",
                     "SSIM in head": f"{scores['ssim_head']:.3f}",
@@ -47,12 +47,17 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def dash_or(value: float | None, form: str = "{:.3f}") -> str:
+    """A score in its form; a dash for one that there is not, or that is not known."""
+    return "–" if value is None else form.format(value)
+
+
 def analysis_table(metrics: dict[str, Any]) -> pd.DataFrame:
     """What the text knows of the scan, beside its controls: the "analysis" section of metrics.json."""
     scores = metrics["analysis"]
 
     def value(name: str, form: str = "{:.3f}") -> str:
-        return form.format(scores[name]) if name in scores else "–"
+        return dash_or(scores.get(name), form)
 
     rows = [
         ("cross-entropy [nats per token]", "cross_entropy"),
@@ -100,8 +105,8 @@ def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
             for acceleration, methods in metrics.get("reconstruction", {}).items():
                 row[f"SSIM {acceleration}x"] = f"{methods['model']['ssim']:.3f}"
             if "analysis" in metrics:
-                row["contrast"] = f"{metrics['analysis']['contrast_accuracy']:.3f}"
-                row["finding F1"] = f"{metrics['analysis']['finding_f1']:.3f}"
+                row["contrast"] = dash_or(metrics["analysis"]["contrast_accuracy"])
+                row["finding F1"] = dash_or(metrics["analysis"]["finding_f1"])
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -240,12 +245,20 @@ def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) ->
         ):
             if control not in methods:
                 continue
-            mean, (low, high) = paired_difference(methods["model"], methods[control], "ssim")
+            mean, interval = paired_difference(methods["model"], methods[control], "ssim")
+            if interval is None:
+                parts.append(f"{mean:+.4f} from {words}")
+                continue
+            low, high = interval
             verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
             if verdict != "no different" and abs(mean) < SMALL_SSIM:
                 verdict = f"measurably but hardly {verdict}"
             parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
-        lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
+        if len({score.patient for score in methods["model"]}) < 2:
+            told = f"the SSIM of the model with its own tokens differs by {'; '.join(parts)} (one test patient: no interval"
+            lines.append(f"- **{acceleration}x**: {told}, so no verdict).")
+        else:
+            lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
     return "\n".join(lines)
 
 
@@ -256,7 +269,7 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
         ("without_kspace", "the control without k-space"),
         ("other_patient", "the same model with another patient's scan"),
     ):
-        if f"cross_entropy_gain_over_{control}" in scores:
+        if scores.get(f"cross_entropy_gain_over_{control}") is not None:
             gain, error = (scores[f"cross_entropy_gain_over_{control}{end}"] for end in ("", "_se"))
             if error is None:
                 lines.append(
@@ -269,18 +282,30 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
                 f"- Cross-entropy with the own scan is {verdict} that of {words}: by {gain:.3f} ± {error:.3f} nats per "
                 "token (standard error clustered by patient)."
             )
+    left_out = scores["samples"] - scores["other_patient_samples"]
+    if left_out:
+        lines.append(
+            f"- {left_out} of {scores['samples']} samples have no score with another patient's scan: there is no other "
+            "patient at their acceleration. Both sides of the difference are without them."
+        )
     share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
     lines.append(
         f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['samples']} slices; always "
-        f"naming the commonest would give {share:.1%} ± {error:.1%}."
+        f"naming the commonest would give {share:.1%}{'' if error is None else f' ± {error:.1%}'}."
     )
-    error = scores.get("finding_f1_se")
-    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
-    lines.append(
-        f"- Findings (exact label, side and region): F1 {scores['finding_f1']:.3f}{spread}; the best constant answer "
-        f"has {scores['finding_f1_best_constant']:.3f}."
-    )
+    lines.append(f"- Findings (exact label, side and region): {_findings_sentence(scores)}")
     return "\n".join(lines)
+
+
+def _findings_sentence(scores: Mapping[str, Any]) -> str:
+    if not scores["reviewed_samples"]:
+        return "no test sample was reviewed for findings, so that there is no score."
+    constant = f"the best constant answer has {dash_or(scores['finding_f1_best_constant'])}."
+    if scores["finding_f1"] is None:
+        return f"no F1, there was nothing to find and nothing was claimed; {constant}"
+    error = scores["finding_f1_se"]
+    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
+    return f"F1 {scores['finding_f1']:.3f}{spread}; {constant}"
 
 
 def model_card(
