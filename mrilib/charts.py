@@ -368,7 +368,9 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> Figure:
 
 
 @styled
-def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float, float | None] | None = None) -> Figure:
+def analysis_comparison(
+    section: Mapping[str, Any], contrast_floor: tuple[float | None, float | None] | None = None
+) -> Figure:
     """Does the text know the scan? Cross-entropy, contrast and findings beside their controls.
 
     Parameters
@@ -395,6 +397,13 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
         ("finding_f1", "findings: F1 over exact label,\nside and region [± 2 s.e.]"),
     )
     known = dict(section)
+
+    def why_not(name: str) -> str:
+        if name == "contrast_accuracy":
+            return "no test sample has\na listed contrast"
+        unreviewed = not section.get("reviewed_samples")
+        return "no test sample\nwas reviewed\nfor findings" if unreviewed else "nothing to find,\nnothing claimed"
+
     for kind in kinds:
         if f"cross_entropy_gain_over{kind}_se" in section:
             known[f"cross_entropy{kind}_se"] = section[f"cross_entropy_gain_over{kind}_se"]
@@ -409,14 +418,13 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
                 axis.errorbar(place, value, error, color=BLACK, linewidth=1.2, capsize=3)
             _number(axis, f"{value:.3f}", place, value + error)
         if not present:
-            told = "no test sample\nwas reviewed\nfor findings" if not section.get("reviewed_samples") else "no score"
-            axis.text(0.5, 0.5, told, transform=axis.transAxes, ha="center", va="center")
+            axis.text(0.5, 0.5, why_not(name), transform=axis.transAxes, ha="center", va="center")
             axis.set_yticks([])
         axis.set_xticks(range(len(present)), [kinds[kind][0] for kind in present], fontsize=8)
         axis.set_title(title)
         axis.grid(False, axis="x")
         axis.margins(y=0.12)
-        if name == "contrast_accuracy" and contrast_floor is not None:
+        if name == "contrast_accuracy" and contrast_floor is not None and contrast_floor[0] is not None:
             share, spread = contrast_floor
             label = "commonest contrast"
             if spread is not None:

@@ -300,9 +300,14 @@ def _crop_or_pad(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return center_crop_or_pad(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), size).numpy()
 
 
-def contrast_floor(counts: Mapping[str, int]) -> tuple[float, float]:
-    """Share of the commonest contrast among the test slices and its binomial standard error: what guessing gives."""
+def contrast_floor(counts: Mapping[str, int]) -> tuple[float | None, float | None]:
+    """Share of the commonest contrast among the test slices and its binomial standard error: what guessing gives.
+
+    Both are None where no contrast is known.
+    """
     total = sum(counts.values())
+    if not total:
+        return None, None
     share = max(counts.values()) / total
     return share, float(np.sqrt(share * (1 - share) / total))
 

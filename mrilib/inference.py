@@ -303,7 +303,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
     truth = [row["facts"] for row in rows]
     told = [parse_or_none(row["generated"]) for row in rows]
     own = [row["nats_own"] for row in rows]
-    names = Counter(facts.contrast for facts in truth)
+    names = Counter(facts.contrast for facts in truth if facts.contrast is not None)
     guess, guess_error = contrast_floor(names)
     findings = analysis.finding_scores(truth, told)
     constant = analysis.best_constant_answer(training_facts)
@@ -324,6 +324,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "finding_f1_best_constant": analysis.finding_scores(truth, constants)["f1"],
         "parsed": sum(one is not None for one in told) / len(told),
         "samples": len(rows),
+        "contrast_samples": names.total(),
         "reviewed_samples": findings["samples"],
         "patients": len(set(patients)),
     }
@@ -354,11 +355,12 @@ def _control_scores(rows: Sequence[dict[str, Any]], control: str) -> dict[str, f
 
 
 def _clustered_share(truth: Sequence[Facts], told: Sequence[Facts | None], patients: Sequence[str]) -> float | None:
-    """Standard error of the share of rightly named contrasts, clustered by patient; None of one patient."""
-    right = [
-        float(guess is not None and guess.contrast == one.contrast) for one, guess in zip(truth, told, strict=True)
-    ]
-    error = clustered_mean(right, [1.0] * len(right), patients)[1]
+    """Standard error of the contrast accuracy, clustered by patient; None of one patient, or where none is known."""
+    known = [number for number, one in enumerate(truth) if one.contrast is not None]
+    if not known:
+        return None
+    right = [float((guess := told[i]) is not None and guess.contrast == truth[i].contrast) for i in known]
+    error = clustered_mean(right, [1.0] * len(right), [patients[i] for i in known])[1]
     return error if np.isfinite(error) else None
 
 
@@ -425,7 +427,7 @@ def check_covers(dataset: FastMRIDataset) -> None:
 @torch.no_grad()
 def example_texts(model: TwoStageModel, dataset: FastMRIDataset, count: int, max_new_tokens: int = 128) -> pd.DataFrame:
     """True and generated analyses of a few slices, the contrasts taking turns."""
-    by_contrast: dict[str, list[int]] = defaultdict(list)
+    by_contrast: dict[str | None, list[int]] = defaultdict(list)
     for index in range(len(dataset)):
         by_contrast[dataset.facts(index).contrast].append(index)
     turns = [index for group in itertools.zip_longest(*by_contrast.values()) for index in group if index is not None]
@@ -455,7 +457,7 @@ def preview(
         own = (reconstruct or model)(batch)
         images = {"zero_filled": zero_filled(batch.kspace, batch.scale, batch.recon)[0], "model": own[0]}
         assert one.target is not None
-        title = f"{one.facts.contrast}, slice {one.slice_num}\n{one.acceleration}x"
+        title = f"{one.facts.contrast or 'contrast unknown'}, slice {one.slice_num}\n{one.acceleration}x"
         shown.append(Comparison(one.target, images, one.maximum, title=title, pixel=one.pixel))
     return shown
 

@@ -189,7 +189,7 @@ def html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 _SENTENCES = re.compile(
-    r"Axial (?P<contrast>.+?) image, (?P<level>.+?) third of the brain\."
+    r"Axial (?:(?P<contrast>.+?) )?image, (?P<level>.+?) third of the brain\."
     r"(?: Findings: (?P<findings>.+?)\.)?(?: Whole study: (?P<study>.+?)\.)?"
 )
 
@@ -206,9 +206,12 @@ def marked_text(true: str, generated: str) -> str:
     def marked(words: str, right: bool) -> str:
         return words if right else f"{BOLD}{words}{PLAIN}"
 
-    contrast, level = (marked(told[name], told[name] == truth[name]) for name in ("contrast", "level"))
-    text = f"Axial {contrast} image, {level} third of the brain."
-    missed: list[str] = []
+    contrast, known_contrast = told["contrast"], truth["contrast"]
+    text = "Axial "
+    if contrast:  # of an unknown contrast nothing can be wrong
+        text += marked(contrast, known_contrast in (None, contrast)) + " "
+    text += f"image, {marked(told['level'], told['level'] == truth['level'])} third of the brain."
+    missed: list[str] = [known_contrast] if known_contrast and not contrast else []
     reviewed = truth["findings"] is not None  # where nobody has reviewed the slice nothing can be wrong
     for name, begins in (("findings", "Findings"), ("study", "Whole study")):
         known, said = (match[name].split("; ") if match[name] else [] for match in (truth, told))
@@ -255,8 +258,10 @@ def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) ->
                 verdict = f"measurably but hardly {verdict}"
             parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
         if len({score.patient for score in methods["model"]}) < 2:
-            told = f"the SSIM of the model with its own tokens differs by {'; '.join(parts)} (one test patient: no interval"
-            lines.append(f"- **{acceleration}x**: {told}, so no verdict).")
+            lines.append(
+                f"- **{acceleration}x**: the SSIM of the model with its own tokens differs by {'; '.join(parts)} "
+                "(one test patient: no interval, so no verdict)."
+            )
         else:
             lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
     return "\n".join(lines)
@@ -289,10 +294,13 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
             "patient at their acceleration. Both sides of the difference are without them."
         )
     share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
-    lines.append(
-        f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['samples']} slices; always "
-        f"naming the commonest would give {share:.1%}{'' if error is None else f' ± {error:.1%}'}."
-    )
+    if not scores["contrast_samples"]:
+        lines.append("- Contrast: no test sample has a contrast that is in the list, so that there is no score.")
+    else:
+        lines.append(
+            f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['contrast_samples']} "
+            f"slices; always naming the commonest would give {share:.1%}{'' if error is None else f' ± {error:.1%}'}."
+        )
     lines.append(f"- Findings (exact label, side and region): {_findings_sentence(scores)}")
     return "\n".join(lines)
 

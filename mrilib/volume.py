@@ -120,11 +120,8 @@ def structure(h5: h5py.File, path: Path) -> tuple[Volume | None, list[str]]:
     for name, value in texts.items():
         if not value:
             problems.append(f"attribute {name} is no text" if name in h5.attrs else f"has no attribute {name}")
-    if texts["acquisition"]:
-        try:
-            analysis.contrast_name(texts["acquisition"])
-        except ValueError as error:
-            problems.append(str(error))
+    if texts["acquisition"] in analysis.KNEES:
+        problems.append(f"acquisition {texts['acquisition']!r} is a knee's; brain files are wanted")
     maximum, acceleration = number(h5.attrs.get("max")), number(h5.attrs.get("acceleration"))
     # a volume of zeros has the maximum 0; the losses work in single precision
     if target is not None and (maximum is None or not 0 <= maximum <= float(np.finfo(np.float32).max)):

@@ -21,7 +21,7 @@ findings = st.builds(
     Finding, st.sampled_from(analysis.LABELS), st.sampled_from(analysis.SIDES), st.sampled_from(analysis.REGIONS)
 )
 found = st.lists(findings, max_size=6).map(tuple)
-contrasts, levels = st.sampled_from(list(analysis.CONTRASTS.values())), st.sampled_from(analysis.LEVELS)
+contrasts, levels = st.sampled_from([*analysis.CONTRASTS.values(), None]), st.sampled_from(analysis.LEVELS)
 all_facts = st.one_of(
     st.builds(Facts, contrasts, levels, st.none()),
     st.builds(Facts, contrasts, levels, found, st.lists(st.sampled_from(analysis.LABELS), max_size=3).map(tuple)),

@@ -1,8 +1,10 @@
 """What is not known is null and said in words: nothing reviewed, one patient, a contrast that is not in the list."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import systems
@@ -10,9 +12,10 @@ import torch
 from test_charts import volume_scores
 from test_evaluation import score
 
-from mrilib import analysis, bench_tables, charts, compare, evaluation, inference, model, tables
+from mrilib import analysis, bench_tables, charts, compare, evaluation, inference, tables
+from mrilib.__main__ import main
 from mrilib.analysis import Facts, Finding
-from mrilib.data import FastMRIDataset
+from mrilib.data import FastMRIDataset, read_volume
 from mrilib.runs import Run
 
 MASS = Finding("Mass", "left", "central")
@@ -143,3 +146,90 @@ def test_the_token_swap_has_a_gap_where_there_is_no_other_patient():
     means, differences = figure.axes
     assert len(differences.texts) == 3
     assert sum(np.isfinite(bar.get_height()) for bar in means.patches) == 5
+
+
+# ------------------------------------------------------------------------------------------------- an unlisted contrast
+
+
+def as_contrast(volume, folder, acquisition="AXT2STAR"):
+    path = folder / volume.path.name
+    shutil.copy(volume.path, path)
+    with h5py.File(path, "r+") as h5:
+        h5.attrs["acquisition"] = acquisition
+    return path
+
+
+def test_a_contrast_that_is_not_in_the_list_is_a_warning(volumes, tmp_path, capsys):
+    path = as_contrast(volumes[0], tmp_path)
+    assert main(["check", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "1 usable" in told and "warning: unknown acquisition 'AXT2STAR'; did you mean 'AXT2'?" in told
+    assert "contrasts: AXT2STAR (1)" in told
+    assert read_volume(path).acquisition == "AXT2STAR"
+
+
+def test_a_knee_is_no_brain(volumes, tmp_path, capsys):
+    as_contrast(volumes[0], tmp_path, "CORPD_FBK")
+    assert main(["check", str(tmp_path)]) == 1
+    assert "knee" in capsys.readouterr().out
+
+
+def test_the_text_of_an_unlisted_contrast_leaves_it_out(volumes, tmp_path, phantom_dir, backbone_dir):
+    volume = read_volume(as_contrast(volumes[0], tmp_path))
+    config = systems.stage1_config(phantom_dir, backbone_dir)
+    one = FastMRIDataset([volume], config, training=True)[0]
+    same = FastMRIDataset(volumes[:1], config, training=True)[0]
+    assert torch.equal(one.kspace, same.kspace)  # images do not need the label
+    text = analysis.answer(one.facts)
+    assert one.facts.contrast is None and text == "Axial image, lower third of the brain."
+    assert analysis.parse(text) == one.facts
+    system = systems.build(config)
+    texts = system.tokenize([one])  # what stage 1 learns to say
+    assert "T2" not in system.tokenizer.decode(texts.ids[0])
+
+
+def test_an_unlisted_contrast_is_not_scored():
+    truth = [Facts(None, "lower", ()), Facts("T1", "lower", ()), Facts("T2", "upper", ())]
+    guess = [Facts("T2", "lower", ()), Facts("T1", "lower", ()), Facts(None, "upper", ())]
+    scores = inference.score_texts(rows_of(truth, guess, "abc"), truth)
+    assert scores["contrast_accuracy"] == scores["contrast_commonest"] == 0.5 and scores["contrast_samples"] == 2
+    assert scores["level_accuracy"] == 1 and scores["samples"] == 3
+    assert "of 2 slices" in tables.text_sentence(scores)
+
+    unknown = inference.score_texts(rows_of(truth[:1] * 2, guess[:1] * 2), truth)
+    names = ("contrast_accuracy", "contrast_accuracy_se", "contrast_commonest", "contrast_accuracy_without_kspace")
+    assert [unknown[name] for name in names] == [None] * len(names) and unknown["contrast_samples"] == 0
+    assert "no test sample has a contrast that is in the list" in tables.text_sentence(unknown)
+    assert tables.analysis_table({"analysis": unknown}).iloc[1, 1:].tolist() == ["–"] * 4
+    figure = charts.analysis_comparison(unknown, (unknown["contrast_commonest"], unknown["contrast_commonest_se"]))
+    assert "no test sample has\na listed contrast" in texts_of(figure)
+
+
+@pytest.mark.parametrize(
+    ("true", "generated", "wanted"),
+    [
+        (
+            "Axial image, lower third of the brain.",
+            "Axial T1 image, lower third of the brain.",
+            "Axial T1 image, lower",
+        ),
+        ("Axial T1 image, lower third of the brain.", "Axial image, lower third of the brain.", "Axial image, lower"),
+        (
+            "Axial image, lower third of the brain.",
+            "Axial image, upper third of the brain.",
+            "image, <b>upper</b> third",
+        ),
+    ],
+)
+def test_texts_side_by_side_without_a_contrast(true, generated, wanted):
+    assert wanted in tables.marked_text(true, generated)
+
+
+def test_examples_of_an_unlisted_contrast_say_so(volumes, tmp_path, phantom_dir, backbone_dir):
+    volume = read_volume(as_contrast(volumes[0], tmp_path))
+    config = systems.stage1_config(phantom_dir, backbone_dir)
+    data = FastMRIDataset([volume], config)
+    system = systems.build(config)
+    assert len(inference.example_texts(system, data, 2, max_new_tokens=2)) == 2
+    shown = inference.preview(system, data, 1, lambda batch: batch.target)
+    assert shown[0].title.startswith("contrast unknown, slice")
