@@ -308,12 +308,13 @@ def metrics_bars(
     metrics : sequence of str
         Keys of `METRIC_LABELS`.
     methods : sequence of str, optional
-        By default all but the swapped tokens, which `token_swap` shows.
+        By default all but the swapped tokens, which `token_swap` shows, and what compression leaves of zero-filled.
     """
     accelerations = sorted(section, key=float)
     if methods is None:
         present = in_order(method for one in section.values() for method in one)
-        methods = [name for name in present if name not in ("other_patient_tokens", "no_tokens")]
+        left_out = ("other_patient_tokens", "no_tokens", "zero_filled_compressed")
+        methods = [name for name in present if name not in left_out]
     figure = RecordFigure(WIDTH, 3.3)
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, metric in zip(axes, metrics, strict=True):
@@ -425,7 +426,7 @@ def analysis_comparison(
         axis.grid(False, axis="x")
         axis.margins(y=0.12)
         if name == "contrast_accuracy" and contrast_floor is not None and contrast_floor[0] is not None:
-            share, spread = contrast_floor
+            share, spread = contrast_floor[0], contrast_floor[1]
             label = "commonest contrast"
             if spread is not None:
                 label += " ± 2 s.e."

@@ -140,12 +140,16 @@ def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 
-def write_reconstruction(path: Path, volume: np.ndarray) -> None:
-    """Write a volume (slices, h, w) [file units] in fastMRI's submission format, dataset ``reconstruction``."""
+def write_reconstruction(path: Path, volume: np.ndarray, attributes: Mapping[str, Any] | None = None) -> None:
+    """Write a volume (slices, h, w) [file units] in fastMRI's submission format, dataset ``reconstruction``.
+
+    `attributes` are the file's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     with h5py.File(temporary, "w") as h5:
         h5.create_dataset("reconstruction", data=volume.astype(np.float32))
+        h5.attrs.update(attributes or {})
     temporary.replace(path)
 
 
@@ -197,6 +201,26 @@ def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed
         summary[metric] = float(np.mean(values))
         summary[f"{metric}_ci95"] = bootstrap_interval(values, patients, bootstrap_samples, seed)
     return summary
+
+
+def summarize_methods(
+    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]], bootstrap_samples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The "reconstruction" section of metrics.json: acceleration → method → `summarize`.
+
+    What coil compression costs stands with the zero-filled images, which are of all coils: ``compression_cost_ssim``
+    and ``compression_cost_psnr`` [dB] are their means minus those of the compressed coils, 0 where nothing was
+    compressed.
+    """
+    section: dict[str, dict[str, dict[str, Any]]] = {}
+    for acceleration, methods in scores.items():
+        section[acceleration] = {name: summarize(of, bootstrap_samples, seed) for name, of in methods.items()}
+        if "zero_filled" in methods:
+            fewer = methods.get("zero_filled_compressed", methods["zero_filled"])
+            for metric in ("ssim", "psnr"):
+                cost = paired_difference(methods["zero_filled"], fewer, metric)[0]
+                section[acceleration]["zero_filled"][f"compression_cost_{metric}"] = cost
+    return section
 
 
 def bootstrap_interval(

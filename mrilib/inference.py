@@ -37,7 +37,7 @@ from mrilib.evaluation import (
     read_target,
     write_reconstruction,
 )
-from mrilib.figures import Comparison
+from mrilib.figures import Comparison, zero_filled_image
 from mrilib.model import TwoStageModel, build_control, build_decoder, build_encoder, tensor_hash
 from mrilib.runs import progress_bar
 
@@ -208,6 +208,8 @@ class Tester:
         drawn = other_patient(dataset, seed)
         partners = dict(zip(dataset.samples, drawn, strict=True)) if drawn else {}
         number = {volume.file: index for index, volume in enumerate(dataset.volumes)}
+        whole = dataset.uncompressed() if dataset.compresses else None
+        places = {sample: index for index, sample in enumerate(dataset.samples)}
         loader = make_loader(dataset, batch_size)
         bar = progress_bar(len(loader), "test", interactive)
         for cpu_batch in loader:
@@ -215,6 +217,13 @@ class Tester:
             prefix = self.model.encoder(batch.kspace, batch.mask)
             others = [dataset[partners[number[one.file], one.slice_num]] for one in batch.slices] if partners else []
             other_prefix = torch.cat([self._prefix(one) for one in others]) if others else None
+            compressed = zero_filled(batch.kspace, batch.scale, batch.recon)
+            if whole is None:
+                writer.add("zero_filled", batch.slices[0].acceleration, batch.slices, compressed)
+            else:  # the baseline needs no compression; what that costs is told by the same of the compressed coils
+                every = [zero_filled_image(whole[places[number[one.file], one.slice_num]]) for one in batch.slices]
+                writer.add("zero_filled", batch.slices[0].acceleration, batch.slices, torch.stack(every))
+                writer.add("zero_filled_compressed", batch.slices[0].acceleration, batch.slices, compressed)
             for method, images in self._images(batch, prefix, other_prefix):
                 writer.add(method, batch.slices[0].acceleration, batch.slices, images)
             rows += self._texts(batch, prefix, other_prefix, others)
@@ -231,7 +240,6 @@ class Tester:
     ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
         model = self.model
         starts = model.start_images(batch)
-        yield "zero_filled", zero_filled(batch.kspace, batch.scale, batch.recon)
         yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix), starts)
         if other_prefix is not None:
             tokens = model.image_tokens_from_prefix(other_prefix)
@@ -451,11 +459,12 @@ def preview(
     During a training `reconstruct` is the stage's own, which knows whether the tokens have joined.
     """
     shown = []
+    whole = dataset.uncompressed()
     for index in np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]:
         one = dataset[int(index)]
         batch = collate([one]).to(model.device)
         own = (reconstruct or model)(batch)
-        images = {"zero_filled": zero_filled(batch.kspace, batch.scale, batch.recon)[0], "model": own[0]}
+        images = {"zero_filled": zero_filled_image(whole[int(index)]), "model": own[0]}
         assert one.target is not None
         title = f"{one.facts.contrast or 'contrast unknown'}, slice {one.slice_num}\n{one.acceleration}x"
         shown.append(Comparison(one.target, images, one.maximum, title=title, pixel=one.pixel))

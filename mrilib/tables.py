@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
+from mrilib.config import DataParameters, EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
 from mrilib.data import Volume
 from mrilib.evaluation import VolumeScore, paired_difference
 from mrilib.model import TwoStageModel, count_parameters
@@ -45,6 +45,20 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def compression_sentence(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """What coil compression costs, from the "reconstruction" section; empty where it was not measured."""
+    costs = {a: methods["zero_filled"] for a, methods in section.items() if "zero_filled" in methods}
+    told = [
+        f"{cost['compression_cost_ssim']:.3f} in SSIM and {cost['compression_cost_psnr']:.2f} dB in PSNR at {a}x"
+        for a, cost in costs.items()
+        if "zero_filled_compressed" in section[a]
+    ]
+    if told:
+        return f"Coil compression, which the model needs, costs zero-filled images {', '.join(told)}."
+    measured = any("compression_cost_ssim" in cost for cost in costs.values())
+    return "No test file has more than num_coils coils: nothing was compressed." if measured else ""
 
 
 def dash_or(value: float | None, form: str = "{:.3f}") -> str:
@@ -86,6 +100,7 @@ def metrics_text(path: Path) -> str:
     parts = []
     if "reconstruction" in metrics:
         parts.append(reconstruction_table(metrics).to_string(index=False))
+        parts += [sentence] if (sentence := compression_sentence(metrics["reconstruction"])) else []
     if "analysis" in metrics:
         scores = metrics["analysis"]
         parts.append(analysis_table(metrics).to_string(index=False))
@@ -324,14 +339,8 @@ def model_card(
     volumes: Mapping[str, Sequence[Volume]],
 ) -> str:
     """What the model is, what it was trained on, and what it is not for; Markdown."""
-    counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
     cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
-    from mrilib.phantom import PARAMETERS_FILE  # it takes seconds to import, which the training notebooks need not
-
-    phantom = ""
-    if (resolve(config.data_dir) / PARAMETERS_FILE).is_file():
-        phantom = ". The patients are a phantom, warps of one head: numbers on them say nothing of patients"
     crop: str = config.crop
     if crop == "image":
         crop += " (changes the acquisition: not comparable with published scores)"
@@ -343,16 +352,62 @@ with {stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decode
 | **Backbone** | `{config.backbone_path}`, tokenizer `{config.tokenizer_path or "the backbone's own"}` |
 | **Trained** | stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: at most \
 {stage2.epochs} epochs, SSIM loss; the checkpoints are those given above, the best by validation by default |
-| **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test \
-patients, split by patient |
+| **Data** | {_split_told(config, stage1, stage2, volumes)} |
 | **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre \
 fractions {", ".join(map(str, config.center_fractions))} |
 | **Crop** | {crop} |
 | **Licences** | code, and the demo's backbone trained on text that it writes, MIT; other backbones under their own; \
 Mistral 7B's tokenizer Apache 2.0; phantom anatomy: ICBM 152 2009 templates, {ICBM_NOTICE}; fastMRI+ annotations MIT; \
 fastMRI data under its own agreement |
-| **Not for** | diagnosis or any clinical use; this is not a medical device{phantom} |
+| **Not for** | diagnosis or any clinical use; this is not a medical device{_phantom_told(volumes)} |
 """
+
+
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
+SPLIT_BY = ("data_dir", "val_dir", "test_dir", "val_fraction", "test_fraction", "split_seed")
+
+
+def _split_told(
+    config: EvaluateParameters,
+    stage1: Stage1Parameters,
+    stage2: Stage2Parameters,
+    volumes: Mapping[str, Sequence[Volume]],
+) -> str:
+    """Patients of each part, their folder and how they were set apart; stages that were trained with another split."""
+    told = []
+    for part, name in PART_NAMES.items():
+        count = len({volume.patient for volume in volumes[part]})
+        where = f"of `{config.data_dir}`"
+        if part != "train":
+            given = getattr(config, f"{part}_dir")
+            where = f"of the same folder, set apart by patient (split_seed {config.split_seed})"
+            if given:
+                where = f"of `{given}` ({part}_dir, a folder of its own)"
+        told.append(f"{name}: {count} patient{'s'[: count != 1]} {where}")
+    for number, stage in enumerate((stage1, stage2), start=1):
+        differing = [name for name in SPLIT_BY if _split_value(stage, name) != _split_value(config, name)]
+        if differing:
+            values = ", ".join(f"{name} `{getattr(stage, name)}`" for name in differing)
+            told.append(f"stage {number} was trained with another split: {values}")
+    return "; ".join(told)
+
+
+def _split_value(config: DataParameters, name: str) -> Any:
+    value = getattr(config, name)
+    return resolve(value) if name.endswith("_dir") and value else value
+
+
+def _phantom_told(volumes: Mapping[str, Sequence[Volume]]) -> str:
+    """Which patients are the phantom's; empty if none is."""
+    from mrilib.phantom import is_phantom  # it takes seconds to import, which the training notebooks need not
+
+    made = {name: [is_phantom(volume.path) for volume in volumes[part]] for part, name in PART_NAMES.items()}
+    names = [name if all(of) else f"some {name}" for name, of in made.items() if any(of)]
+    if not names:
+        return ""
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    told = f". The {listed} patients are a phantom, warps of one head"
+    return told + (": numbers on them say nothing of patients" if any(made["test"]) else "")
 
 
 def token_variants(
