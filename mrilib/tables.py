@@ -304,9 +304,10 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
             )
     left_out = scores["samples"] - scores["other_patient_samples"]
     if left_out:
+        both = " Both sides of the difference are without them." if scores["other_patient_samples"] else ""
         lines.append(
             f"- {left_out} of {scores['samples']} samples have no score with another patient's scan: there is no other "
-            "patient at their acceleration. Both sides of the difference are without them."
+            f"patient at their acceleration.{both}"
         )
     share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
     if not scores["contrast_samples"]:
@@ -323,9 +324,10 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
 def _findings_sentence(scores: Mapping[str, Any]) -> str:
     if not scores["reviewed_samples"]:
         return "no test sample was reviewed for findings, so that there is no score."
-    constant = f"the best constant answer has {dash_or(scores['finding_f1_best_constant'])}."
+    best = scores["finding_f1_best_constant"]
+    constant = f"the best constant answer has {'none' if best is None else f'{best:.3f}'}."
     if scores["finding_f1"] is None:
-        return f"no F1, there was nothing to find and nothing was claimed; {constant}"
+        return f"no F1, as there was nothing to find and nothing was claimed; {constant}"
     error = scores["finding_f1_se"]
     spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
     return f"F1 {scores['finding_f1']:.3f}{spread}; {constant}"
