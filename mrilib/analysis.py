@@ -40,6 +40,8 @@ CONTRASTS = {
     "AXT2": "T2",
     "AXFLAIR": "FLAIR",
 }
+#: fastMRI's knee acquisitions: such files are no brains
+KNEES = ("CORPD_FBK", "CORPDFS_FBK")
 LEVELS = ("lower", "middle", "upper")
 SIDES = ("left", "midline", "right")
 REGIONS = ("anterior", "central", "posterior")
@@ -140,8 +142,8 @@ class Facts:
 
     Attributes
     ----------
-    contrast : str
-        one of ``CONTRASTS.values()``
+    contrast : str or None
+        one of ``CONTRASTS.values()``; None for an acquisition that is not in ``CONTRASTS``: unknown
     level : str
         "lower", "middle" or "upper" third of the stack
     findings : tuple of Finding, or None
@@ -151,14 +153,14 @@ class Facts:
         labels of the whole volume, sorted and without repeats; always () if not reviewed
     """
 
-    contrast: str
+    contrast: str | None
     level: str
     findings: tuple[Finding, ...] | None = None
     study_labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, value, known in (("contrast", self.contrast, CONTRASTS.values()), ("level", self.level, LEVELS)):
-            if value not in known:
+            if value not in known and not (kind == "contrast" and value is None):
                 raise ValueError(f"facts: unknown {kind} {value!r}{_nearest(value, known)}")
         for label in self.study_labels:
             if label not in LABELS:
@@ -177,7 +179,7 @@ def _cut(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _nearest(value: str, known: Iterable[str]) -> str:
+def _nearest(value: object, known: Iterable[str]) -> str:
     names = list(known)
     close = get_close_matches(str(value)[:200], names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
@@ -411,17 +413,16 @@ def slice_facts(
     slice_num, num_slices : int
         0-based slice number, and the number of slices of the array
     acquisition : str
-        the h5's attribute, a key of ``CONTRASTS``
+        the h5's attribute; the contrast of one that is not in ``CONTRASTS`` is unknown
     image_shape : (int, int)
         rows and columns of ``reconstruction_rss`` [pixels]
 
     Raises
     ------
     ValueError
-        an unknown acquisition, a slice outside the volume, a box outside the image or of a slice that the volume does
-        not have
+        a slice outside the volume, a box outside the image or of a slice that the volume does not have
     """
-    contrast, level = contrast_name(acquisition), slice_level(slice_num, num_slices)
+    contrast, level = CONTRASTS.get(acquisition), slice_level(slice_num, num_slices)
     if annotations is None or not annotations.reviewed(file):
         return Facts(contrast, level, None)
     if annotations.last_slice.get(file, 0) >= num_slices:
@@ -457,10 +458,11 @@ def prompt() -> str:
 def answer(facts: Facts) -> str:
     """The facts in plain words, e.g. "Axial FLAIR image, upper third of the brain. Findings: mass, right posterior."
 
-    The findings sentence says "Findings: none." for a reviewed slice without findings and is left out for a volume
-    that nobody reviewed; "Whole study: …" follows where the volume has labels of its own. Inverse of ``parse``.
+    An unknown contrast is left out: "Axial image, upper third of the brain." The findings sentence says "Findings:
+    none." for a reviewed slice without findings and is left out for a volume that nobody reviewed; "Whole study: …"
+    follows where the volume has labels of its own. Inverse of ``parse``.
     """
-    text = f"Axial {facts.contrast} image, {facts.level} third of the brain."
+    text = f"Axial {facts.contrast + ' ' if facts.contrast else ''}image, {facts.level} third of the brain."
     if facts.findings is not None:
         listed = "; ".join(f"{found.label.lower()}, {found.side} {found.region}" for found in facts.findings)
         text += f" Findings: {listed or 'none'}."
@@ -470,7 +472,7 @@ def answer(facts: Facts) -> str:
 
 
 _ANSWER = re.compile(
-    r"Axial (?P<contrast>[^,.]+) image, (?P<level>[^,.]+) third of the brain\."
+    r"Axial (?:(?P<contrast>[^,.]+) )?image, (?P<level>[^,.]+) third of the brain\."
     r"(?: Findings: (?P<findings>[^.]+)\.)?(?: Whole study: (?P<study>[^.]+)\.)?"
 )
 
@@ -574,7 +576,7 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
 # ------------------------------------------------------------------------------------------------- scores
 
 
-def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> dict[str, float]:
+def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> dict[str, float | None]:
     """Micro-averaged scores of findings over exact (label, side, region).
 
     Over all reviewed slices, F1 = 2 TP / (2 TP + FP + FN). A clean slice counts: every finding claimed on it is a
@@ -591,8 +593,9 @@ def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) ->
     Returns
     -------
     dict
-        f1, precision, recall (1 where there was nothing to claim or to find), any_finding_accuracy (share of slices
-        rightly called clean or not), parsed (share of slices with readable findings), samples (reviewed slices)
+        f1, precision, recall, any_finding_accuracy (share of slices rightly called clean or not), parsed (share of
+        slices with readable findings), samples (reviewed slices). A ratio of nothing to nothing is None: F1 where
+        there was nothing to find and nothing claimed, all of them where nothing was reviewed.
     """
     true_positives = false_positives = false_negatives = right = readable = samples = 0
     for facts, guess in zip(truth, predicted, strict=True):
@@ -631,8 +634,8 @@ def finding_counts(facts: Facts, guess: Facts | None) -> tuple[int, int, int] | 
     return len(found & claimed), len(claimed - found), len(found - claimed)
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
@@ -655,12 +658,16 @@ def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
     return tuple(sorted(ranked[:best]))
 
 
-def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None], attribute: str) -> float:
-    """Share of slices whose "contrast" or "level" the text names rightly; text that did not parse is wrong."""
+def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None], attribute: str) -> float | None:
+    """Share of slices whose "contrast" or "level" the text names rightly; text that did not parse is wrong.
+
+    Slices of an unknown contrast are left out. None where no slice is left.
+    """
     if attribute not in ("contrast", "level"):
         raise ValueError(f"attribute {attribute!r} is neither 'contrast' nor 'level'")
-    right = sum(
+    right = [
         guess is not None and getattr(facts, attribute) == getattr(guess, attribute)
         for facts, guess in zip(truth, predicted, strict=True)
-    )
-    return _ratio(right, len(truth))
+        if getattr(facts, attribute) is not None
+    ]
+    return _ratio(sum(right), len(right))

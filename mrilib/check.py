@@ -18,6 +18,7 @@ import joblib
 import numpy as np
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from mrilib import analysis
 from mrilib.config import display_path, printable, resolve
 from mrilib.volume import (
     LARGEST_SCALE,
@@ -107,12 +108,23 @@ def _contents(h5: h5py.File, volume: Volume | None) -> tuple[list[str], list[str
             problems.append("mask holds other values than 0 and 1")
         elif not values[values.size // 2] or not volume.padding[0] <= values.size // 2 < volume.padding[1]:
             problems.append("mask does not sample the centre of k-space")
+    if volume is not None and (unlisted := unlisted_contrast(volume)):
+        warnings.append(unlisted)
     if volume is not None:
         expected = ("norm",) if volume.has_target else ("num_low_frequency",) if volume.has_mask else ()
         warnings += [f"has no attribute {name} (not needed here)" for name in expected if name not in h5.attrs]
         if not volume.has_target and not volume.has_mask:
             warnings.append("has neither reconstruction_rss nor mask: it cannot be scored, nor train the decoder")
     return problems, warnings
+
+
+def unlisted_contrast(volume: Volume) -> str:
+    """A warning of a contrast that is not in the list, which images do not need; empty for one that is."""
+    try:
+        analysis.contrast_name(volume.acquisition)
+    except ValueError as error:
+        return f"{error} (the image does not need it; the text leaves the contrast out)"
+    return ""
 
 
 def _slices(
@@ -300,7 +312,16 @@ def usable_volumes(
         raise DataError(f"{len(bad)} unusable files in {folder}{advice}:\n" + "\n".join(lines))
     good = [path for path, report in zip(paths, reports, strict=True) if not report.problems]
     skipped = [{"file": report.name, "folder": folder, "problems": report.problems} for report in bad]
-    return [read_volume(path) for path in good], skipped
+    volumes = [read_volume(path) for path in good]
+    if unlisted := [volume for volume in volumes if unlisted_contrast(volume)]:
+        names = ", ".join(sorted({repr(volume.acquisition) for volume in unlisted}))
+        logger.warning(
+            "%s: %d files of a contrast that is not in the list (%s); their text leaves the contrast out",
+            folder,
+            len(unlisted),
+            names,
+        )
+    return volumes, skipped
 
 
 class _Memory:

@@ -349,6 +349,19 @@ class FastMRIDataset(Dataset[Slice]):
         other.texts_only = True
         return other
 
+    def uncompressed(self) -> "FastMRIDataset":
+        """The same slices under the same masks with all their coils, for what needs no compression."""
+        other = FastMRIDataset.__new__(FastMRIDataset)  # of a cached dataset too, whose entries are compressed
+        vars(other).update(vars(self))
+        most = max(self.config.num_coils, *(volume.coils for volume in self.volumes))
+        other.config = self.config.model_copy(update={"num_coils": most})
+        return other
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any of its files has more than num_coils coils."""
+        return any(volume.coils > self.config.num_coils for volume in self.volumes)
+
     def shape_key(self, index: int) -> tuple[int, ...]:
         """What must be equal for slices to be stacked: coils, k-space matrix and evaluated image."""
         volume = self.volumes[self.samples[index][0]]

@@ -39,6 +39,7 @@ METHODS = {
     "bart": ("BART l1-wavelet", GREEN),
     "nearest_training_slice": ("nearest training slice (oracle)", ORANGE),
     "zero_filled": ("zero-filled", GREY),
+    "zero_filled_compressed": ("zero-filled, compressed coils", BLACK),
 }
 ERROR_MAP = "inferno"
 WIDTH = 9.5  # of a figure [inches], a notebook's column

@@ -131,11 +131,8 @@ def structure(h5: h5py.File, path: Path) -> tuple[Volume | None, list[str]]:
             problems.append(f"attribute {name} is longer than {LARGEST_ATTRIBUTE} characters")
         elif not value.isprintable():
             problems.append(f"attribute {name} holds control characters: {printable(value)[:80]}")
-    if texts["acquisition"] and not any(problem.startswith("attribute acquisition") for problem in problems):
-        try:
-            analysis.contrast_name(texts["acquisition"])
-        except ValueError as error:
-            problems.append(str(error))
+    if texts["acquisition"] in analysis.KNEES:
+        problems.append(f"acquisition {texts['acquisition']!r} is a knee's; brain files are wanted")
     maximum, acceleration = number(attribute(h5, "max")), number(attribute(h5, "acceleration"))
     # a volume of zeros has the maximum 0; the losses work in single precision
     if target is not None and (maximum is None or not 0 <= maximum <= LARGEST_SCALE):

@@ -123,7 +123,7 @@ UTF16 = ('<?xml version="1.0" encoding="utf-16"?>' + BOMB).encode("utf-16")
         (attribute("patient_id", ""), "attribute patient_id is no text"),
         (attribute("patient_id", [1.5, 2.5]), "attribute patient_id is no text"),
         (attribute("acquisition"), "has no attribute acquisition"),
-        (attribute("acquisition", "CORPD_FBK"), "unknown acquisition 'CORPD_FBK'"),
+        (attribute("acquisition", "CORPD_FBK"), "acquisition 'CORPD_FBK' is a knee's; brain files are wanted"),
         (attribute("max"), "has no attribute max"),
         (attribute("max", np.nan), "attribute max is .*nan.*; a positive number up to .* is wanted"),
         (attribute("max", np.inf), "attribute max is .*inf"),
