@@ -178,6 +178,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
     else:
         names = PIPELINE
     name = options.name
+    if name is not None and not name.strip():
+        raise ParameterError("--name is empty; give the run folder's name, or leave it out")
     if name and not Path(name).is_absolute() and (Path(name).name != name or name == ".."):
         raise ParameterError(f"--name {name}: the name of a folder in outputs/ is wanted, or an absolute path")
     directory = resolve("outputs") / (options.name or folder.resolve().name)

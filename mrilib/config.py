@@ -25,6 +25,7 @@ PARAMETERS_HEADER = "# Parameters of this notebook"
 
 
 MOST_PARAMETERS = 2 * 10**9  # of a network that is made here; the full-size encoder has 10**8
+MOST_TOLD = 5  # unknown names in one message
 MOST_ITEMS = 1000  # of a list
 LONGEST_TEXT = 4096  # characters; no path is longer
 # line ends, terminal escapes, marks of the direction of writing, half surrogate pairs
@@ -115,8 +116,10 @@ class Parameters(BaseModel):
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
             sentence = _other_notebook(cls, values, unknown) or "; ".join(
-                _unknown_sentence(cls, name) for name in unknown
+                _unknown_sentence(cls, name) for name in unknown[:MOST_TOLD]
             )
+            if len(unknown) > MOST_TOLD:
+                sentence = f"{len(unknown)} names are not known. {sentence}"
             raise ParameterError(sentence, unknown)
         try:
             config = cls(**values)
@@ -125,13 +128,18 @@ class Parameters(BaseModel):
             raise ParameterError("; ".join(_error_sentence(problem) for problem in error.errors()), names) from None
         for name in cls.existing_paths:
             path = getattr(config, name)
+            if not path or name in written_later:
+                continue
             try:
-                missing = path and name not in written_later and not resolve(path).exists()
+                mode = resolve(path).stat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip(), [name]) from None
             except (ParameterError, OSError) as error:
                 told = error.strerror if isinstance(error, OSError) else error
                 raise ParameterError(f"{name}: '{shortened(path)}' cannot be used: {told}", [name]) from None
-            if missing:
-                raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip(), [name])
+            if not stat.S_ISDIR(mode) and (name.endswith("_dir") or not stat.S_ISREG(mode)):
+                kind = "folder" if name.endswith("_dir") else "regular file"
+                raise ParameterError(f"{name}: '{path}' is no {kind}", [name])
         return config
 
     @classmethod
@@ -570,6 +578,8 @@ class Stage1Parameters(TrainingParameters):
 
     @model_validator(mode="after")
     def _maps(self) -> Self:
+        if not all(map(str.strip, self.finding_labels)) or len(set(self.finding_labels)) < len(self.finding_labels):
+            raise ValueError("finding_labels: a label is empty or given twice")
         if self.finding_labels and self.img_size < 32:
             raise ValueError(
                 "finding_labels: the U-Net that maps them halves the image four times; img_size is below 32"

@@ -5,7 +5,7 @@ tags, aliases (a few lines of them expand to gigabytes), merge keys, dates, octa
 """
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -27,10 +27,11 @@ class YamlError(ValueError):
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader; dates stay text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse(text: str, where: str) -> Any:
@@ -67,6 +68,7 @@ def parse(text: str, where: str) -> Any:
 def _check_events(text: str, where: str) -> None:
     """Refuse tags, aliases and deep nesting before anything is built from the text."""
     depth = 0
+    event: Any
     for event in yaml.parse(text, _Loader):
         place = f"{where}, line {event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):

@@ -54,7 +54,7 @@ def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
             raise ParameterError(f"-p {shortened(text)}: {name} is given twice; separate its values by commas")
         if parameter not in NOTEBOOKS[notebook][1].model_fields:
             NOTEBOOKS[notebook][1].create({parameter: None})  # tells the nearest known name
-        grid[name] = parse_yaml(f"[{values}]", f"-p {text}")
+        grid[name] = parse_yaml(f"[{values}\n]", f"-p {text}")
         if not grid[name]:
             raise ParameterError(f"-p {shortened(text)}: no value is given")
     return grid
@@ -120,6 +120,8 @@ def sweep(options: argparse.Namespace) -> int:
     folder: Path = options.params
     if not folder.is_dir():
         raise ParameterError(f"the params folder '{folder}' does not exist")
+    if options.name is not None and not options.name.strip():
+        raise ParameterError("--name is empty; give the beginning of the run folders' names, or leave it out")
     base = options.name or folder.resolve().name
     only = ["stage1"] if options.stage1_only else ["stage2"] if options.stage2_only else None
     steps = only or ["explore", "stage1", "stage2", "evaluate", "compare"]

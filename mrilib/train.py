@@ -195,8 +195,9 @@ def read_config(path: Path, stage: int, overrides: dict[str, object]) -> StagePa
     """A stage's parameters from a params file, with `overrides` on top."""
     cls = Stage1Parameters if stage == 1 else Stage2Parameters
     if "interactive" not in overrides:
+        given = read_yaml(path)
         try:
-            cls.check_replaced(read_yaml(path), ("interactive",))
+            cls.check_replaced(given, ("interactive",))
         except ParameterError as error:
             raise ParameterError(f"{display_path(path)}: {error}") from None
     return cls.from_yaml(path, {"interactive": False, **overrides})

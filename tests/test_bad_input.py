@@ -128,6 +128,13 @@ VALUES = [
     Refusal("unknown user's home", option("data_dir=~nobody-of-this-name/x"), ("data_dir", "~nobody-of-this-name")),
     Refusal("path component too long", option("data_dir=" + "x" * 300), ("data_dir", "name too long")),
     Refusal("interactive is no truth value", line("interactive: maybe"), ("stage1.yaml: interactive", "'maybe'")),
+    Refusal("device as reports", option("reports_path=/dev/zero"), ("reports_path", "no regular file")),
+    Refusal("device as tokenizer", option("tokenizer_path=/dev/random"), ("tokenizer_path", "no regular file")),
+    Refusal("device as backbone", option("backbone_path=/dev/zero"), ("backbone_path", "no regular file")),
+    Refusal("device as data folder", option("data_dir=/dev/null"), ("data_dir", "no folder")),
+    Refusal("file as annotations folder", option("annotations_dir=LICENSE"), ("annotations_dir", "no folder")),
+    Refusal("finding without a name", option("finding_labels=['']"), ("finding_labels", "empty")),
+    Refusal("finding twice", option("finding_labels=[Mass, Mass]"), ("finding_labels", "twice")),
     Refusal("width that heads do not divide", option("vit_embed_dim=10", "vit_num_heads=12"), ("vit_embed_dim 10",)),
     Refusal("10^20 coils", option("num_coils=100000000000000000000"), ("num_coils",)),
     Refusal("10^18 coils", option("num_coils=1000000000000000000"), ("num_coils", "less than or equal to")),
@@ -172,6 +179,9 @@ FILES = [
     Refusal("link loop as file", in_place(symlink_loop, option()), ("stage1.yaml", "loop")),
     Refusal("link to nothing", in_place(lambda path: path.symlink_to("nowhere"), of_run()), ("nowhere", "not exist")),
     Refusal("unknown key", line("epochz: 3"), ("stage1.yaml", "'epochz'", "did you mean 'epochs'?")),
+    Refusal(
+        "thousands of keys", content("".join(f"k{n}: 3\n" for n in range(5000))), ("'k0'", "5000 names are not known")
+    ),
     Refusal("escape sequence as key", line('"\\e[31mx": 3'), ("stage1.yaml", "\\x1b[31mx")),
 ]
 
@@ -226,6 +236,9 @@ COMMAND_LINES = [
         of_sweep(*(f for n in ("epochs", "batch_size", "seed") for f in ("-p", f"stage1.{n}={'1,' * 999}1"))),
         ("1000000000 runs", "at most"),
     ),
+    Refusal("sweep with a bracket too many", of_sweep("-p", "stage1.seed=1,2]#"), ("-p stage1.seed=1,2]#", "not YAML")),
+    Refusal("empty name of a run", lambda f: ["run", str(f), "--name", ""], ("--name is empty",)),
+    Refusal("empty name of a sweep", lambda f: ["sweep", str(f), "--name", " "], ("--name is empty",)),
     Refusal("unknown command", lambda _: [ESCAPE], ("invalid choice",)),
     Refusal("unknown option", lambda f: [*option()(f), f"--{ESCAPE}"], ("unrecognized arguments", "\\x1b[31m")),
     Refusal("no volumes", make_data("--volumes", "0"), ("--volumes", "0", "1 to")),
