@@ -72,7 +72,7 @@ def _check_events(text: str, where: str) -> None:
     for event in yaml.parse(text, _Loader):
         place = f"{where}, line {event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):
-            raise YamlError(f"{place}: the alias *{shortened(event.anchor)} is not allowed; write the value itself")
+            raise YamlError(f"{place}: the alias *{shortened(str(event.anchor))} is not allowed; write its value")
         if getattr(event, "tag", None) is not None:
             raise YamlError(f"{place}: the tag {shortened(event.tag)} is not allowed; write the value without it")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
