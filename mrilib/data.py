@@ -6,9 +6,10 @@ attributes are for the loss and the metrics.
 
 import copy
 import itertools
+import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +26,8 @@ from mrilib.analysis import Annotations, Box, Facts, Report
 from mrilib.check import h5_files, usable_volumes
 from mrilib.config import DataParameters, ParameterError, display_path, resolve
 from mrilib.volume import SMALLEST_SCALE, DataError, Volume, dataset, read_volume, told
+
+logger = logging.getLogger("mrilib")
 
 
 class Slice(NamedTuple):
@@ -159,8 +162,41 @@ def split_volumes(config: DataParameters) -> Split:
             raise DataError(f"{len(both)} patients are in both {a} and {b}, for instance {sorted(both)[0]}")
     for name, part in split.items():
         if not part:
-            raise DataError(f"no {name} volumes: data_dir has {len(patients)} patients; give {name}_dir or a fraction")
+            advice = (
+                "lower val_fraction or test_fraction, or give val_dir or test_dir"
+                if name == "train"
+                else f"give {name}_dir, or raise {name}_fraction"
+            )
+            raise DataError(f"no {name} volumes: data_dir has {len(patients)} patients; {advice}")
+    files = {volume.file for part in split.values() for volume in part}
+    warn_of_unknown_files(config, files | {Path(entry["file"]).stem for entry in skipped})
     return split
+
+
+def warn_of_unknown_files(config: DataParameters, files: Collection[str]) -> None:
+    """Warn of reports and annotations of files that are not there, with the nearest name: they are not used.
+
+    Parameters
+    ----------
+    config : DataParameters
+    files : collection of str
+        Stems of the h5 files of all the data folders.
+    """
+    reports = analysis.read_reports(resolve(config.reports_path)) if config.reports_path else {}
+    annotations = load_annotations(config)
+    named = {
+        f"reports_path '{config.reports_path}'": {file for file, _ in reports},
+        f"annotations_dir '{config.annotations_dir or config.data_dir}'": annotations.files if annotations else set(),
+    }
+    for where, mentioned in named.items():
+        unknown = sorted(mentioned - set(files))
+        if unknown:
+            near = get_close_matches(unknown[0], files, n=1, cutoff=0.9)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            logger.warning(
+                "%s: %d of %d files are in no data folder and are not used, for instance '%s'%s",
+                *(where, len(unknown), len(mentioned), unknown[0], hint),
+            )
 
 
 def load_annotations(config: DataParameters) -> Annotations | None:

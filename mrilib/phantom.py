@@ -57,6 +57,7 @@ UNKNOWN_SHARE = 0.05  # of the patients: not reviewed, in no annotation list
 CLEAN_SHARE = 0.32  # of the patients: no lesion
 PARAMETERS_FILE = "phantom.json"
 MARK = "phantom"  # attribute of the phantom's files: what the head is
+MOST_VALUES = 2**30  # complex values of a file: 9 GB, which are held in memory
 VERSION = 1  # raised when the same parameters would give other data than before
 
 
@@ -222,6 +223,12 @@ def make_dataset(
     for name, value in parameters.items():
         if value < lowest[name]:
             raise ValueError(f"{name} is {value}; it must be at least {lowest[name]}")
+    values = slices * coils * 3 * img_size**2  # of the k-space of the largest file
+    if values > MOST_VALUES:
+        raise ValueError(
+            f"slices {slices}, coils {coils} and img_size {img_size} make files of {values:.1g} values; at most "
+            f"{MOST_VALUES:.1g} are allowed"
+        )
     if img_size % 2:
         raise ValueError(f"img_size is {img_size}; it must be even, as fastMRI's crops are")
     share = len(CONTRASTS)
