@@ -140,7 +140,7 @@ class Linear(nn.Linear):
     product with one row, with all cores for a batch of products.
     """
 
-    NARROW = 512  # hidden size
+    NARROW = 128  # hidden size
     fills_tiles = False  # set by the model
     _PARTS = 16  # for as many cores; more would wait for the same memory
     _LARGE = 1 << 16  # weights, from which parts are worth their while
