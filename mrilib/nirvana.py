@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, d hidden size, H heads of D = d / H, C concept_dim.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 FIRST_TRIGGER_LAYER = 2
+LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "window_size": 1 << 31}  # other sizes: 1 << 16
 
 
 class NirvanaConfig(PreTrainedConfig):
@@ -103,6 +105,8 @@ class NirvanaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value > (most := LARGEST.get(name, 1 << 16)):
+                raise ValueError(f"{name} must be at most {most}, got {value}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
         if self.hidden_size < 16:
@@ -136,7 +140,7 @@ class Linear(nn.Linear):
     product with one row, with all cores for a batch of products.
     """
 
-    NARROW = 512  # hidden size
+    NARROW = 128  # hidden size
     fills_tiles = False  # set by the model
     _PARTS = 16  # for as many cores; more would wait for the same memory
     _LARGE = 1 << 16  # weights, from which parts are worth their while
@@ -204,6 +208,17 @@ class CausalConv(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+class ShortConv(nn.Conv1d):
+    """A causal depthwise convolution with silu. It reads its own weight, so that hooks can offload it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, KERNEL, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, T + KERNEL − 1, d) to (B, T, d)."""
+        return F.silu(CausalConv.apply(x, self.weight.to(x.dtype)))  # under autocast x is narrower
+
+
 class Interpolation(nn.Module):
     """The low-rank map of delta output, attention output and twice the Trigger's h, to the mixture's third term."""
 
@@ -236,7 +251,7 @@ class TaskAwareDeltaNet(nn.Module):
         self.heads, self.layer_idx = heads, layer_idx
         self.has_trigger = layer_idx >= FIRST_TRIGGER_LAYER
         self.q_proj, self.k_proj, self.v_proj = (Linear(d, d) for _ in range(3))
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = (nn.Conv1d(d, d, KERNEL, groups=d, bias=False) for _ in range(3))
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(d) for _ in range(3))
         self.g_proj = Linear(d, d)
         self.a_proj = Linear(d, heads)
         self.b_proj = Linear(d, heads)
@@ -260,14 +275,13 @@ class TaskAwareDeltaNet(nn.Module):
         x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat((before, x), 1)
         if layer is not None:
             layer.conv[index] = x[:, 1 - KERNEL :].detach().clone()
-        weight = (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index].weight
-        return F.silu(CausalConv.apply(x, weight.to(x.dtype)))  # under autocast x is narrower
+        return (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index](x)
 
     def forward(
         self,
         x: Tensor,
         theta: TriggerState | None,
-        router: TriggerWeights,
+        router: Callable[..., tuple[Tensor, TriggerState]],
         keep: Tensor | None,
         mask: Tensor | None,
         causal: bool,
@@ -281,7 +295,8 @@ class TaskAwareDeltaNet(nn.Module):
             Normalised.
         theta : TriggerState, optional
             From the layer before; None starts anew.
-        router : TriggerWeights
+        router : callable
+            The call of the model's `TriggerWeights`. Not the module: accelerate's hooks would move it to their device.
         keep : Tensor, shape (B, T), bool, optional
             False at padding.
         mask, causal
@@ -317,7 +332,7 @@ class TaskAwareDeltaNet(nn.Module):
             return delta, None
 
         h, theta = router(*self.concept_proj(x).chunk(3, -1), theta)
-        h = h.to(x.dtype)
+        h = h.to(x)  # the router may be on another device
         q, k, v = (
             (y + lora(x)).view(split).transpose(1, 2)
             for y, lora in zip(raw, (self.q_lora, self.k_lora, self.v_lora), strict=True)
@@ -493,7 +508,7 @@ class NirvanaModel(NirvanaPreTrainedModel):
         for i, block in enumerate(self.layers):
             if hidden:
                 states.append(x)
-            rest = (self.rnn_router, keep, mask, causal, None if cache is None else cache.layers[i])
+            rest = (self.rnn_router.__call__, keep, mask, causal, None if cache is None else cache.layers[i])
             if checkpointing:
                 # here, not by the library's layer class: it does nothing in eval mode, which a frozen backbone is in
                 x, theta = checkpoint(block, x, theta, *rest, use_reentrant=False)
