@@ -572,9 +572,8 @@ class NirvanaModel(NirvanaPreTrainedModel):
             else:
                 x, theta = block(x, theta, *rest)
         x = self.norm(x)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x, hidden_states=(*states, x) if hidden else None, **{OUTPUT_CACHE: cache}
-        )
+        kept: dict[str, Any] = {OUTPUT_CACHE: cache}
+        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*states, x) if hidden else None, **kept)
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -604,10 +603,10 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         return False
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature says what generate accepts
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Leave out generate's tokenizer, which is for stop_strings; call the cache past_key_values, as PEFT does."""
         kwargs.pop("tokenizer", None)
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
         if "cache" in inputs:  # under this name PEFT overlooks it, and would repeat a tuned prompt at every step
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
