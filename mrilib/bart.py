@@ -204,10 +204,13 @@ def choose(batches: Iterable[Batch]) -> tuple[Settings, list[dict[str, Any]]]:
 def tuned(
     volumes: Sequence[Volume], config: DataParameters, acceleration: int, slices: int
 ) -> tuple[Callable[[Batch], Tensor], dict[str, Any]]:
-    """BART's reconstruction at one acceleration, with settings chosen on some validation slices; and the settings."""
+    """BART's reconstruction at one acceleration, with settings chosen on some validation slices; and the settings.
+
+    BART gets all coils, so the slices are not compressed.
+    """
     data = FastMRIDataset(volumes, config, acceleration=acceleration, max_slices=slices)
-    settings, tried = choose(make_loader(data, 4))
-    facts = {"version": version(), "chosen": settings._asdict(), "tried": tried}
+    settings, tried = choose(make_loader(data.uncompressed(), 4))
+    facts = {"version": version(), "coils": "all", "chosen": settings._asdict(), "tried": tried}
     return functools.partial(reconstruct, settings=settings), facts
 
 

@@ -17,6 +17,7 @@ class History:
     seconds: float = 0.0  # of the whole training, without the time between processes
     best_epoch: int = 0
     best_loss: float = math.inf
+    skipped: int = 0  # steps left out for a loss or gradient that was not finite
 
 
 def steps_path(run: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ from mrilib.data import Batch, FastMRIDataset
 # What may differ when a training goes on: nothing that it learns depends on these, but by rounding.
 FREE_ON_RESUME = frozenset(
     ("output_dir", "interactive", "resume", "num_workers", "device", "save_interval", "log_interval", "max_checkpoints",
-     "checkpoint_minutes", "activation_checkpointing", "train_control",
+     "checkpoint_minutes", "on_nan", "activation_checkpointing", "train_control",
      # Where things lie; that they are the same things is checked by their content.
      "data_dir", "val_dir", "test_dir", "backbone_path", "config_path", "stage1_checkpoint", "token_cache_dir")
 )  # fmt: skip

@@ -23,7 +23,7 @@ from transformers import get_scheduler
 from mrilib import distributed, runs
 from mrilib.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
 from mrilib.config import ParameterError, TrainingParameters, display_path
-from mrilib.data import Batch, FastMRIDataset, ShapeBatchSampler
+from mrilib.data import Batch, FastMRIDataset, ShapeBatchSampler, loading_error
 from mrilib.distributed import TrainingStopped, everyone
 from mrilib.gradients import Part, StepGradients, combine_statistics, out_of_memory
 from mrilib.history import (
@@ -162,6 +162,7 @@ class Trainer:
                 "epochs": history.epochs,
                 "best_epoch": history.best_epoch,
                 "best_loss": history.best_loss,
+                "skipped": history.skipped,
             },
             **self.identity(),
             "cost": {
@@ -248,6 +249,10 @@ class Trainer:
             self.bar.update(self.step)
             try:
                 self._train()
+            except RuntimeError as error:
+                if (told := loading_error(error)) is None:
+                    raise
+                raise told from error
             finally:
                 self.bar.close()
                 if self.log is not None:
@@ -317,11 +322,15 @@ class Trainer:
         parts, norms, norm = self._guarded(lambda: self.gradients.compute(batches, self._where()))
         weight = sum(part.weight for part in parts)
         loss = sum(part.loss for part in parts) / weight
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(parts, loss, norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite:
+            self._not_finite(parts, loss, norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
-        self.losses.append(loss)
+        if finite:
+            self.optimizer.step()
+            self.losses.append(loss)
+        else:
+            self.history.skipped += 1
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step = number
@@ -341,15 +350,18 @@ class Trainer:
     def _where(self) -> str:
         return f"{self.stage.name}, epoch {self.epoch + 1}, step {self.step + 1}"
 
-    def _not_finite(self, parts: list[Part], loss: float, norm: float) -> FloatingPointError:
+    def _not_finite(self, parts: list[Part], loss: float, norm: float) -> None:
         sick = [part for part in parts if not math.isfinite(part.loss)] or parts
         where = ", ".join(one for part in sick for one in part.slices)
         told = f"{self._where()}: loss {loss}, gradient norm {norm}; slices: {where}"
+        if self.config.on_nan == "skip":
+            logger.warning("%s; the step is skipped", told)
+            return
         self.optimizer.zero_grad(set_to_none=True)
         self.save_to_resume()
-        return FloatingPointError(
+        raise FloatingPointError(
             f"{told}. The state before is in '{display_path(self.checkpoint_path('resume'))}'. What "
-            "to turn: learning_rate, max_grad_norm, warmup_ratio, mixed_precision"
+            "to turn: learning_rate, max_grad_norm, warmup_ratio, mixed_precision; on_nan: skip leaves such steps out"
         )
 
     def _save_or_stop(self) -> None:
@@ -401,13 +413,18 @@ class Trainer:
         if not math.isfinite(metrics["loss"]):
             sick = [f"{one['file']} slice {one['slice']}" for one in scores if not math.isfinite(one["loss"])]
             told = f"{self.stage.name}, epoch {number}: validation loss {metrics['loss']}; slices: {', '.join(sick)}"
-            self.save_to_resume()
-            raise FloatingPointError(told)
+            if config.on_nan == "stop":
+                self.save_to_resume()
+                raise FloatingPointError(told)
+            logger.warning("%s; this epoch cannot be the best", told)
+        if not self.losses:
+            raise FloatingPointError(f"{self.stage.name}, epoch {number}: every step was skipped; nothing is learned")
         history.epochs.append(
             {
                 "epoch": number,
                 "train_loss": math.fsum(self.losses) / len(self.losses),
                 **{f"val_{name}": value for name, value in metrics.items()},
+                "skipped_steps": self.step - self.epoch * self.steps_per_epoch - len(self.losses),
                 "seconds": seconds,
             }
         )

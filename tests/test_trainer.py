@@ -1,6 +1,7 @@
 """The loop's troubles: stop files, sick losses, memory, full disks, second processes, several processes."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from mrilib.history import read_epochs
 from mrilib.resume import check_same_training
 from mrilib.runs import read_json_lines
 from mrilib.trainer import Trainer
+from mrilib.volume import DataError
 
 
 @pytest.fixture
@@ -163,6 +165,23 @@ def test_a_sick_loss_stops_with_the_state_before_it_saved(config, tmp_path):
     assert load_checkpoint(tmp_path / "stage1_checkpoints" / "stage1_resume.pt", "stage1")["step"] == 2
     fit(stage_of(config), with_(config, resume=True), tmp_path)  # the loss of its third batch is well
     assert [entry["step"] for entry in read_json_lines(tmp_path / "logs" / "stage1.jsonl")] == [1, 2, 3]
+
+
+def test_a_sick_loss_is_skipped_and_counted(config, tmp_path):
+    before = fit(stage_of(config), with_(config, max_train_slices=6), tmp_path / "two")
+    assert before.skipped == 0
+    history = fit(stage_of(config, Sick), with_(config, on_nan="skip"), tmp_path / "three")
+    assert history.skipped == 1 and history.epochs[0]["skipped_steps"] == 1
+    assert read_epochs(tmp_path / "three" / "logs" / "stage1_history.csv")[0]["skipped_steps"] == 1
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "three").values())
+
+    class AllSick(training.AnalysisStage):
+        def loss(self, batch: Any) -> Any:
+            result = super().loss(batch)
+            return result._replace(total=result.total * float("inf"))
+
+    with pytest.raises(FloatingPointError, match="every step was skipped"):
+        fit(stage_of(config, AllSick), with_(config, on_nan="skip"), tmp_path / "none")
 
 
 def test_memory_that_runs_out_halves_the_batch_or_names_what_to_turn(config, tmp_path):
@@ -331,3 +350,17 @@ def test_the_train_command(config, tmp_path, capsys):
     assert record["status"] == "done" and record["notebooks"]["stage1"]["config"]["epochs"] == 2
     assert main(arguments) == 1 and "holds a finished training" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 1 and "was begun with epochs: 2 (now 1)" in capsys.readouterr().err
+
+
+class WorkersKilled(training.AnalysisStage):
+    """Kills the processes that load data in the second step."""
+
+    def loss(self, batch: Any) -> Any:
+        for child in multiprocessing.active_children():
+            child.kill()
+        return super().loss(batch)
+
+
+def test_a_killed_loading_process_is_told_in_one_line(config, tmp_path):
+    with pytest.raises(DataError, match=r"^a process that loads data has ended .*lower num_workers or batch_size.*$"):
+        fit(stage_of(config, WorkersKilled), with_(config, num_workers=1), tmp_path)
