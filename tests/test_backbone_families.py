@@ -160,14 +160,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "persimmon": BASE,
     "jetmoe": {**EXPERTS, "kv_channels": 8},
 }  # fmt: skip
-NO_EMBEDDINGS = "passed `inputs_embeds` to `.generate"
+REFUSED = "cannot be the backbone"
 PADDING = "generated in a batch differs"
 LACKS = {  # families that fail, and the words of the failure
     "gemma4_text": "needs to reverse the embedding",
-    "falcon_h1": NO_EMBEDDINGS,
-    "bamba": NO_EMBEDDINGS,
-    "zamba2": NO_EMBEDDINGS,
-    "rwkv": PADDING,
+    "falcon_h1": REFUSED,
+    "bamba": REFUSED,
+    "zamba2": REFUSED,
+    "rwkv": REFUSED,
     "minimax": PADDING,
 }
 
