@@ -22,6 +22,7 @@ from mrilib.config import (
     Parameters,
     display_path,
     parse_yaml,
+    printable,
     read_small,
     read_yaml,
     resolve,
@@ -38,6 +39,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and the error, and exit with status 2."""
         super().error(shortened(message, LONGEST_LINE))
+
+
+def folder(text: str) -> Path:
+    """A folder's path; an empty text would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of a folder is wanted")
+    return Path(text)
 
 
 def whole(lowest: int, highest: int) -> Callable[[str], int]:
@@ -125,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
     reconstruct.add_argument("file", type=Path, help="fastMRI brain multicoil h5 file")
     reconstruct.add_argument(
-        "--out", type=Path, default=Path("reconstructed"), help="output folder (default: %(default)s)"
+        "--out", type=folder, default=Path("reconstructed"), help="output folder (default: %(default)s)"
     )
     reconstruct.add_argument(
         "--acceleration",
@@ -168,7 +176,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
 
     folder: Path = options.params
     if not folder.is_dir():
-        raise ParameterError(f"the params folder '{folder}' does not exist")
+        why = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ParameterError(f"the params folder '{folder}' {why}; give a folder such as params/demo")
     if options.stage2_only and options.checkpoint is None and not options.resume:
         raise ParameterError("--stage2-only and -c CHECKPOINT go together")
     if options.checkpoint is not None and not options.stage2_only:
@@ -551,7 +560,7 @@ def reconstruct_file(options: argparse.Namespace) -> int:
     from mrilib.reconstruct import reconstruct
 
     for line in reconstruct(options.run, options.file, options.out, options.acceleration):
-        print(line)
+        print(printable(line))
     return 0
 
 
@@ -570,6 +579,8 @@ def list_runs(options: argparse.Namespace) -> int:
     """Print the table of run records."""
     from mrilib.tables import runs_text
 
+    if not options.directory.is_dir():
+        raise ParameterError(f"'{options.directory}' is no folder; give one that holds run folders, such as outputs")
     print(runs_text(options.directory))
     return 0
 

@@ -337,6 +337,8 @@ class DataParameters(OutputParameters):
             raise ValueError(f"img_size: {self.img_size} is not a multiple of 16, the ViT's patch")
         if len(self.accelerations) != len(self.center_fractions):
             raise ValueError("center_fractions: as many values as accelerations are wanted; they are paired by index")
+        if len(set(self.accelerations)) < len(self.accelerations):
+            raise ValueError(f"accelerations: {self.accelerations} holds a value twice; give each once")
         if any(a < 1 for a in self.accelerations) or any(not 0 < f <= 1 for f in self.center_fractions):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
         if max(self.accelerations) > 1000:

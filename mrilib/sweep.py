@@ -74,6 +74,9 @@ def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
     count = math.prod(map(len, grid.values()))
     if count > MOST_RUNS:
         raise ParameterError(f"the values of {', '.join(varying)} make {count} runs; at most {MOST_RUNS} are allowed")
+    for name, values in grid.items():
+        if len({_number_or_text(value) for value in values}) < len(values):
+            raise ParameterError(f"{name}: a value is given twice; leave one of them out")
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -82,6 +85,14 @@ def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
     if len(set(names)) < len(names):
         raise ParameterError(f"two of the values give one folder name: {', '.join(names)}")
     return found
+
+
+def _number_or_text(value: Any) -> float | str:
+    """A value such that 1e-3 and 0.001 are equal."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _word(value: Any) -> str:

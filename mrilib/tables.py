@@ -138,7 +138,9 @@ def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
 def runs_text(directory: str | Path = "outputs") -> str:
     """The table of run records for the console."""
     table = runs_table(directory)
-    return table.to_string(index=False) if len(table) else f"no run in {display_path(resolve(directory))}"
+    if not len(table):
+        return f"no run in {display_path(resolve(directory))}"
+    return "\n".join(printable(line) for line in table.map(str).map(printable).to_string(index=False).split("\n"))
 
 
 def split_table(volumes: Mapping[str, Sequence[Volume]]) -> pd.DataFrame:
