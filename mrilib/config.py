@@ -8,6 +8,7 @@ and truth values are converted; what cannot be converted, or is not known, is re
 import ast
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def resolve(path: str | Path) -> Path:
 
     A notebook's working directory is the root under papermill and notebooks/ in JupyterLab; the root is the same.
     """
-    return (ROOT / Path(path).expanduser()).resolve()
+    return Path(os.path.realpath(ROOT / Path(path).expanduser()))  # Path.resolve raises on links in a circle
 
 
 def display_path(path: str | Path) -> str:
