@@ -16,7 +16,7 @@ from mrilib.data import FastMRIDataset, make_loader, read_volume
 from mrilib.evaluation import score_volume, write_reconstruction
 from mrilib.inference import load_stage1, load_stage2
 from mrilib.model import TwoStageModel, build_backbone
-from mrilib.runs import read_json
+from mrilib.runs import read_record
 from mrilib.training import pick_device
 
 
@@ -28,7 +28,7 @@ def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, Eval
     ParameterError
         If the folder is no run, or its run did not get as far as evaluation.
     """
-    record = read_json(directory / "run.json")
+    record = read_record(directory)
     if "evaluate" not in record["notebooks"]:
         raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
     values = {**record["notebooks"]["evaluate"]["config"], "device": device}
