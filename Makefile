@@ -1,15 +1,28 @@
-# make demo · make test · make lab · make lint: each makes .venv first, once.
+# make demo · make test · make test-transformers · make lab · make lint: each makes .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test lab lint .venv
+.PHONY: demo test test-transformers lab lint .venv
 
 demo: $(BIN)/installed  ## phantom data, both stages, evaluation → outputs/demo; prints the metrics
 	$(BIN)/python -m mrilib run params/demo $(ARGS)
 
 test: $(BIN)/installed  ## all tests but those marked fullsize
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # one process a core, one thread each
+
+# The oldest and the newest that pyproject allows, the older with what it needs; each in front of the environment's own.
+OLDEST := transformers==5.6.2 tokenizers==0.22.2 huggingface_hub==1.33.0
+NEWEST := transformers==5.24.0
+
+test-transformers: $(BIN)/installed  ## the backbone's tests with the oldest and the newest transformers
+	rm -rf .venv/oldest .venv/newest
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target .venv/oldest $(OLDEST)
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target .venv/newest $(NEWEST)
+	for version in oldest newest; do \
+		PYTHONPATH=.:.venv/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q \
+			tests/test_nirvana.py tests/test_huggingface.py $(ARGS) || exit 1; \
+	done
 
 lab: $(BIN)/installed  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_explore_data.ipynb $(ARGS)

@@ -1,1 +1,82 @@
-"""Two-stage MRI reconstruction with a frozen language-model backbone."""
+"""Two-stage MRI reconstruction with a frozen language-model backbone.
+
+Importing the package alone is fast. Its names are loaded from their modules at their first use, and the backbone is
+registered with transformers at the first look-up of a model's config.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+_MODULES = {
+    "FastMRIDataset": "data",
+    "ImageDecoder": "decoder",
+    "KSpaceEncoder": "encoder",
+    "NirvanaConfig": "nirvana",
+    "NirvanaForCausalLM": "nirvana",
+    "TwoStageModel": "model",
+    "evaluate_volumes": "evaluation",
+    "gated_delta_rule": "delta_rule",
+}
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, loaded when they are asked for (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mrilib' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mrilib.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
+def _register_at_first_use(auto: ModuleType) -> None:
+    """Have AutoConfig import `mrilib.nirvana`, which registers the backbone, before it looks up its first config."""
+    methods = {name: auto.AutoConfig.__dict__[name] for name in ("from_pretrained", "for_model")}
+
+    def wrap(name: str) -> Any:
+        def first(cls: type, *args: Any, **kwargs: Any) -> Any:
+            for each, method in methods.items():
+                setattr(auto.AutoConfig, each, method)
+            importlib.import_module("mrilib.nirvana")
+            return getattr(cls, name)(*args, **kwargs)
+
+        return classmethod(first)
+
+    for name in methods:
+        setattr(auto.AutoConfig, name, wrap(name))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Wait for transformers' AutoConfig to be imported; everything else is found as ever."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The module's own spec, with the registration after its execution."""
+        if fullname != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register_at_first_use(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _AUTO in sys.modules:
+    _register_at_first_use(sys.modules[_AUTO])
+else:
+    sys.meta_path.insert(0, _Finder())

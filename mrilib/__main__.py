@@ -9,9 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -22,17 +22,43 @@ from mrilib.config import (
     Parameters,
     TrainingParameters,
     display_path,
+    parse_yaml,
+    read_small,
     read_yaml,
     resolve,
 )
+from mrilib.errors import LONGEST_LINE, is_foreseen, log_traceback, one_line, shortened
 
 STOPPED = 130  # exit status of what a signal has stopped, as shells have it for Ctrl-C
 PIPELINE = ("explore", "stage1", "stage2", "evaluate", "compare")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, run one command, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mrilib", description=__doc__)
+class Parser(argparse.ArgumentParser):
+    """argparse's parser; an error that repeats what was typed cannot send escape sequences to the terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and the error, and exit with status 2."""
+        super().error(shortened(message, LONGEST_LINE))
+
+
+def whole(lowest: int, highest: int) -> Callable[[str], int]:
+    """A type of an option: a whole number within bounds."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{shortened(repr(text))} is no whole number") from None
+        if not lowest <= number <= highest:
+            raise argparse.ArgumentTypeError(f"{shortened(text)} is out of range; {lowest} to {highest} is wanted")
+        return number
+
+    return convert
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, a subparser for each command."""
+    parser = Parser(prog="python -m mrilib", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="execute the notebooks of a params folder into outputs/NAME")
@@ -41,61 +67,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = run.add_mutually_exclusive_group()
     stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
     stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
-    run.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
-    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE")
+    run.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only (default: none)")
+    run.add_argument(
+        *("-p", "--parameter"), action="append", default=[], metavar="NOTEBOOK.NAME=VALUE",
+        help="a parameter's value in place of the params file's; may be given several times (default: none)",
+    )  # fmt: skip
     again = run.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="delete the run folder first, if it is there")
     again.add_argument("--resume", action="store_true", help="go on with the run folder's notebooks that are not done")
 
     train = commands.add_parser("train", help="train a stage without its notebook; what accelerate launch starts")
     train.add_argument("params", type=Path, help="params file of the stage, e.g. params/full/stage1.yaml")
-    train.add_argument("--stage", type=int, choices=(1, 2), required=True)
-    train.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
+    train.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: k-space encoder; 2: image decoder")
+    train.add_argument(
+        *("-p", "--parameter"), action="append", default=[], metavar="NAME=VALUE",
+        help="a parameter's value in place of the params file's; may be given several times (default: none)",
+    )  # fmt: skip
     train.add_argument("--resume", action="store_true", help="go on with output_dir's own training")
-    train.add_argument("--only", default="", help="the stage's training of this name alone, e.g. stage1 or control")
+    train.add_argument(
+        "--only", default="",
+        help="train one network: stage1 or control (of stage 1), stage2 or plain (of stage 2) (default: both)",
+    )  # fmt: skip
     train.add_argument("--dry-run", action="store_true", help="one batch, then memory, time and disk needed")
 
     sweep = commands.add_parser("sweep", help="a run for each combination of parameter values, then their comparison")
     sweep.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
     sweep.add_argument("--name", help="the run folders' names begin with it (default: the params folder's)")
-    sweep.add_argument("-p", "--parameter", action="append", default=[], metavar="NOTEBOOK.NAME=VALUE,VALUE")
+    sweep.add_argument(
+        *("-p", "--parameter"), action="append", default=[], metavar="NOTEBOOK.NAME=VALUE,VALUE",
+        help="values of a parameter, one run for each; may be given several times (default: none)",
+    )  # fmt: skip
     sweep_stages = sweep.add_mutually_exclusive_group()
     sweep_stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
     sweep_stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
-    sweep.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only")
+    sweep.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only (default: none)")
     sweep_again = sweep.add_mutually_exclusive_group()
     sweep_again.add_argument("--resume", action="store_true", help="go on with runs that are not finished")
     sweep_again.add_argument("--overwrite", action="store_true", help="run all anew, finished ones too")
 
     data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
-    data.add_argument("directory", type=Path)
-    data.add_argument("--volumes", type=int, default=150, help="h5 files; each patient has three contrasts")
-    data.add_argument("--slices", type=int, default=4, help="slices a volume")
-    data.add_argument("--img-size", type=int, default=128, help="reconstructed image side [pixels]")
-    data.add_argument("--coils", type=int, default=8, help="typical coil count")
-    data.add_argument("--seed", type=int, default=0)
+    data.add_argument("directory", type=Path, help="folder to write to; it is made if it does not exist")
+    data.add_argument(
+        *("--volumes",), type=whole(1, 10**5), default=150,
+        help="h5 files; each patient has three contrasts (default: %(default)s)",
+    )  # fmt: skip
+    data.add_argument("--slices", type=whole(1, 256), default=4, help="slices a volume (default: %(default)s)")
+    data.add_argument(
+        "--img-size", type=whole(16, 4096), default=128, help="reconstructed image side [pixels] (default: %(default)s)"
+    )
+    data.add_argument("--coils", type=whole(2, 128), default=8, help="typical coil count (default: %(default)s)")
+    data.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the phantom (default: %(default)s)")
 
     check = commands.add_parser("check", help="read every h5 file of a folder and list every problem; exit 1 if any")
     check.add_argument("directory", type=Path, help="folder of fastMRI brain multicoil h5 files")
-    check.add_argument("--processes", type=int, help="files read at once (default: one a core)")
+    check.add_argument("--processes", type=whole(1, 256), help="files read at once (default: one a core)")
 
     reconstruct = commands.add_parser("reconstruct", help="one file to images and analyses with a run's model")
     reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
     reconstruct.add_argument("file", type=Path, help="fastMRI brain multicoil h5 file")
-    reconstruct.add_argument("--out", type=Path, default=Path("reconstructed"), help="output folder")
     reconstruct.add_argument(
-        "--acceleration", type=int, help="undersampling of a fully sampled file (default: the run's first)"
+        "--out", type=Path, default=Path("reconstructed"), help="output folder (default: %(default)s)"
+    )
+    reconstruct.add_argument(
+        "--acceleration",
+        type=whole(1, 1000),
+        help="undersampling of a fully sampled file (default: the run's first)",
     )
 
     runs = commands.add_parser("runs", help="a table of the run records")
-    runs.add_argument("directory", type=Path, nargs="?", default=Path("outputs"))
+    runs.add_argument(
+        "directory", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders (default: %(default)s)"
+    )
+    return parser
 
-    options = parser.parse_args(arguments)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run one command, and return the exit status.
+
+    This is the one place where an exception becomes a line for the user. If the exception was not foreseen, the line
+    also names the log file that holds the traceback.
+    """
+    options = make_parser().parse_args(arguments)
     try:
         return COMMANDS[options.command](options)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        # ParameterError, DataError and CheckpointError are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: stopped by SIGINT", file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        line = one_line(error)
+        if not is_foreseen(error):
+            line += f" ({log_traceback(error)})"
+        print(f"error: {line}", file=sys.stderr)
         return 1
 
 
@@ -117,6 +179,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
     else:
         names = PIPELINE
     name = options.name
+    if name is not None and not name.strip():
+        raise ParameterError("--name is empty; give the run folder's name, or leave it out")
     if name and not Path(name).is_absolute() and (Path(name).name != name or name == ".."):
         raise ParameterError(f"--name {name}: the name of a folder in outputs/ is wanted, or an absolute path")
     directory = resolve("outputs") / (options.name or folder.resolve().name)
@@ -131,7 +195,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
         stored = folder / "overrides.yaml"
         overrides = merge_overrides(read_nested(stored) if stored.is_file() else {}, given)
     else:
-        names = tuple(name for name in names if (folder / f"{name}.yaml").is_file())
+        names = tuple(name for name in names if os.path.lexists(folder / f"{name}.yaml"))
         if not names:
             raise ParameterError(f"'{folder}' holds no params file of a notebook ({', '.join(PIPELINE)})")
         overrides = given
@@ -143,8 +207,11 @@ def run_notebooks(options: argparse.Namespace) -> int:
     values = {name: notebook_values(folder, name, overrides, directory, resumed) for name in names}
     explore = folder / "explore.yaml"
     phantom_of = None
-    if explore.is_file():
-        phantom_of = ExploreParameters.create(values.get("explore") or read_yaml(explore))
+    if "explore" in values:
+        check_before_start("explore", values["explore"], directory)
+        phantom_of = ExploreParameters.create(values["explore"])
+    elif os.path.lexists(explore):
+        phantom_of = ExploreParameters.from_yaml(explore)
     made = resolve(phantom_of.data_dir) if phantom_of is not None and phantom_of.phantom_volumes else None
     for name in names:
         config = check_before_start(name, values[name], directory, made)
@@ -275,7 +342,14 @@ def notebook_values(
 ) -> dict[str, Any]:
     """A notebook's parameters in a run: its file, the command line's, and the run's own folder and checkpoints."""
     path = folder / f"{name}.yaml"
-    values = {**read_yaml(path), "output_dir": display_path(directory), "interactive": False}
+    given = read_yaml(path)
+    try:
+        NOTEBOOKS[name][1].check_replaced(given, ("output_dir", "interactive"))
+    except ParameterError as error:
+        raise ParameterError(f"{display_path(path)}: {error}") from None
+    if "output_dir" in overrides.get(name, {}):
+        raise ParameterError(f"-p {name}.output_dir: a run has one folder, which --name names; leave output_dir out")
+    values = {**given, "output_dir": display_path(directory), "interactive": False}
     own = {
         "stage2": {"stage1_checkpoint": "stage1_checkpoints/stage1_best_model.pt"},
         "evaluate": {
@@ -349,9 +423,31 @@ def parse_overrides(parameters: Sequence[str], names: Sequence[str]) -> dict[str
         left, equals, value = text.partition("=")
         notebook, dot, name = left.partition(".")
         if not equals or not dot or notebook not in names:
-            raise ParameterError(f"-p {text}: NOTEBOOK.NAME=VALUE is wanted, NOTEBOOK one of {', '.join(names)}")
-        overrides.setdefault(notebook, {})[name] = yaml.safe_load(value)
+            raise ParameterError(
+                f"-p {shortened(text)}: NOTEBOOK.NAME=VALUE is wanted, NOTEBOOK one of {', '.join(names)}"
+            )
+        _put(overrides.setdefault(notebook, {}), name, value, text)
     return overrides
+
+
+def parse_values(parameters: Sequence[str]) -> dict[str, Any]:
+    """``-p epochs=3`` → {"epochs": 3}; the value is YAML."""
+    values: dict[str, Any] = {}
+    for text in parameters:
+        name, equals, value = text.partition("=")
+        if not equals or "." in name:
+            told = f"; '{shortened(name)}' names a notebook, too, as `run` wants it" if "." in name and equals else ""
+            raise ParameterError(f"-p {shortened(text)}: NAME=VALUE is wanted{told}")
+        _put(values, name, value, text)
+    return values
+
+
+def _put(values: dict[str, Any], name: str, value: str, text: str) -> None:
+    if not name:
+        raise ParameterError(f"-p {shortened(text)}: the name is empty; NAME=VALUE is wanted")
+    if name in values:
+        raise ParameterError(f"-p {shortened(text)}: {shortened(name)} is given twice")
+    values[name] = parse_yaml(value, f"-p {text}")
 
 
 def merge_overrides(*several: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -365,7 +461,11 @@ def merge_overrides(*several: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
 
 def read_nested(path: Path) -> dict[str, dict[str, Any]]:
     """A run's overrides as they were written."""
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    shown = display_path(path)
+    nested = parse_yaml(read_small(path), shown) or {}
+    if not isinstance(nested, dict) or not all(isinstance(values, dict) for values in nested.values()):
+        raise ParameterError(f"{shown} must hold 'name: value' lines below a notebook's name; it is damaged")
+    return nested
 
 
 class Notebook:
@@ -439,8 +539,7 @@ def train_stage(options: argparse.Namespace) -> int:
     from mrilib import train
     from mrilib.distributed import TrainingStopped
 
-    overrides = parse_overrides([f"stage{options.stage}.{text}" for text in options.parameter], PIPELINE)
-    values = overrides.get(f"stage{options.stage}", {})
+    values = parse_values(options.parameter)
     if options.resume:
         values["resume"] = True
     config = train.read_config(options.params, options.stage, values)
@@ -473,8 +572,6 @@ def check_data(options: argparse.Namespace) -> int:
     """Print what is wrong with the files of a folder, and what is in it; 1 if any has a problem."""
     from mrilib.check import check_directory
 
-    if options.processes is not None and options.processes < 1:
-        raise ParameterError("--processes must be at least 1")
     report, fine = check_directory(options.directory.resolve(), options.processes)
     print(report)
     return 0 if fine else 1

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+logger = logging.getLogger("mrilib")
+
 #: name of a contrast for each value of the h5's ``acquisition`` attribute
 CONTRASTS = {
     "AXT1": "T1",
@@ -37,6 +40,8 @@ CONTRASTS = {
     "AXT2": "T2",
     "AXFLAIR": "FLAIR",
 }
+#: fastMRI's knee acquisitions: such files are no brains
+KNEES = ("CORPD_FBK", "CORPDFS_FBK")
 LEVELS = ("lower", "middle", "upper")
 SIDES = ("left", "midline", "right")
 REGIONS = ("anterior", "central", "posterior")
@@ -83,6 +88,8 @@ STUDY_LABELS = (
 LABELS = tuple(sorted(BOX_LABELS + STUDY_LABELS))
 _LABEL_OF_TEXT = {label.lower(): label for label in LABELS}
 
+#: bytes; the annotations of all of fastMRI's brains, and a report of each of its slices, are a tenth of it
+LARGEST_TEXT = 2**28
 _COLUMNS = ("file", "slice", "study_level", "x", "y", "width", "height", "label")
 _BOX_COLUMNS = ("x", "y", "width", "height")
 
@@ -99,6 +106,8 @@ class Box:
         [pixels]
     label : str
         one of ``LABELS``
+    line : int
+        of the CSV; 0 if it comes from none
     """
 
     x: float
@@ -106,6 +115,7 @@ class Box:
     width: float
     height: float
     label: str
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, order=True)
@@ -132,8 +142,8 @@ class Facts:
 
     Attributes
     ----------
-    contrast : str
-        one of ``CONTRASTS.values()``
+    contrast : str or None
+        one of ``CONTRASTS.values()``; None for an acquisition that is not in ``CONTRASTS``: unknown
     level : str
         "lower", "middle" or "upper" third of the stack
     findings : tuple of Finding, or None
@@ -143,14 +153,14 @@ class Facts:
         labels of the whole volume, sorted and without repeats; always () if not reviewed
     """
 
-    contrast: str
+    contrast: str | None
     level: str
     findings: tuple[Finding, ...] | None = None
     study_labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for kind, value, known in (("contrast", self.contrast, CONTRASTS.values()), ("level", self.level, LEVELS)):
-            if value not in known:
+            if value not in known and not (kind == "contrast" and value is None):
                 raise ValueError(f"facts: unknown {kind} {value!r}{_nearest(value, known)}")
         for label in self.study_labels:
             if label not in LABELS:
@@ -163,9 +173,15 @@ class Facts:
         object.__setattr__(self, "study_labels", tuple(sorted(set(self.study_labels))))
 
 
-def _nearest(value: str, known: Iterable[str]) -> str:
+def _cut(value: object) -> str:
+    """A value for a message, which a megabyte of it would not make clearer."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _nearest(value: object, known: Iterable[str]) -> str:
     names = list(known)
-    close = get_close_matches(str(value), names, n=1)
+    close = get_close_matches(str(value)[:200], names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}"
 
 
@@ -211,10 +227,10 @@ class Annotations:
             y = image_height - box.y - box.height
             if y < 0:
                 raise ValueError(
-                    f"{file}, slice {slice_num}: box {box.label!r} reaches row {box.y + box.height:g} of "
-                    f"{image_height} rows; the annotations belong to a larger reconstruction"
+                    f"{file}, slice {slice_num}: box {box.label!r}{_of_line(box)} reaches row {box.y + box.height:g} "
+                    f"of {image_height} rows; the annotations belong to a larger reconstruction"
                 )
-            flipped.append(Box(box.x, y, box.width, box.height, box.label))
+            flipped.append(replace(box, y=y))
         return tuple(flipped)
 
     @cached_property
@@ -254,12 +270,14 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
         if either file is missing
     """
     csv, file_list = Path(csv), Path(file_list)
+    for path in (csv, file_list):
+        _require_file(path, "table of annotations")
     files = _read_file_list(file_list)
     try:
         # everything as text first: pandas would turn a column with one bad number silently into strings
         table = pd.read_csv(csv, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{csv}: not a readable CSV file: {error}") from error
+        raise ValueError(f"{csv}: not a readable CSV file: {str(error).splitlines()[0]}") from error
     missing = [name for name in _COLUMNS if name not in table.columns]
     if missing:
         raise ValueError(f"{csv}, line 1: column {', '.join(missing)} missing; needed are {', '.join(_COLUMNS)}")
@@ -273,11 +291,11 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
         values = {name: _text(row[name]) for name in _COLUMNS}
         file, label = values["file"], values["label"]
         if file not in files:
-            raise ValueError(f"{where}: {file!r} is not in {file_list}, which must list every reviewed file")
+            raise ValueError(f"{where}: {_cut(file)} is not in {file_list}, which must list every reviewed file")
         if label not in LABELS:
-            raise ValueError(f"{where}: unknown label {label!r}{_nearest(label, LABELS)}")
+            raise ValueError(f"{where}: unknown label {_cut(label)}{_nearest(label, LABELS)}")
         if not re.fullmatch(r"[0-9]{1,9}", values["slice"]):
-            raise ValueError(f"{where}: slice {values['slice']!r} is not a number from 0 on")
+            raise ValueError(f"{where}: slice {_cut(values['slice'])} is not a number from 0 on")
         if values["study_level"] == "Yes":
             given = [name for name in _BOX_COLUMNS if values[name]]
             if given:
@@ -285,9 +303,13 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
             study.setdefault(file, set()).add(label)
         elif values["study_level"] == "No":
             x, y, width, height = (_pixels(values[name], name, where) for name in _BOX_COLUMNS)
-            boxes.setdefault((file, int(values["slice"])), []).append(Box(x, y, width, height, label))
+            if not width or not height:  # fastMRI+ has two of them
+                logger.warning(
+                    "%s: width %g, height %g: a box without area; only the text tells of it", where, width, height
+                )
+            boxes.setdefault((file, int(values["slice"])), []).append(Box(x, y, width, height, label, line))
         else:
-            raise ValueError(f"{where}: study_level is {values['study_level']!r}; it must be Yes or No")
+            raise ValueError(f"{where}: study_level is {_cut(values['study_level'])}; it must be Yes or No")
     return Annotations(
         frozenset(files),
         {key: tuple(found) for key, found in boxes.items()},
@@ -306,9 +328,13 @@ def _read_file_list(path: Path) -> set[str]:
         if not name and number == len(lines):
             continue
         if not re.fullmatch(r"[^,;\s\"]+", name):
-            raise ValueError(f"{path}, line {number}: {line!r} is not one file name")
+            raise ValueError(f"{path}, line {number}: {_cut(line)} is not one file name")
         files.add(name)
     return files
+
+
+def _of_line(box: Box) -> str:
+    return f" (line {box.line} of the CSV)" if box.line else ""
 
 
 def _text(value: object) -> str:
@@ -316,13 +342,22 @@ def _text(value: object) -> str:
 
 
 def _pixels(text: str, name: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{where}: {name} {text!r} is not a number") from None
+    if not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?|[+-]?(nan|inf)", text):  # float takes any digits
+        raise ValueError(f"{where}: {name} {_cut(text)} is not a number")
+    value = float(text)
     if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"{where}: {name} is {text}; it must be finite and not negative")
+        raise ValueError(f"{where}: {name} is {text[:200]}; it must be finite and not negative")
     return value
+
+
+def _require_file(path: Path, what: str) -> None:
+    """Refuse what should not be opened (a pipe, which would wait for ever) or is larger than any text of its kind."""
+    if not path.is_file():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: {what} does not exist")
+        raise ValueError(f"{path}: {what} must be a file")
+    if path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes; no {what} is that large")
 
 
 # ------------------------------------------------------------------------------------------------- facts of a slice
@@ -351,7 +386,10 @@ def box_finding(box: Box, image_shape: tuple[int, int]) -> Finding:
     across = (box.x + box.width / 2) / columns
     down = 1 - (box.y + box.height / 2) / rows
     if not (0 <= across <= 1 and 0 <= down <= 1):
-        raise ValueError(f"box {box.label!r} at x {box.x:g}, y {box.y:g} lies outside the image of {rows}×{columns}")
+        raise ValueError(
+            f"box {box.label!r}{_of_line(box)} at column x {box.x:g}, row y {box.y:g} lies outside the image of {rows} "
+            f"rows and {columns} columns; the annotations belong to another reconstruction"
+        )
     side = "midline" if abs(across - 0.5) <= MIDLINE_HALF_WIDTH else "left" if across < 0.5 else "right"
     return Finding(box.label, side, REGIONS[min(2, int(3 * down))])
 
@@ -375,17 +413,16 @@ def slice_facts(
     slice_num, num_slices : int
         0-based slice number, and the number of slices of the array
     acquisition : str
-        the h5's attribute, a key of ``CONTRASTS``
+        the h5's attribute; the contrast of one that is not in ``CONTRASTS`` is unknown
     image_shape : (int, int)
         rows and columns of ``reconstruction_rss`` [pixels]
 
     Raises
     ------
     ValueError
-        an unknown acquisition, a slice outside the volume, a box outside the image or of a slice that the volume does
-        not have
+        a slice outside the volume, a box outside the image or of a slice that the volume does not have
     """
-    contrast, level = contrast_name(acquisition), slice_level(slice_num, num_slices)
+    contrast, level = CONTRASTS.get(acquisition), slice_level(slice_num, num_slices)
     if annotations is None or not annotations.reviewed(file):
         return Facts(contrast, level, None)
     if annotations.last_slice.get(file, 0) >= num_slices:
@@ -394,7 +431,11 @@ def slice_facts(
             f"{num_slices} slices, counted from 0; one of them is not the right one"
         )
     boxes = annotations.boxes(file, slice_num, image_shape[0])
-    return Facts(contrast, level, tuple(box_finding(box, image_shape) for box in boxes), annotations.study_labels(file))
+    try:
+        findings = tuple(box_finding(box, image_shape) for box in boxes)
+    except ValueError as error:
+        raise ValueError(f"{file}, slice {slice_num}: {error}") from None
+    return Facts(contrast, level, findings, annotations.study_labels(file))
 
 
 # ------------------------------------------------------------------------------------------------- text and back
@@ -417,10 +458,11 @@ def prompt() -> str:
 def answer(facts: Facts) -> str:
     """The facts in plain words, e.g. "Axial FLAIR image, upper third of the brain. Findings: mass, right posterior."
 
-    The findings sentence says "Findings: none." for a reviewed slice without findings and is left out for a volume
-    that nobody reviewed; "Whole study: …" follows where the volume has labels of its own. Inverse of ``parse``.
+    An unknown contrast is left out: "Axial image, upper third of the brain." The findings sentence says "Findings:
+    none." for a reviewed slice without findings and is left out for a volume that nobody reviewed; "Whole study: …"
+    follows where the volume has labels of its own. Inverse of ``parse``.
     """
-    text = f"Axial {facts.contrast} image, {facts.level} third of the brain."
+    text = f"Axial {facts.contrast + ' ' if facts.contrast else ''}image, {facts.level} third of the brain."
     if facts.findings is not None:
         listed = "; ".join(f"{found.label.lower()}, {found.side} {found.region}" for found in facts.findings)
         text += f" Findings: {listed or 'none'}."
@@ -430,7 +472,7 @@ def answer(facts: Facts) -> str:
 
 
 _ANSWER = re.compile(
-    r"Axial (?P<contrast>[^,.]+) image, (?P<level>[^,.]+) third of the brain\."
+    r"Axial (?:(?P<contrast>[^,.]+) )?image, (?P<level>[^,.]+) third of the brain\."
     r"(?: Findings: (?P<findings>[^.]+)\.)?(?: Whole study: (?P<study>[^.]+)\.)?"
 )
 
@@ -494,6 +536,7 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
         naming file and line: not JSON, missing or unknown keys, a wrong type, an empty text, the same slice twice
     """
     path = Path(path)
+    _require_file(path, "file of reports")
     reports: dict[tuple[str, int], Report] = {}
     first_line: dict[tuple[str, int], int] = {}
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
@@ -509,21 +552,23 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
             raise ValueError(f"{where}: a JSON {type(entry).__name__}, not an object with {', '.join(Report._fields)}")
         for key in entry:
             if key not in Report._fields:
-                raise ValueError(f"{where}: unknown key {key!r}{_nearest(key, Report._fields)}")
+                raise ValueError(f"{where}: unknown key {_cut(key)}{_nearest(key, Report._fields)}")
         for key in Report._fields:
             if key not in entry:
                 raise ValueError(f"{where}: key {key!r} is missing")
             if key == "slice":
                 if type(entry[key]) is not int or entry[key] < 0:
-                    raise ValueError(f"{where}: slice is {entry[key]!r}; it must be a number from 0 on")
+                    raise ValueError(f"{where}: slice is {_cut(entry[key])}; it must be a number from 0 on")
             elif not isinstance(entry[key], str) or not entry[key].strip():
-                raise ValueError(f"{where}: {key} is {entry[key]!r}; it must be a text that is not empty")
+                raise ValueError(f"{where}: {key} is {_cut(entry[key])}; it must be a text that is not empty")
             elif any("\ud800" <= character <= "\udfff" for character in entry[key]):  # which no tokenizer takes
                 raise ValueError(f"{where}: {key} holds half a surrogate pair, which is no character")
         entry["file"] = entry["file"].strip().removesuffix(".h5")
         place = (entry["file"], entry["slice"])
         if place in reports:
-            raise ValueError(f"{where}: {place[0]}, slice {place[1]} was already given in line {first_line[place]}")
+            raise ValueError(
+                f"{where}: {place[0][:200]}, slice {place[1]} was already given in line {first_line[place]}"
+            )
         reports[place], first_line[place] = Report(**entry), number
     return reports
 
@@ -531,7 +576,7 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
 # ------------------------------------------------------------------------------------------------- scores
 
 
-def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> dict[str, float]:
+def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> dict[str, float | None]:
     """Micro-averaged scores of findings over exact (label, side, region).
 
     Over all reviewed slices, F1 = 2 TP / (2 TP + FP + FN). A clean slice counts: every finding claimed on it is a
@@ -548,8 +593,9 @@ def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) ->
     Returns
     -------
     dict
-        f1, precision, recall (1 where there was nothing to claim or to find), any_finding_accuracy (share of slices
-        rightly called clean or not), parsed (share of slices with readable findings), samples (reviewed slices)
+        f1, precision, recall, any_finding_accuracy (share of slices rightly called clean or not), parsed (share of
+        slices with readable findings), samples (reviewed slices). A ratio of nothing to nothing is None: F1 where
+        there was nothing to find and nothing claimed, all of them where nothing was reviewed.
     """
     true_positives = false_positives = false_negatives = right = readable = samples = 0
     for facts, guess in zip(truth, predicted, strict=True):
@@ -588,8 +634,8 @@ def finding_counts(facts: Facts, guess: Facts | None) -> tuple[int, int, int] | 
     return len(found & claimed), len(claimed - found), len(found - claimed)
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
@@ -612,12 +658,16 @@ def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
     return tuple(sorted(ranked[:best]))
 
 
-def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None], attribute: str) -> float:
-    """Share of slices whose "contrast" or "level" the text names rightly; text that did not parse is wrong."""
+def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None], attribute: str) -> float | None:
+    """Share of slices whose "contrast" or "level" the text names rightly; text that did not parse is wrong.
+
+    Slices of an unknown contrast are left out. None where no slice is left.
+    """
     if attribute not in ("contrast", "level"):
         raise ValueError(f"attribute {attribute!r} is neither 'contrast' nor 'level'")
-    right = sum(
+    right = [
         guess is not None and getattr(facts, attribute) == getattr(guess, attribute)
         for facts, guess in zip(truth, predicted, strict=True)
-    )
-    return _ratio(right, len(truth))
+        if getattr(facts, attribute) is not None
+    ]
+    return _ratio(sum(right), len(right))

@@ -149,6 +149,7 @@ SCORES = "scores.json"  # of a method at an acceleration, beside its images
 TEXTS = "texts.json"  # what the texts of a seed's stage 1 are worth
 SWAPPED = ("other_patient_tokens", "no_tokens")  # the model given others at test
 UNLEARNED = ("zero_filled", "nearest_training_slice", "bart")
+ALL_COILS = ("zero_filled", "bart")  # not learned on compressed coils: they get every coil of a file
 
 
 class FixedSteps(ShapeBatchSampler):
@@ -448,9 +449,16 @@ class Bench:
             data = FastMRIDataset(
                 self.volumes["val"], config, acceleration=acceleration, max_slices=self.config.bart_slices
             )
-            settings, tried = bart.choose(make_loader(data, 4))
-            write_json(path, {"version": bart.version(), "chosen": settings._asdict(), "tried": tried})
-        return bart.Settings(**read_json(path)["chosen"])
+            settings, tried = bart.choose(make_loader(data.uncompressed(), 4))
+            chosen = {"version": bart.version(), "coils": "all", "chosen": settings._asdict(), "tried": tried}
+            write_json(path, chosen)
+        kept = read_json(path)
+        if kept.get("coils") != "all":
+            raise ParameterError(
+                f"{display_path(path)}: BART's settings were chosen on compressed coils, but it gets all coils; remove "
+                "this file, and the folders bart and zero_filled below reconstructions and shifts"
+            )
+        return bart.Settings(**kept["chosen"])
 
     def _at(self, acceleration: int) -> Stage2Parameters:
         if acceleration in self.stage2.accelerations:
@@ -492,6 +500,8 @@ class Bench:
             nearest = NearestTrainingSlice(self.volumes["train"]) if name == "nearest_training_slice" else None
             config = self._at(acceleration).model_copy(update=masks)
             data = FastMRIDataset(missing, config, self.annotations, acceleration=acceleration)
+            if name in ALL_COILS:
+                data = data.uncompressed()
             writer = inference.VolumeWriter(folder, missing)
             for batch in make_loader(data, self.stage2.batch_size):
                 moved = batch.to(self.device)

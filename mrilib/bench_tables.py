@@ -54,7 +54,10 @@ def seed_means(seeds: Mapping[int, Sequence[VolumeScore]], metric: str) -> list[
     return [float(np.mean([getattr(score, metric) for score in scores])) for scores in seeds.values()]
 
 
-def _with_spread(values: Sequence[float], form: str) -> str:
+def _with_spread(given: Sequence[float | None], form: str) -> str:
+    values = [value for value in given if value is not None]
+    if not values:
+        return "–"
     told = form.format(np.mean(values))
     return told if len(values) < 2 else f"{told} ± {form.format((max(values) - min(values)) / 2)}"
 

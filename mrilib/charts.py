@@ -100,13 +100,29 @@ def training_curves(histories: "History | Mapping[str, History]", title: str = "
 
 
 def _running_mean(values: ArrayLike) -> NDArray:
-    """Mean of the last steps, a fortieth of all of them and at least 5; shorter at the start."""
+    """Mean of the last steps, a fortieth of all of them and at least 5; shorter at the start.
+
+    Values that are not finite, of skipped steps, are left out; NaN where none is left.
+    """
     array = np.asarray(values, dtype=float)
     width = min(len(array), max(5, len(array) // 40))
-    total = np.cumsum(np.concatenate([[0.0], array]))
+    finite = np.isfinite(array)
+    total = np.cumsum(np.concatenate([[0.0], np.where(finite, array, 0.0)]))
+    count = np.cumsum(np.concatenate([[0], finite]))
     ends = np.arange(1, len(array) + 1)
     starts = np.maximum(0, ends - width)
-    return (total[ends] - total[starts]) / (ends - starts)
+    counts = count[ends] - count[starts]
+    return np.where(counts > 0, (total[ends] - total[starts]) / np.maximum(counts, 1), np.nan)
+
+
+def _mark_skipped(axis: Axes, history: "History") -> None:
+    """Mark the steps that `on_nan: skip` has left out, at the panel's upper edge."""
+    steps = [
+        step["step"] for step in history.steps if not np.isfinite([step["loss"], step.get("gradient_norm", 0.0)]).all()
+    ]
+    if steps:
+        place: Any = {"transform": axis.get_xaxis_transform(), "linestyle": "", "clip_on": False, "zorder": 4}
+        axis.plot(steps, np.ones(len(steps)), marker="v", color=VERMILLION, markersize=5, label="skipped step", **place)
 
 
 def _steps(axis: Axes) -> None:
@@ -160,6 +176,7 @@ def plot_loss(
     style: Any = {"linestyle": "--", "marker": marker, "markersize": 3.5, "linewidth": 1.0}
     if validation:
         axis.plot(_epoch_ends(history), validation, color=color, label=f"{name} validation".strip(), **style)
+    _mark_skipped(axis, history)
     axis.set(ylabel=label)
     _steps(axis)
 
@@ -211,11 +228,11 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     total = _running_mean([step["gradient_norm"] for step in history.steps])
     axis.plot(steps, total, color=BLACK, label="all")
     settled = len(steps) // 20  # what starts at zero has no gradient in the first steps: the scale is that of the rest
-    lowest = total[settled:].min()
+    lowest = np.nanmin(total[settled:], initial=np.inf)
     floor = 1e-3 * lowest  # what is smaller does not matter beside the rest, and would flatten it
     for number, part in enumerate(parts):
         values = _running_mean([step[prefix + part] for step in history.steps])
-        if values.max() > 0:
+        if np.nanmax(values, initial=0.0) > 0:
             # told apart by marker and dash too, for those who print or do not see the colours
             every: Any = {
                 "marker": MARKERS[(number + number // 6) % 6],
@@ -226,6 +243,7 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
             axis.plot(steps, values, color=color, linestyle=style, linewidth=1.0, label=part, **every)
             seen = values[settled:][values[settled:] > floor]
             lowest = min(lowest, seen.min(initial=lowest))
+    _mark_skipped(axis, history)
     axis.set(yscale="log", title="gradient norms before clipping")
     _steps(axis)
     legend = axis.legend(ncols=2, fontsize=7.0, handlelength=2.2, columnspacing=0.8, loc="lower center")
@@ -233,6 +251,8 @@ def _gradient_panel(axis: Axes, history: "History") -> None:
     legend.get_frame().set(edgecolor="none", alpha=0.9)
     share = min(0.6, 0.1 * np.ceil(len(legend.get_texts()) / 2) + 0.05)  # of the axis, for the legend
     top = axis.get_ylim()[1]
+    if not np.isfinite(lowest):  # every step was skipped
+        return
     axis.set_ylim(lowest / (top / lowest) ** (share / (1 - share)), top)
 
 
@@ -308,12 +328,13 @@ def metrics_bars(
     metrics : sequence of str
         Keys of `METRIC_LABELS`.
     methods : sequence of str, optional
-        By default all but the swapped tokens, which `token_swap` shows.
+        By default all but the swapped tokens, which `token_swap` shows, and what compression leaves of zero-filled.
     """
     accelerations = sorted(section, key=float)
     if methods is None:
         present = in_order(method for one in section.values() for method in one)
-        methods = [name for name in present if name not in ("other_patient_tokens", "no_tokens")]
+        left_out = ("other_patient_tokens", "no_tokens", "zero_filled_compressed")
+        methods = [name for name in present if name not in left_out]
     figure = RecordFigure(WIDTH, 3.3)
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, metric in zip(axes, metrics, strict=True):
@@ -368,7 +389,9 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> Figure:
 
 
 @styled
-def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float, float] | None = None) -> Figure:
+def analysis_comparison(
+    section: Mapping[str, Any], contrast_floor: tuple[float | None, float | None] | None = None
+) -> Figure:
     """Does the text know the scan? Cross-entropy, contrast and findings beside their controls.
 
     Parameters
@@ -377,7 +400,8 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
         metrics.json's "analysis". Controls that it does not hold are left out. A standard error ``<name>_se`` gives
         error bars of ±2; those of a control's cross-entropy are its difference's to the model's, as the title says.
     contrast_floor : (share, standard_error), optional
-        Share of the commonest contrast, as `evaluation.contrast_floor` gives it; a line with a band of ±2.
+        Share of the commonest contrast, as `evaluation.contrast_floor` gives it; a line with a band of ±2, if the
+        standard error is known.
     """
     kinds = {
         "": ("own\nk-space", BLUE),
@@ -394,6 +418,13 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
         ("finding_f1", "findings: F1 over exact label,\nside and region [± 2 s.e.]"),
     )
     known = dict(section)
+
+    def why_not(name: str) -> str:
+        if name == "contrast_accuracy":
+            return "no test sample has\na listed contrast"
+        unreviewed = not section.get("reviewed_samples")
+        return "no test sample\nwas reviewed\nfor findings" if unreviewed else "nothing to find,\nnothing claimed"
+
     for kind in kinds:
         if f"cross_entropy_gain_over{kind}_se" in section:
             known[f"cross_entropy{kind}_se"] = section[f"cross_entropy_gain_over{kind}_se"]
@@ -407,14 +438,20 @@ def analysis_comparison(section: Mapping[str, Any], contrast_floor: tuple[float,
             if error:
                 axis.errorbar(place, value, error, color=BLACK, linewidth=1.2, capsize=3)
             _number(axis, f"{value:.3f}", place, value + error)
+        if not present:
+            axis.text(0.5, 0.5, why_not(name), transform=axis.transAxes, ha="center", va="center")
+            axis.set_yticks([])
         axis.set_xticks(range(len(present)), [kinds[kind][0] for kind in present], fontsize=8)
         axis.set_title(title)
         axis.grid(False, axis="x")
         axis.margins(y=0.12)
-        if name == "contrast_accuracy" and contrast_floor is not None:
-            share, error = contrast_floor
-            axis.axhspan(share - 2 * error, share + 2 * error, color=BLACK, alpha=0.12, linewidth=0)
-            axis.axhline(share, color=BLACK, linestyle=":", linewidth=1.2, label="commonest contrast ± 2 s.e.")
+        if name == "contrast_accuracy" and contrast_floor is not None and contrast_floor[0] is not None:
+            share, spread = contrast_floor[0], contrast_floor[1]
+            label = "commonest contrast"
+            if spread is not None:
+                label += " ± 2 s.e."
+                axis.axhspan(share - 2 * spread, share + 2 * spread, color=BLACK, alpha=0.12, linewidth=0)
+            axis.axhline(share, color=BLACK, linestyle=":", linewidth=1.2, label=label)
             axis.legend(loc="upper right", fontsize=7.5)
             axis.set(ylim=(0, 1.22), yticks=np.linspace(0, 1, 6))  # above 1: room for the legend
     return figure
@@ -435,10 +472,11 @@ def token_swap(scores: VolumeScores, metric: str = "ssim") -> Figure:
     Returns
     -------
     Figure
-        Means, and the paired differences to the first; 95% intervals, bootstrapped over patients.
+        Means, and the paired differences to the first; 95% intervals, bootstrapped over patients, if there are two or
+        more. Tokens that an acceleration has no scores of leave a gap there.
     """
     accelerations = sorted(scores, key=float)
-    variants = list(scores[accelerations[0]])
+    variants = list(dict.fromkeys(name for acceleration in accelerations for name in scores[acceleration]))
     # those of the same methods elsewhere
     colors = dict(zip(variants, (BLUE, PURPLE, SKY, GREEN, ORANGE, VERMILLION), strict=False))
     figure = RecordFigure(WIDTH, 3.3)
@@ -450,14 +488,18 @@ def token_swap(scores: VolumeScores, metric: str = "ssim") -> Figure:
         patients = [score.patient for score in volumes[variants[0]]]
         own = [getattr(score, metric) for score in volumes[variants[0]]]
         for number, name in enumerate(variants):
+            if name not in volumes:
+                series[name].append((np.nan, None))
+                continue
             values = [getattr(score, metric) for score in volumes[name]]
             series[name].append((float(np.mean(values)), evaluation.bootstrap_interval(values, patients)))
             if number == 0:
                 continue
             change = [other - mine for other, mine in zip(values, own, strict=True)]
-            low, high = evaluation.bootstrap_interval(change, patients)
+            interval = evaluation.bootstrap_interval(change, patients)
             x = place + (number - len(variants) / 2) * 0.24
-            differences.plot([x, x], [low, high], color=colors[name], linewidth=2)
+            if interval is not None:
+                differences.plot([x, x], interval, color=colors[name], linewidth=2)
             differences.plot(x, np.mean(change), "o", color=colors[name], markersize=6)
             text = f"{np.mean(change):+.4f}".replace("-", "−")
             beside: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 7.5}

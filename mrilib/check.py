@@ -18,9 +18,12 @@ import joblib
 import numpy as np
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from mrilib.config import display_path, resolve
+from mrilib import analysis
+from mrilib.config import display_path, printable, resolve
 from mrilib.volume import (
+    LARGEST_SCALE,
     LARGEST_SLICE,
+    LARGEST_VOLUME,
     MOST_SLICES,
     SMALLEST_SCALE,
     DataError,
@@ -30,10 +33,11 @@ from mrilib.volume import (
     structure,
     told,
     unreadable,
+    unstored,
 )
 
 MOST_PEAK = 10  # times that the attribute max may be larger or smaller than what it is the maximum of
-VERSION = 3  # raised when files are looked at in another way than before: what is remembered counts no more
+VERSION = 4  # raised when files are looked at in another way than before: what is remembered counts no more
 ALONE = 16  # so few files are read in this process: starting others takes seconds
 NOISE_RATIO = 2.0  # mean power of the centre of k-space over the mean of all: 1 for white noise, over 30 for a head
 
@@ -71,13 +75,19 @@ def _contents(h5: h5py.File, volume: Volume | None) -> tuple[list[str], list[str
     padding = volume.padding if volume else None
     beyond: list[int] = []
     tiny: list[int] = []
+    large: list[int] = []
     for number, data in _slices(h5, "kspace", 4, "c", problems):
-        if 0 < np.abs(data.view(np.float32)).max() < SMALLEST_SCALE:
+        largest = np.abs(data.view(np.float32)).max()
+        if 0 < largest < SMALLEST_SCALE:
             tiny.append(number)
+        if largest > LARGEST_SCALE:
+            large.append(number)
         if kind := slice_kind(data):
             kinds[kind].append(number)
         if padding and (data[..., : padding[0]].any() or data[..., padding[1] :].any()):
             beyond.append(number)
+    if large:
+        problems.append(f"kspace: too large for single precision in {_listed(large)}; scale the file")
     if tiny:
         problems.append(f"kspace: too small for single precision in {_listed(tiny)}; scale the file")
     if beyond and padding:
@@ -98,12 +108,23 @@ def _contents(h5: h5py.File, volume: Volume | None) -> tuple[list[str], list[str
             problems.append("mask holds other values than 0 and 1")
         elif not values[values.size // 2] or not volume.padding[0] <= values.size // 2 < volume.padding[1]:
             problems.append("mask does not sample the centre of k-space")
+    if volume is not None and (unlisted := unlisted_contrast(volume)):
+        warnings.append(unlisted)
     if volume is not None:
         expected = ("norm",) if volume.has_target else ("num_low_frequency",) if volume.has_mask else ()
         warnings += [f"has no attribute {name} (not needed here)" for name in expected if name not in h5.attrs]
         if not volume.has_target and not volume.has_mask:
             warnings.append("has neither reconstruction_rss nor mask: it cannot be scored, nor train the decoder")
     return problems, warnings
+
+
+def unlisted_contrast(volume: Volume) -> str:
+    """A warning of a contrast that is not in the list, which images do not need; empty for one that is."""
+    try:
+        analysis.contrast_name(volume.acquisition)
+    except ValueError as error:
+        return f"{error} (the image does not need it; the text leaves the contrast out)"
+    return ""
 
 
 def _slices(
@@ -113,7 +134,8 @@ def _slices(
     array = dataset(h5, name)
     if array is None or array.ndim != dimensions or array.dtype.kind != kind or not np.prod(array.shape, dtype=float):
         return
-    if np.prod(array.shape[1:], dtype=float) > LARGEST_SLICE or array.shape[0] > MOST_SLICES:
+    sizes = np.prod(array.shape[1:], dtype=float), np.prod(array.shape, dtype=float)
+    if sizes[0] > LARGEST_SLICE or sizes[1] > LARGEST_VOLUME or array.shape[0] > MOST_SLICES or unstored(name, array):
         return  # told by its structure
     single = np.complex64 if kind == "c" else np.float32
     broken, infinite = [], []
@@ -286,11 +308,20 @@ def usable_volumes(
     logger.info("%s: %d files, %d with problems, %d with warnings", folder, len(paths), len(bad), warned)
     if bad and (on_bad_file == "refuse" or len(bad) == len(paths)):
         advice = "" if on_bad_file == "skip" else "; on_bad_file: skip would leave them out"
-        lines = [f"{report.name}: {'; '.join(report.problems)}" for report in bad]
+        lines = [printable(f"{report.name}: {'; '.join(report.problems)}") for report in bad]
         raise DataError(f"{len(bad)} unusable files in {folder}{advice}:\n" + "\n".join(lines))
     good = [path for path, report in zip(paths, reports, strict=True) if not report.problems]
     skipped = [{"file": report.name, "folder": folder, "problems": report.problems} for report in bad]
-    return [read_volume(path) for path in good], skipped
+    volumes = [read_volume(path) for path in good]
+    if unlisted := [volume for volume in volumes if unlisted_contrast(volume)]:
+        names = ", ".join(sorted({repr(volume.acquisition) for volume in unlisted}))
+        logger.warning(
+            "%s: %d files of a contrast that is not in the list (%s); their text leaves the contrast out",
+            folder,
+            len(unlisted),
+            names,
+        )
+    return volumes, skipped
 
 
 class _Memory:
@@ -361,9 +392,9 @@ def check_directory(directory: str | Path, jobs: int | None = None) -> tuple[str
     lines = []
     for report in reports:
         if report.problems or report.warnings:
-            lines.append(report.name)
-            lines += [f"  problem: {problem}" for problem in report.problems]
-            lines += [f"  warning: {warning}" for warning in report.warnings]
+            lines.append(printable(report.name))
+            lines += [printable(f"  problem: {problem}") for problem in report.problems]
+            lines += [printable(f"  warning: {warning}") for warning in report.warnings]
     lines += [*([""] if lines else []), *summary(reports)]
     others = sum(1 for path in paths[0].parent.iterdir() if path.suffix != ".h5")
     if others:

@@ -124,7 +124,7 @@ def metrics_table(runs: Mapping[str, Path]) -> pd.DataFrame:
             ("contrast_accuracy", "contrast named rightly", "{:.3f}"),
             ("finding_f1", "finding F1", "{:.3f}"),
         ):
-            if name in scores:
+            if scores.get(name) is not None:
                 row[label] = form.format(scores[name])
         for stage in ("stage1", "stage2"):
             if f"{stage}_seconds" in cost:

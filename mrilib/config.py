@@ -10,34 +10,70 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Collection, Mapping
+import stat
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mrilib import plain_yaml
+from mrilib.errors import shortened
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS_HEADER = "# Parameters of this notebook"
 
 
+MOST_PARAMETERS = 2 * 10**9  # of a network that is made here; the full-size encoder has 10**8
+MOST_TOLD = 5  # unknown names in one message
+MOST_ITEMS = 1000  # of a list
+LONGEST_TEXT = 4096  # characters; no path is longer
+# line ends, terminal escapes, marks of the direction of writing, half surrogate pairs
+CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
 class ParameterError(ValueError):
-    """A parameter that is unknown, of the wrong type or out of range, or names a file that is not there."""
+    """A parameter that is unknown, of the wrong type or out of range, or names a file that is not there.
+
+    Parameters
+    ----------
+    message : str
+    names : sequence of str
+        The wrong parameters, if they are known.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = list(names)
 
 
 def resolve(path: str | Path) -> Path:
     """Absolute path of a parameter's path; relative ones are taken from the repository's root.
 
     A notebook's working directory is the root under papermill and notebooks/ in JupyterLab; the root is the same.
+
+    Raises
+    ------
+    ParameterError
+        For a loop of links, or the home folder of a user who does not exist.
     """
-    return Path(os.path.realpath(ROOT / Path(path).expanduser()))  # Path.resolve raises on links in a circle
+    try:
+        # realpath, as Path.resolve raises on links in a circle: who opens the file tells what it is
+        return Path(os.path.realpath(ROOT / Path(path).expanduser()))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ParameterError(f"the path '{shortened(str(path))}' cannot be resolved: {error}") from None
 
 
 def display_path(path: str | Path) -> str:
     """The path as records show it: relative to the repository's root if it lies below it."""
     absolute = resolve(path)
     return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else str(absolute)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text without control characters, which a terminal would obey: they become escapes such as \\x1b."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class Parameters(BaseModel):
@@ -63,6 +99,15 @@ class Parameters(BaseModel):
             raise ValueError("true or false is wanted, not a number")
         if isinstance(value, list) and annotation in (list[int], list[float]) and bool in map(type, value):
             raise ValueError("numbers are wanted, not true or false")
+        if value is None:
+            raise ValueError("no value is given; an empty text is written ''")
+        if isinstance(value, list) and len(value) > MOST_ITEMS:
+            raise ValueError(f"a list of {len(value)} items; at most {MOST_ITEMS} are allowed")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and len(text) > LONGEST_TEXT:
+                raise ValueError(f"a text of {len(text)} characters; at most {LONGEST_TEXT} are allowed")
+            if isinstance(text, str) and CONTROL.search(text):
+                raise ValueError("a control character is in the text; remove it")
         return value
 
     @classmethod
@@ -77,23 +122,57 @@ class Parameters(BaseModel):
         """
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
-            raise ParameterError("; ".join(_unknown_sentence(cls, name) for name in unknown))
+            sentence = _other_notebook(cls, values, unknown) or "; ".join(
+                _unknown_sentence(cls, name) for name in unknown[:MOST_TOLD]
+            )
+            if len(unknown) > MOST_TOLD:
+                sentence = f"{len(unknown)} names are not known. {sentence}"
+            raise ParameterError(sentence, unknown)
         try:
             config = cls(**values)
         except ValidationError as error:
-            raise ParameterError("; ".join(_error_sentence(problem) for problem in error.errors())) from None
+            names = [str(problem["loc"][0]) if problem["loc"] else "" for problem in error.errors()]
+            raise ParameterError("; ".join(_error_sentence(problem) for problem in error.errors()), names) from None
         for name in cls.existing_paths:
             path = getattr(config, name)
-            if path and name not in written_later and not resolve(path).exists():
-                raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip())
+            if not path or name in written_later:
+                continue
+            try:
+                mode = resolve(path).stat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip(), [name]) from None
+            except (ParameterError, OSError) as error:
+                told = error.strerror if isinstance(error, OSError) else error
+                raise ParameterError(f"{name}: '{shortened(path)}' cannot be used: {told}", [name]) from None
+            if not stat.S_ISDIR(mode) and (name.endswith("_dir") or not stat.S_ISREG(mode)):
+                kind = "folder" if name.endswith("_dir") else "regular file"
+                raise ParameterError(f"{name}: '{path}' is no {kind}", [name])
         return config
+
+    @classmethod
+    def check_replaced(cls, values: Mapping[str, Any], names: Collection[str]) -> None:
+        """Refuse a params file's wrong values of `names`, which something else takes the place of in a run.
+
+        Raises
+        ------
+        ParameterError
+        """
+        try:
+            cls(**{name: value for name, value in values.items() if name in cls.model_fields})
+        except ValidationError as error:
+            problems = [problem for problem in error.errors() if problem["loc"] and problem["loc"][0] in names]
+            if problems:
+                raise ParameterError("; ".join(map(_error_sentence, problems))) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
         """Read one flat YAML file, with `overrides` on top."""
+        values, given = read_yaml(path), overrides or {}
         try:
-            return cls.create({**read_yaml(path), **(overrides or {})})
+            return cls.create({**values, **given})
         except ParameterError as error:
+            if error.names and given.keys() >= set(error.names):
+                raise  # the file is not to blame
             raise ParameterError(f"{display_path(path)}: {error}") from None
 
     @classmethod
@@ -116,24 +195,48 @@ class Parameters(BaseModel):
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A flat YAML mapping from a file; errors name the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise ParameterError(f"the params file '{display_path(path)}' does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{display_path(path)} is not YAML: {error}") from None
+    shown = display_path(path)
+    values = parse_yaml(read_small(path), shown)
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ParameterError(f"{display_path(path)} must hold one 'name: value' a line")
-    assert isinstance(node, yaml.MappingNode)
-    given = [key.value for key, _ in node.value]  # YAML would take the last of two values without a word
-    for name in given:
-        if given.count(name) > 1:
-            raise ParameterError(f"{display_path(path)}: '{name}' is given twice")
+    if not isinstance(values, dict):
+        raise ParameterError(f"{shown} must hold one 'name: value' a line")
     return values
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of YAML text (see `plain_yaml.parse`); a ParameterError names `where`."""
+    try:
+        return plain_yaml.parse(text, where)
+    except plain_yaml.YamlError as error:
+        raise ParameterError(str(error)) from None
+
+
+def read_small(path: str | Path) -> str:
+    """The text of a params file.
+
+    Raises
+    ------
+    ParameterError
+        If it is not there, no regular file, too large, or not UTF-8.
+    """
+    shown = display_path(path)
+    try:
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode):  # a FIFO or a device might be read for ever
+            raise ParameterError(f"the params file '{shown}' is no regular file")
+        with open(path, "rb") as file:
+            content = file.read(plain_yaml.LARGEST + 1)
+    except FileNotFoundError:
+        raise ParameterError(f"the params file '{shown}' does not exist") from None
+    except OSError as error:
+        raise ParameterError(f"the params file '{shown}' cannot be read: {error.strerror}") from None
+    if len(content) > plain_yaml.LARGEST:
+        raise ParameterError(f"the params file '{shown}' is larger than {plain_yaml.LARGEST} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ParameterError(f"{shown} is not YAML: it is no UTF-8 text") from None
 
 
 def _assigned_names(history: list[str]) -> list[str]:
@@ -149,17 +252,37 @@ def _assigned_names(history: list[str]) -> list[str]:
     raise ParameterError(f"run the parameters cell first (it begins with '{PARAMETERS_HEADER}')")
 
 
+def _other_notebook(cls: type[Parameters], values: Mapping[str, Any], unknown: Sequence[str]) -> str:
+    """A sentence for values that are another notebook's; empty if they are not."""
+    stems = {parameters: stem for stem, parameters in NOTEBOOKS.values()}
+    for other, stem in stems.items():
+        if other is not cls and len(unknown) > 1 and other.model_fields.keys() >= set(values):
+            told = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+            return f"these are the parameters of {stem} ({told}), not of {stems.get(cls, cls.__name__)}"
+    return ""
+
+
 def _unknown_sentence(cls: type[Parameters], name: str) -> str:
+    others = [stem for stem, parameters in NOTEBOOKS.values() if name in parameters.model_fields]
+    if others and cls in {parameters for _, parameters in NOTEBOOKS.values()}:
+        return f"'{name}' is not a parameter of this notebook; it is one of {', '.join(others)}"
     near = difflib.get_close_matches(name, cls.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"the known ones are {', '.join(cls.model_fields)}"
-    return f"'{name}' is not a parameter of this notebook; {hint}"
+    return f"'{shortened(name)}' is not a parameter of this notebook; {hint}"
 
 
 def _error_sentence(problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"]) or "parameters"
     message = re.sub(r"^Value error, ", "", problem["msg"])
-    given = f" (given: {problem['input']!r})" if problem["loc"] else ""
+    given = f" (given: {_shown(problem['input'])})" if problem["loc"] else ""
     return f"{name}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shortened(repr(value))
+    except ValueError:  # an integer of thousands of digits
+        return "a very large number"
 
 
 def _hint(name: str) -> str:
@@ -194,19 +317,19 @@ class DataParameters(OutputParameters):
     test_dir: str = P("", "folder of test files; empty: a part of data_dir, split by patient")
     val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
     test_fraction: float = P(0.1, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
-    split_seed: int = P(0, "seed of the split by patient", ge=0)
+    split_seed: int = P(0, "seed of the split by patient", ge=0, lt=2**32)
     on_bad_file: Literal["refuse", "skip"] = P("refuse", "unusable data files; skip: left out and listed in run.json")
     annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
     reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
-    num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1)
-    img_size: int = P(320, "side of the ViT's input [pixels], a multiple of 16", ge=16)
+    num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1, le=1024)
+    img_size: int = P(320, "side of the ViT's input [pixels], a multiple of 16", ge=16, le=4096)
     crop: Literal["readout", "image"] = P("readout", "readout: native phase encoding; image: both axes cropped first")
     mask_type: str = P(
         "equispaced_fraction", "fastMRI's masks: random, equispaced, equispaced_fraction, magic or magic_fraction"
     )
     accelerations: list[int] = P([4, 8], "accelerations", min_length=1)
     center_fractions: list[float] = P([0.08, 0.04], "share of lines sampled at the centre, one per acceleration")
-    num_workers: int = P(0, "processes that load data; 0: none", ge=0)
+    num_workers: int = P(0, "processes that load data; 0: none", ge=0, le=256)
 
     @model_validator(mode="after")
     def _masks_and_size(self) -> Self:
@@ -218,6 +341,8 @@ class DataParameters(OutputParameters):
             raise ValueError("center_fractions: as many values as accelerations are wanted; they are paired by index")
         if any(a < 1 for a in self.accelerations) or any(not 0 < f <= 1 for f in self.center_fractions):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
+        if max(self.accelerations) > 1000:
+            raise ValueError(f"accelerations: {max(self.accelerations)} is more than 1000")
         if self.mask_type not in MASK_TYPES:
             raise ValueError(f"mask_type: '{self.mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
         if self.mask_type.endswith("_fraction"):
@@ -270,33 +395,45 @@ class BackboneParameters(DataParameters):
 class TrainingParameters(BackboneParameters):
     """The training loop, the same for both stages."""
 
-    epochs: int = P(100, "passes over the training slices; in each of them a batch comes `data_echo` times", ge=1)
-    batch_size: int = P(4, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1)
-    learning_rate: float = P(3e-4, "peak learning rate", gt=0)
+    epochs: int = P(
+        100, "passes over the training slices; in each of them a batch comes `data_echo` times", ge=1, le=10**6
+    )
+    batch_size: int = P(
+        4, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1, le=4096
+    )
+    learning_rate: float = P(3e-4, "peak learning rate", gt=0, le=10)
     optimizer: Literal["adamw", "muon"] = P(
         "adamw", "muon: orthogonalised steps for matrices and kernels, AdamW for the rest; often learns in fewer steps"
     )
-    weight_decay: float = P(1e-4, "the optimizer's weight decay, decoupled", ge=0)
-    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0)
+    weight_decay: float = P(1e-4, "the optimizer's weight decay, decoupled", ge=0, le=100)
+    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
     warmup_ratio: float = P(0.1, "share of the steps with rising learning rate", ge=0, le=1)
     lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
     adam_beta1: float = P(0.9, "AdamW's decay of the mean gradient", ge=0, lt=1)
     adam_beta2: float = P(0.999, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
-    gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1)
+    gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1, le=4096)
     mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
     activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
-    masks_per_slice: int = P(0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0)
-    max_train_slices: int = P(0, "use so many training slices an epoch at most; 0: all", ge=0)
-    max_val_slices: int = P(0, "use so many validation slices at most, spread evenly; 0: all", ge=0)
-    save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1)
-    log_interval: int = P(10, "steps between the lines of the text log", ge=1)
-    early_stopping_patience: int = P(0, "epochs without a better validation loss before stopping; 0: never", ge=0)
+    masks_per_slice: int = P(
+        0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0, le=10**4
+    )
+    max_train_slices: int = P(0, "use so many training slices an epoch at most; 0: all", ge=0, le=10**7)
+    max_val_slices: int = P(0, "use so many validation slices at most, spread evenly; 0: all", ge=0, le=10**7)
+    save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1, le=10**6)
+    log_interval: int = P(10, "steps between the lines of the text log", ge=1, le=10**6)
+    early_stopping_patience: int = P(
+        0, "epochs without a better validation loss before stopping; 0: never", ge=0, le=10**6
+    )
     resume: bool = P(False, "go on with the run folder's own training; false: refuse a folder that holds one")
-    checkpoint_minutes: float = P(10, "minutes between the checkpoints to resume from; 0: after every step", ge=0)
-    max_checkpoints: int = P(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0)
+    checkpoint_minutes: float = P(
+        10, "minutes between the checkpoints to resume from; 0: after every step", ge=0, le=525600
+    )
+    max_checkpoints: int = P(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0, le=10**4)
     on_nan: Literal["stop", "skip"] = P("stop", "loss or gradient not finite: stop with the state saved, or skip")
     auto_batch_size: bool = P(False, "halve the slices in memory at once when it runs out; steps stay the same")
-    num_processes: int = P(1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1)
+    num_processes: int = P(
+        1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1, le=1024
+    )
     log_with: Literal["", "tensorboard", "wandb", "trackio"] = P("", "tracker beside the run's logs; empty: none")
 
     @field_validator("mixed_precision", mode="before")
@@ -318,12 +455,14 @@ class ExploreParameters(DataParameters):
     existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path", "tokenizer_path")
 
     tokenizer_path: str = P("", "tokenizer.json or its folder, to show a text's tokens; empty: Mistral 7B v0.1's")
-    phantom_volumes: int = P(0, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0)
-    phantom_slices: int = P(4, "slices a phantom volume", ge=1)
-    phantom_coils: int = P(8, "typical coil count of the phantom", ge=2)
-    phantom_seed: int = P(0, "seed of the phantom", ge=0)
+    phantom_volumes: int = P(
+        0, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0, le=10**5
+    )
+    phantom_slices: int = P(4, "slices a phantom volume", ge=1, le=256)
+    phantom_coils: int = P(8, "typical coil count of the phantom", ge=2, le=128)
+    phantom_seed: int = P(0, "seed of the phantom", ge=0, lt=2**32)
     volume: str = P("", "file to look at; empty: the first with a finding")
-    slice_num: int = P(-1, "slice to look at; -1: the one with most findings", ge=-1)
+    slice_num: int = P(-1, "slice to look at; -1: the one with most findings", ge=-1, le=4096)
 
     @classmethod
     def create(cls, values: Mapping[str, Any], written_later: Collection[str] = ()) -> Self:
@@ -334,19 +473,32 @@ class ExploreParameters(DataParameters):
         return config
 
 
+def _unet_size(chans: int, pools: int) -> int:
+    """Parameters of fastMRI's U-Net, about."""
+    return int(30 * chans**2 * 4**pools)
+
+
+def _check_size(names: str, count: int) -> None:
+    if count > MOST_PARAMETERS:
+        raise ValueError(
+            f"{names}: together they make a network of about {count:.1g} parameters; at most {MOST_PARAMETERS:.1g} "
+            "are allowed"
+        )
+
+
 class Stage1Parameters(TrainingParameters):
     """02_train_stage1."""
 
     existing_paths = (*TrainingParameters.existing_paths, "varnet_weights")
 
-    vit_embed_dim: int = P(768, "ViT embedding dimension", ge=1)
-    vit_num_layers: int = P(6, "ViT layers", ge=1)
-    vit_num_heads: int = P(12, "ViT attention heads", ge=1)
-    varnet_num_cascades: int = P(12, "VarNet cascades", ge=1)
-    varnet_chans: int = P(18, "channels of the cascades' U-Nets", ge=1)
-    varnet_pools: int = P(4, "down-sampling levels of the cascades' U-Nets", ge=1)
-    varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1)
-    varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1)
+    vit_embed_dim: int = P(768, "ViT embedding dimension", ge=1, le=16384)
+    vit_num_layers: int = P(6, "ViT layers", ge=1, le=256)
+    vit_num_heads: int = P(12, "ViT attention heads", ge=1, le=256)
+    varnet_num_cascades: int = P(12, "VarNet cascades", ge=1, le=64)
+    varnet_chans: int = P(18, "channels of the cascades' U-Nets", ge=1, le=512)
+    varnet_pools: int = P(4, "down-sampling levels of the cascades' U-Nets", ge=1, le=8)
+    varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1, le=512)
+    varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1, le=8)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
     varnet_sense: bool = P(
         False, "VarNet starts from a regularised SENSE image instead of the measured lines beside zeros"
@@ -354,13 +506,17 @@ class Stage1Parameters(TrainingParameters):
     varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
     restore_chans: int = P(
-        0, "width of a U-Net that restores VarNet's image before ViT and maps of findings look at it; 0: none", ge=0
+        0,
+        "width of a U-Net that restores VarNet's image before ViT and maps of findings look at it; 0: none",
+        ge=0,
+        le=512,
     )
     varnet_image_weight: float = P(
         0.0,
         "weight of the mean absolute difference and of 1 − SSIM between VarNet's (restored) image and the target, for "
         "as long as VarNet or its restoration learns; 0: none",
         ge=0,
+        le=10**6,
     )
     label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
     group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
@@ -376,8 +532,8 @@ class Stage1Parameters(TrainingParameters):
     finding_labels: list[str] = P(
         [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
     )
-    finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1)
-    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0)
+    finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1, le=512)
+    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0, le=10**6)
     text_from: float = P(
         0.0,
         "share of the steps before the text joins; VarNet and the maps of findings learn until then, the rest after",
@@ -396,6 +552,7 @@ class Stage1Parameters(TrainingParameters):
         "times that each batch comes while VarNet stands (varnet_until, varnet_keep) and until the text joins, if it "
         "joins late: VarNet runs for the first of them alone; all other steps have new ones",
         ge=1,
+        le=1000,
     )
     teacher_forcing: float = P(
         0.0,
@@ -405,7 +562,10 @@ class Stage1Parameters(TrainingParameters):
         le=1,
     )
     recon_weight: float = P(
-        0.0, "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none", ge=0
+        0.0,
+        "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none",
+        ge=0,
+        le=10**6,
     )
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
@@ -416,7 +576,17 @@ class Stage1Parameters(TrainingParameters):
         return self
 
     @model_validator(mode="after")
+    def _size(self) -> Self:
+        _check_size("vit_embed_dim, vit_num_layers", 12 * self.vit_num_layers * self.vit_embed_dim**2)
+        cascades = self.varnet_num_cascades * _unet_size(self.varnet_chans, self.varnet_pools)
+        _check_size("varnet_num_cascades, varnet_chans, varnet_pools", cascades)
+        _check_size("varnet_sens_chans, varnet_sens_pools", _unet_size(self.varnet_sens_chans, self.varnet_sens_pools))
+        return self
+
+    @model_validator(mode="after")
     def _maps(self) -> Self:
+        if not all(map(str.strip, self.finding_labels)) or len(set(self.finding_labels)) < len(self.finding_labels):
+            raise ValueError("finding_labels: a label is empty or given twice")
         if self.finding_labels and self.img_size < 32:
             raise ValueError(
                 "finding_labels: the U-Net that maps them halves the image four times; img_size is below 32"
@@ -471,14 +641,14 @@ class Stage2Parameters(TrainingParameters):
 
     existing_paths = (*TrainingParameters.existing_paths, "stage1_checkpoint")
 
-    learning_rate: float = P(1e-4, "peak learning rate", gt=0)
+    learning_rate: float = P(1e-4, "peak learning rate", gt=0, le=10)
     stage1_checkpoint: str = P(
         "stage1_checkpoints/stage1_best_model.pt", "trained k-space encoder of stage 1", min_length=1
     )
     decoder_type: Literal["full", "lightweight", "small"] = P(
         "full", "full: 160M parameters at the defaults; lightweight: 80M; small: 35M"
     )
-    decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16)
+    decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16, le=4096)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
     token_pixels: bool = P(False, "each image token is also mapped to its patch's pixels, an input beside the data")
@@ -494,10 +664,13 @@ class Stage2Parameters(TrainingParameters):
         "(restore_chans: decoder_hidden_dim / 4)",
     )
     lesion_weight: float = P(
-        0.0, "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none", ge=0
+        0.0,
+        "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none",
+        ge=0,
+        le=10**6,
     )
     data_echo: int = P(
-        1, "steps that each batch is decoded in; encoder and backbone run for the first of them alone", ge=1
+        1, "steps that each batch is decoded in; encoder and backbone run for the first of them alone", ge=1, le=1000
     )
     token_cache: bool = P(
         False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
@@ -572,10 +745,10 @@ class EvaluateParameters(BackboneParameters):
     control_checkpoint: str = P("", "stage 1's control without k-space; empty: the text is scored without it")
     stage2_checkpoint: str = P("stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2", min_length=1)
     plain_checkpoint: str = P("", "stage 2's control, a decoder trained without tokens; empty: left out")
-    batch_size: int = P(8, "slices a batch", ge=1)
-    max_new_tokens: int = P(128, "longest generated analysis [tokens]", ge=1)
-    bootstrap_samples: int = P(1000, "bootstrap samples over patients for the intervals", ge=100)
-    figure_slices: int = P(3, "slices shown in the figures", ge=1)
+    batch_size: int = P(8, "slices a batch", ge=1, le=4096)
+    max_new_tokens: int = P(128, "longest generated analysis [tokens]", ge=1, le=4096)
+    bootstrap_samples: int = P(1000, "bootstrap samples over patients for the intervals", ge=100, le=10**6)
+    figure_slices: int = P(3, "slices shown in the figures", ge=1, le=100)
 
 
 class CompareParameters(OutputParameters):
@@ -596,6 +769,7 @@ class BenchParameters(OutputParameters):
         3000,
         "after so many seconds no job of the comparison begins, and a training stops to be resumed; 0: no limit",
         ge=0,
+        le=10**7,
     )
     stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
     stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
@@ -604,19 +778,22 @@ class BenchParameters(OutputParameters):
         1,
         "seeds trained side by side, a process each with its share of the threads; they then log to seedN/train.log",
         ge=1,
+        le=256,
     )
     varnet_cascades: int = P(
-        4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1
+        4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1, le=64
     )
-    stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1)
+    stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1, le=10**7)
     methods: list[str] = P(
         ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1
     )
     steps: list[int] = P([300, 300, 300, 300], "optimizer steps, one number per method")
     learning_rates: list[float] = P([1e-3, 1e-3, 1e-3, 1e-3], "peak learning rates, one per method")
-    validations: int = P(6, "validations during a training, evenly spread", ge=1)
-    bart_slices: int = P(12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1)
-    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1)
+    validations: int = P(6, "validations during a training, evenly spread", ge=1, le=1000)
+    bart_slices: int = P(
+        12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1, le=10**4
+    )
+    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1, le=4096)
     shifts: list[str] = P(
         [],
         "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, patients "
@@ -631,6 +808,11 @@ class BenchParameters(OutputParameters):
             raise ValueError("methods: one is named twice")
         if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
             raise ValueError("steps must be at least 1 and learning_rates above 0")
+        for name, most in (("steps", 10**7), ("learning_rates", 10), ("bench_seeds", 2**32 - 1)):
+            if max(getattr(self, name)) > most:
+                raise ValueError(f"{name}: {max(getattr(self, name)):g} is more than {most}")
+        if min(self.bench_seeds) < 0:
+            raise ValueError(f"bench_seeds: {min(self.bench_seeds)} is negative")
         parts = ("costs", "stage1", "train", "score", "shifts")
         unknown = set(self.bench_parts) - set(parts)
         if unknown:
@@ -646,18 +828,18 @@ class BenchmarkParameters(BenchParameters):
     """06_benchmark: the comparison with other methods, then what the parts cost."""
 
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
-    num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0)
+    num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0, le=1024)
     backbone_speed: bool = P(True, "time the backbone: decoding, prefill, memory")
-    hidden_size: int = P(1024, "width of the timed backbone", ge=16)
-    num_hidden_layers: int = P(8, "blocks of the timed backbone", ge=1)
-    num_heads: int = P(8, "heads of the timed backbone", ge=1)
-    vocab_size: int = P(32000, "vocabulary of the timed backbone", ge=2)
-    concept_dim: int = P(64, "width of the timed backbone's Trigger", ge=1)
-    logit_dim: int = P(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1)
-    prefill_tokens: int = P(1024, "tokens of the timed prefill", ge=1)
-    prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1)
-    new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1)
-    repeats: int = P(5, "the best of so many is told for a prefill", ge=1)
+    hidden_size: int = P(1024, "width of the timed backbone", ge=16, le=16384)
+    num_hidden_layers: int = P(8, "blocks of the timed backbone", ge=1, le=256)
+    num_heads: int = P(8, "heads of the timed backbone", ge=1, le=256)
+    vocab_size: int = P(32000, "vocabulary of the timed backbone", ge=2, le=10**6)
+    concept_dim: int = P(64, "width of the timed backbone's Trigger", ge=1, le=16384)
+    logit_dim: int = P(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1, le=4096)
+    prefill_tokens: int = P(1024, "tokens of the timed prefill", ge=1, le=10**6)
+    prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1, le=10**6)
+    new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1, le=10**5)
+    repeats: int = P(5, "the best of so many is told for a prefill", ge=1, le=1000)
     loader_speed: bool = P(
         True, "time the loader beside fastMRI's, on two full-size phantom volumes (0.9 GB, made once)"
     )
@@ -673,27 +855,41 @@ class BenchmarkParameters(BenchParameters):
     def _cuda(cls, value: str) -> str:
         return _cuda_is_there(value)
 
+    @model_validator(mode="after")
+    def _size(self) -> Self:
+        _check_size("hidden_size, num_hidden_layers", 12 * self.num_hidden_layers * self.hidden_size**2)
+        _check_size("hidden_size, vocab_size", self.hidden_size * self.vocab_size)
+        return self
+
 
 class PretrainParameters(OutputParameters):
     """00_pretrain_tiny_backbone."""
 
     model_dir: str = P("models/tiny_backbone", "folder that the model and its tokenizer are written to", min_length=1)
-    vocab_size: int = P(768, "upper limit of the tokenizer's entries", ge=512)
-    hidden_size: int = P(96, "width of the model", ge=16)
-    num_hidden_layers: int = P(4, "blocks; the first two have neither Trigger nor attention", ge=1)
-    num_heads: int = P(4, "heads of both branches", ge=1)
-    concept_dim: int = P(32, "width of the Trigger's input and output", ge=1)
-    logit_dim: int = P(8, "adaptable factors per weight of the Trigger", ge=1)
-    max_steps: int = P(1800, "training steps", ge=1)
-    batch_size: int = P(32, "texts a step", ge=1)
-    learning_rate: float = P(4e-3, "peak learning rate of Muon (layers) and AdamW (embeddings, norms)", gt=0)
-    weight_decay: float = P(0.01, "weight decay of the layers' matrices", ge=0)
+    vocab_size: int = P(768, "upper limit of the tokenizer's entries", ge=512, le=10**6)
+    hidden_size: int = P(96, "width of the model", ge=16, le=16384)
+    num_hidden_layers: int = P(4, "blocks; the first two have neither Trigger nor attention", ge=1, le=256)
+    num_heads: int = P(4, "heads of both branches", ge=1, le=256)
+    concept_dim: int = P(32, "width of the Trigger's input and output", ge=1, le=16384)
+    logit_dim: int = P(8, "adaptable factors per weight of the Trigger", ge=1, le=4096)
+    max_steps: int = P(1800, "training steps", ge=1, le=10**7)
+    batch_size: int = P(32, "texts a step", ge=1, le=4096)
+    learning_rate: float = P(4e-3, "peak learning rate of Muon (layers) and AdamW (embeddings, norms)", gt=0, le=10)
+    weight_decay: float = P(0.01, "weight decay of the layers' matrices", ge=0, le=100)
     warmup_ratio: float = P(0.05, "share of the steps with rising learning rate", ge=0, le=1)
-    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0)
-    prefix_min: int = P(16, "shortest prefix [positions]", ge=16)
-    prefix_max: int = P(80, "longest prefix [positions]", ge=16)
-    noise: float = P(1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0)
-    num_threads: int = P(2, "processor threads; another number sums in another order and gives other weights", ge=1)
+    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
+    prefix_min: int = P(16, "shortest prefix [positions]", ge=16, le=4096)
+    prefix_max: int = P(80, "longest prefix [positions]", ge=16, le=4096)
+    noise: float = P(1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0, le=100)
+    num_threads: int = P(
+        2, "processor threads; another number sums in another order and gives other weights", ge=1, le=1024
+    )
+
+    @model_validator(mode="after")
+    def _size(self) -> Self:
+        _check_size("hidden_size, num_hidden_layers", 12 * self.num_hidden_layers * self.hidden_size**2)
+        _check_size("hidden_size, vocab_size", self.hidden_size * self.vocab_size)
+        return self
 
 
 NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {

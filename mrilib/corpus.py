@@ -250,10 +250,10 @@ class PrefixWriter:
         ] + study
 
     def _global(self, facts: Facts, left_out: float) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Contrast and level, each with a rival; now and then one is not told."""
+        """Contrast and level, each with a rival; now and then one is not told, and an unknown contrast never is."""
         both = []
         for word, known in ((facts.contrast, list(analysis.CONTRASTS.values())), (facts.level, list(analysis.LEVELS))):
-            if self.rng.random() >= left_out:
+            if self.rng.random() >= left_out and word is not None:
                 rival = str(self.rng.choice([other for other in known if other != word]))
                 both.append((self.words[word], self.words[rival]))
         return both

@@ -6,9 +6,10 @@ attributes are for the loss and the metrics.
 
 import copy
 import itertools
+import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +25,9 @@ from mrilib import analysis, kspace
 from mrilib.analysis import Annotations, Box, Facts, Report
 from mrilib.check import h5_files, usable_volumes
 from mrilib.config import DataParameters, ParameterError, display_path, resolve
-from mrilib.volume import SMALLEST_SCALE, DataError, Volume, read_volume
+from mrilib.volume import SMALLEST_SCALE, DataError, Volume, dataset, read_volume, told
+
+logger = logging.getLogger("mrilib")
 
 
 class Slice(NamedTuple):
@@ -159,8 +162,41 @@ def split_volumes(config: DataParameters) -> Split:
             raise DataError(f"{len(both)} patients are in both {a} and {b}, for instance {sorted(both)[0]}")
     for name, part in split.items():
         if not part:
-            raise DataError(f"no {name} volumes: data_dir has {len(patients)} patients; give {name}_dir or a fraction")
+            advice = (
+                "lower val_fraction or test_fraction, or give val_dir or test_dir"
+                if name == "train"
+                else f"give {name}_dir, or raise {name}_fraction"
+            )
+            raise DataError(f"no {name} volumes: data_dir has {len(patients)} patients; {advice}")
+    files = {volume.file for part in split.values() for volume in part}
+    warn_of_unknown_files(config, files | {Path(entry["file"]).stem for entry in skipped})
     return split
+
+
+def warn_of_unknown_files(config: DataParameters, files: Collection[str]) -> None:
+    """Warn of reports and annotations of files that are not there, with the nearest name: they are not used.
+
+    Parameters
+    ----------
+    config : DataParameters
+    files : collection of str
+        Stems of the h5 files of all the data folders.
+    """
+    reports = analysis.read_reports(resolve(config.reports_path)) if config.reports_path else {}
+    annotations = load_annotations(config)
+    named = {
+        f"reports_path '{config.reports_path}'": {file for file, _ in reports},
+        f"annotations_dir '{config.annotations_dir or config.data_dir}'": annotations.files if annotations else set(),
+    }
+    for where, mentioned in named.items():
+        unknown = sorted(mentioned - set(files))
+        if unknown:
+            near = get_close_matches(unknown[0], files, n=1, cutoff=0.9)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            logger.warning(
+                "%s: %d of %d files are in no data folder and are not used, for instance '%s'%s",
+                *(where, len(unknown), len(mentioned), unknown[0], hint),
+            )
 
 
 def load_annotations(config: DataParameters) -> Annotations | None:
@@ -225,6 +261,33 @@ def _labels_with_boxes(dataset: "FastMRIDataset") -> set[str]:
         for number in range(volume.slices if annotations.reviewed(volume.file) else 0)
         for box in annotations.boxes(volume.file, number, volume.recon[0])
     }
+
+
+def _require_unchanged(h5: h5py.File, volume: Volume) -> None:
+    """Refuse a file that is no longer the one that the run began with."""
+    wanted: dict[str, tuple[int, ...]] = {"kspace": (volume.slices, volume.coils, *volume.matrix)}
+    if volume.has_target:
+        wanted["reconstruction_rss"] = (volume.slices, *volume.recon)
+    if volume.has_mask:
+        wanted["mask"] = volume.matrix[1:]
+    for name, shape in wanted.items():
+        stored = dataset(h5, name)
+        if stored is None or stored.shape != shape or stored.dtype.kind != {"kspace": "c"}.get(name, stored.dtype.kind):
+            now = "is gone" if stored is None else f"is {stored.dtype} {stored.shape} now"
+            raise DataError(
+                f"{volume.path.name}: the file was replaced while it was in use: {name} {now}, was {shape}; put the "
+                "old file back, or begin a new run"
+            )
+
+
+def loading_error(error: RuntimeError) -> DataError | None:
+    """What to do where a process that loads data was killed; None if that is not what the error says."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return DataError(
+        f"a process that loads data has ended ({told(error)}), most often for want of memory; lower num_workers or "
+        "batch_size, then resume"
+    )
 
 
 def _norm(lines: Tensor) -> float:
@@ -322,6 +385,19 @@ class FastMRIDataset(Dataset[Slice]):
         other.texts_only = True
         return other
 
+    def uncompressed(self) -> "FastMRIDataset":
+        """The same slices under the same masks with all their coils, for what needs no compression."""
+        other = FastMRIDataset.__new__(FastMRIDataset)  # of a cached dataset too, whose entries are compressed
+        vars(other).update(vars(self))
+        most = max(self.config.num_coils, *(volume.coils for volume in self.volumes))
+        other.config = self.config.model_copy(update={"num_coils": most})
+        return other
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any of its files has more than num_coils coils."""
+        return any(volume.coils > self.config.num_coils for volume in self.volumes)
+
     def shape_key(self, index: int) -> tuple[int, ...]:
         """What must be equal for slices to be stacked: coils, k-space matrix and evaluated image."""
         volume = self.volumes[self.samples[index][0]]
@@ -379,6 +455,7 @@ class FastMRIDataset(Dataset[Slice]):
             padding, readout, width = (0, recon[1]), recon[0], recon[1]
         try:
             with h5py.File(volume.path, "r") as h5:
+                _require_unchanged(h5, volume)
                 if volume.has_mask:
                     mask, acceleration = torch.from_numpy(h5["mask"][()].astype(bool)), volume.acceleration
                     mask[: padding[0]] = False
@@ -395,8 +472,8 @@ class FastMRIDataset(Dataset[Slice]):
                     lines = kspace.fft2c(kspace.center_crop_or_pad(kspace.ifft2c(raw), recon))[..., measured]
                 else:
                     lines = self._read_lines(h5["kspace"], slice_num, measured)
-        except OSError as error:
-            raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({error})") from None
+        except (OSError, RuntimeError) as error:  # h5py raises both on a damaged chunk
+            raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({told(error)})") from None
         if cropped and target is not None:
             target = kspace.center_crop_or_pad(target, recon)
         if not mask[width // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
@@ -653,6 +730,20 @@ def collate(slices: list[Slice]) -> Batch:
     )
 
 
+class _Loader(DataLoader[Any]):
+    """A DataLoader that tells a data error of a loading process in the error's own words, without its traceback."""
+
+    def __iter__(self) -> Any:
+        return self._told(super().__iter__())
+
+    @staticmethod
+    def _told(batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except DataError as error:
+            raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
+
+
 def make_loader(
     dataset: FastMRIDataset,
     batch_size: int,
@@ -663,7 +754,7 @@ def make_loader(
     echo: int = 1,
 ) -> DataLoader:
     """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, group_by_length, finding_share, echo),
         collate_fn=collate,

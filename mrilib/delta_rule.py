@@ -20,6 +20,7 @@ from torch.nn import functional as F
 # exp(x) is zero in float32 below −103.98, and so is its derivative. Gates are clamped here: the same numbers come out,
 # and sums of gates over a chunk stay finite even where the gate is −inf.
 _SMALLEST_GATE = -104.0
+_BLOCK = 16  # rows that are solved at once; a constant of the module, as torch.compile reads none of a Function
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
@@ -122,12 +123,10 @@ class _UnitLowerInverse(torch.autograd.Function):
     with threads that wait for each other at each, which takes ten times as long where the cores are shared.
     """
 
-    BLOCK = 16
-
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
         """The inverse."""
-        n, size = a.shape[-1], _UnitLowerInverse.BLOCK
+        n, size = a.shape[-1], _BLOCK
         full = size
         while full < n:
             full *= 2

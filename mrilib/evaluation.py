@@ -140,12 +140,16 @@ def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 
-def write_reconstruction(path: Path, volume: np.ndarray) -> None:
-    """Write a volume (slices, h, w) [file units] in fastMRI's submission format, dataset ``reconstruction``."""
+def write_reconstruction(path: Path, volume: np.ndarray, attributes: Mapping[str, Any] | None = None) -> None:
+    """Write a volume (slices, h, w) [file units] in fastMRI's submission format, dataset ``reconstruction``.
+
+    `attributes` are the file's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     with h5py.File(temporary, "w") as h5:
         h5.create_dataset("reconstruction", data=volume.astype(np.float32))
+        h5.attrs.update(attributes or {})
     temporary.replace(path)
 
 
@@ -186,7 +190,10 @@ def evaluate_volumes(volumes: Sequence[Volume], directory: str | Path) -> list[V
 
 
 def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Means over volumes with 95% bootstrap intervals over patients: an entry of metrics.json."""
+    """Means over volumes with 95% bootstrap intervals over patients: an entry of metrics.json.
+
+    The intervals of a single patient are None.
+    """
     summary: dict[str, Any] = {"volumes": len(scores), "patients": len({score.patient for score in scores})}
     patients = [score.patient for score in scores]
     for metric in METRICS:
@@ -196,11 +203,33 @@ def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed
     return summary
 
 
+def summarize_methods(
+    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]], bootstrap_samples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The "reconstruction" section of metrics.json: acceleration → method → `summarize`.
+
+    What coil compression costs stands with the zero-filled images, which are of all coils: ``compression_cost_ssim``
+    and ``compression_cost_psnr`` [dB] are their means minus those of the compressed coils, 0 where nothing was
+    compressed.
+    """
+    section: dict[str, dict[str, dict[str, Any]]] = {}
+    for acceleration, methods in scores.items():
+        section[acceleration] = {name: summarize(of, bootstrap_samples, seed) for name, of in methods.items()}
+        if "zero_filled" in methods:
+            fewer = methods.get("zero_filled_compressed", methods["zero_filled"])
+            for metric in ("ssim", "psnr"):
+                cost = paired_difference(methods["zero_filled"], fewer, metric)[0]
+                section[acceleration]["zero_filled"][f"compression_cost_{metric}"] = cost
+    return section
+
+
 def bootstrap_interval(
     values: Sequence[float], patients: Sequence[str], samples: int = 1000, seed: int = 0
-) -> list[float]:
-    """95% percentile interval of the mean, resampling whole patients."""
+) -> list[float] | None:
+    """95% percentile interval of the mean, resampling whole patients; None of a single patient."""
     sums, counts = _by_patient(values, patients)
+    if len(sums) < 2:
+        return None
     picks = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -295,9 +324,14 @@ def _crop_or_pad(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return center_crop_or_pad(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), size).numpy()
 
 
-def contrast_floor(counts: Mapping[str, int]) -> tuple[float, float]:
-    """Share of the commonest contrast among the test slices and its binomial standard error: what guessing gives."""
+def contrast_floor(counts: Mapping[str, int]) -> tuple[float | None, float | None]:
+    """Share of the commonest contrast among the test slices and its binomial standard error: what guessing gives.
+
+    Both are None where no contrast is known.
+    """
     total = sum(counts.values())
+    if not total:
+        return None, None
     share = max(counts.values()) / total
     return share, float(np.sqrt(share * (1 - share) / total))
 
@@ -375,7 +409,7 @@ def read_target(volume: Volume, slice_num: int) -> np.ndarray:
 
 def paired_difference(
     own: Sequence[VolumeScore], other: Sequence[VolumeScore], metric: str, samples: int = 1000, seed: int = 0
-) -> tuple[float, list[float]]:
-    """Mean of own − other over the same volumes and its 95% bootstrap interval over patients."""
+) -> tuple[float, list[float] | None]:
+    """Mean of own − other over the same volumes and its 95% bootstrap interval over patients, None of a single one."""
     change = [getattr(a, metric) - getattr(b, metric) for a, b in zip(own, other, strict=True)]
     return float(np.mean(change)), bootstrap_interval(change, [score.patient for score in own], samples, seed)

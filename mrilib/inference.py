@@ -37,7 +37,7 @@ from mrilib.evaluation import (
     read_target,
     write_reconstruction,
 )
-from mrilib.figures import Comparison
+from mrilib.figures import Comparison, zero_filled_image
 from mrilib.model import TwoStageModel, build_control, build_decoder, build_encoder, tensor_hash
 from mrilib.runs import progress_bar
 
@@ -215,6 +215,8 @@ class Tester:
         drawn = other_patient(dataset, seed)
         partners = dict(zip(dataset.samples, drawn, strict=True)) if drawn else {}
         number = {volume.file: index for index, volume in enumerate(dataset.volumes)}
+        whole = dataset.uncompressed() if dataset.compresses else None
+        places = {sample: index for index, sample in enumerate(dataset.samples)}
         loader = make_loader(dataset, batch_size)
         bar = progress_bar(len(loader), "test", interactive)
         for cpu_batch in loader:
@@ -222,6 +224,13 @@ class Tester:
             prefix = self.model.encoder(batch.kspace, batch.mask)
             others = [dataset[partners[number[one.file], one.slice_num]] for one in batch.slices] if partners else []
             other_prefix = torch.cat([self._prefix(one) for one in others]) if others else None
+            compressed = zero_filled(batch.kspace, batch.scale, batch.recon)
+            if whole is None:
+                writer.add("zero_filled", batch.slices[0].acceleration, batch.slices, compressed)
+            else:  # the baseline needs no compression; what that costs is told by the same of the compressed coils
+                every = [zero_filled_image(whole[places[number[one.file], one.slice_num]]) for one in batch.slices]
+                writer.add("zero_filled", batch.slices[0].acceleration, batch.slices, torch.stack(every))
+                writer.add("zero_filled_compressed", batch.slices[0].acceleration, batch.slices, compressed)
             for method, images in self._images(batch, prefix, other_prefix):
                 writer.add(method, batch.slices[0].acceleration, batch.slices, images)
             rows += self._texts(batch, prefix, other_prefix, others)
@@ -238,7 +247,6 @@ class Tester:
     ) -> Iterator[tuple[str, Tensor | np.ndarray]]:
         model = self.model
         starts = model.start_images(batch)
-        yield "zero_filled", zero_filled(batch.kspace, batch.scale, batch.recon)
         yield "model", model.reconstruct(batch, model.image_tokens_from_prefix(prefix), starts)
         if other_prefix is not None:
             tokens = model.image_tokens_from_prefix(other_prefix)
@@ -302,14 +310,15 @@ def parse_or_none(text: str | None) -> Facts | None:
 def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts]) -> dict[str, Any]:
     """The "analysis" section of metrics.json from the rows of `Tester.run`.
 
-    Cross-entropies are in nats a token; differences come with standard errors clustered by patient.
+    Cross-entropies are in nats a token; differences come with standard errors clustered by patient, which are None of
+    a single one. That of another patient's scan is over the ``other_patient_samples`` rows that could be swapped.
     """
     patients = [row["patient"] for row in rows]
     tokens = [row["tokens"] for row in rows]
     truth = [row["facts"] for row in rows]
     told = [parse_or_none(row["generated"]) for row in rows]
     own = [row["nats_own"] for row in rows]
-    names = Counter(facts.contrast for facts in truth)
+    names = Counter(facts.contrast for facts in truth if facts.contrast is not None)
     guess, guess_error = contrast_floor(names)
     findings = analysis.finding_scores(truth, told)
     constant = analysis.best_constant_answer(training_facts)
@@ -320,7 +329,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "contrast_accuracy": analysis.attribute_accuracy(truth, told, "contrast"),
         "contrast_accuracy_se": _clustered_share(truth, told, patients),
         "contrast_commonest": guess,
-        "contrast_commonest_se": guess_error,
+        "contrast_commonest_se": guess_error if len(set(patients)) > 1 else None,
         "level_accuracy": analysis.attribute_accuracy(truth, told, "level"),
         "finding_f1": findings["f1"],
         "finding_f1_se": _clustered_f1(truth, told, patients),
@@ -330,20 +339,14 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "finding_f1_best_constant": analysis.finding_scores(truth, constants)["f1"],
         "parsed": sum(one is not None for one in told) / len(told),
         "samples": len(rows),
-        "reviewed_samples": int(findings["samples"]),
+        "contrast_samples": names.total(),
+        "reviewed_samples": findings["samples"],
         "patients": len(set(patients)),
     }
-    for control in ("without_kspace", "other_patient"):
-        if any(f"nats_{control}" not in row for row in rows):
-            continue
-        nats = [row[f"nats_{control}"] for row in rows]
-        scores[f"cross_entropy_{control}"] = clustered_mean(nats, tokens, patients)[0]
-        difference = [a - b for a, b in zip(nats, own, strict=True)]
-        mean, error = clustered_mean(difference, tokens, patients)
-        scores[f"cross_entropy_gain_over_{control}"] = mean
-        scores[f"cross_entropy_gain_over_{control}_se"] = (
-            error if np.isfinite(error) else None
-        )  # of one patient it is unknown
+    if any("nats_without_kspace" in row for row in rows):
+        scores |= _control_scores(rows, "without_kspace")
+    swapped = [row for row in rows if "nats_other_patient" in row]
+    scores |= _control_scores(swapped, "other_patient") | {"other_patient_samples": len(swapped)}
     if rows[0]["generated_without_kspace"] is not None:
         blind = [parse_or_none(row["generated_without_kspace"]) for row in rows]
         scores["contrast_accuracy_without_kspace_se"] = _clustered_share(truth, blind, patients)
@@ -354,12 +357,25 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
     return scores
 
 
+def _control_scores(rows: Sequence[dict[str, Any]], control: str) -> dict[str, float | None]:
+    """A control's cross-entropy on some rows, and its difference to the model's own on the same; None without rows."""
+    names = (f"cross_entropy_{control}", f"cross_entropy_gain_over_{control}", f"cross_entropy_gain_over_{control}_se")
+    if not rows:
+        return dict.fromkeys(names)
+    patients, tokens = ([row[name] for row in rows] for name in ("patient", "tokens"))
+    nats = [row[f"nats_{control}"] for row in rows]
+    gain, error = clustered_mean([row[f"nats_{control}"] - row["nats_own"] for row in rows], tokens, patients)
+    values = clustered_mean(nats, tokens, patients)[0], gain, error if np.isfinite(error) else None
+    return dict(zip(names, values, strict=True))
+
+
 def _clustered_share(truth: Sequence[Facts], told: Sequence[Facts | None], patients: Sequence[str]) -> float | None:
-    """Standard error of the share of rightly named contrasts, clustered by patient; None of one patient."""
-    right = [
-        float(guess is not None and guess.contrast == one.contrast) for one, guess in zip(truth, told, strict=True)
-    ]
-    error = clustered_mean(right, [1.0] * len(right), patients)[1]
+    """Standard error of the contrast accuracy, clustered by patient; None of one patient, or where none is known."""
+    known = [number for number, one in enumerate(truth) if one.contrast is not None]
+    if not known:
+        return None
+    right = [float((guess := told[i]) is not None and guess.contrast == truth[i].contrast) for i in known]
+    error = clustered_mean(right, [1.0] * len(right), [patients[i] for i in known])[1]
     return error if np.isfinite(error) else None
 
 
@@ -426,7 +442,7 @@ def check_covers(dataset: FastMRIDataset) -> None:
 @torch.no_grad()
 def example_texts(model: TwoStageModel, dataset: FastMRIDataset, count: int, max_new_tokens: int = 128) -> pd.DataFrame:
     """True and generated analyses of a few slices, the contrasts taking turns."""
-    by_contrast: dict[str, list[int]] = defaultdict(list)
+    by_contrast: dict[str | None, list[int]] = defaultdict(list)
     for index in range(len(dataset)):
         by_contrast[dataset.facts(index).contrast].append(index)
     turns = [index for group in itertools.zip_longest(*by_contrast.values()) for index in group if index is not None]
@@ -450,13 +466,14 @@ def preview(
     During a training `reconstruct` is the stage's own, which knows whether the tokens have joined.
     """
     shown = []
+    whole = dataset.uncompressed()
     for index in np.linspace(0, len(dataset) - 1, count + 2).round().astype(int)[1:-1]:
         one = dataset[int(index)]
         batch = collate([one]).to(model.device)
         own = (reconstruct or model)(batch)
-        images = {"zero_filled": zero_filled(batch.kspace, batch.scale, batch.recon)[0], "model": own[0]}
+        images = {"zero_filled": zero_filled_image(whole[int(index)]), "model": own[0]}
         assert one.target is not None
-        title = f"{one.facts.contrast}, slice {one.slice_num}\n{one.acceleration}x"
+        title = f"{one.facts.contrast or 'contrast unknown'}, slice {one.slice_num}\n{one.acceleration}x"
         shown.append(Comparison(one.target, images, one.maximum, title=title, pixel=one.pixel))
     return shown
 

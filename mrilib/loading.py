@@ -4,6 +4,10 @@
 """
 
 import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +18,114 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 MODEL_TYPE = "transformer_rnn"
 INDEX = ".safetensors.index.json"
+JSON_BYTES = 64 << 20
+COUNT = re.compile(r"layers?(_|$)|heads?$|experts?$|blocks?$")  # config keys that count modules
+COUNT_MOST = 10_000
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# config keys that choose code: the library fetches any other name from a hub of kernels
+IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".position_ids")  # of older models: masks and indices, no weights
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; narrower types mean nothing without their scales
 
 
-def _read_json(path: Path, wanted: str) -> Any:
-    """The value of a key in a JSON file; a ValueError names the file where there is none."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file that holds an object; any other file is a ValueError that names it."""
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes, more than the {JSON_BYTES} that are read of such a file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[wanted]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON file with '{wanted}' in it ({error!r})") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {_one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    """The start of an error's message without line breaks and control characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    return text[:300] or type(error).__name__
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Turn every error of the library, whose kinds are many, into a ValueError in one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: transformers cannot use it ({type(error).__name__}: {_one_line(error)})") from error
+
+
+def _nested(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a JSON object and of the objects in it, with its value."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            yield key, value
+            yield from _nested(value)
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _nested(value)
+
+
+def _read_config(path: Path, tensors: int) -> dict[str, Any]:
+    """A model's settings, checked before anything is built from them.
+
+    Parameters
+    ----------
+    path : Path
+    tensors : int
+        How many tensors the weights hold. Each layer has at least one.
+    """
+    settings = read_json_object(path)
+    if not isinstance(settings.get("model_type"), str):
+        raise ValueError(f"{path}: 'model_type' must be the name of a model, got {settings.get('model_type')!r:.100}")
+    try:
+        keys = list(_nested(settings))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    for key, value in keys:
+        if key == "transformers_weights":
+            raise ValueError(
+                f"{path}: transformers_weights may name pickled weights, which are never read; "
+                "take it out, and call the file model.safetensors"
+            )
+        if key == "quantization_config" and value is not None:
+            raise ValueError(f"{path}: quantization_config: save the model without it, in full precision")
+        allowed = IMPLEMENTATIONS.get(key.removeprefix("_").removesuffix("_internal"))
+        if allowed and value is not None and value not in allowed:
+            raise ValueError(f"{path}: {key} must be one of {', '.join(allowed)}, got {value!r:.100}")
+        if isinstance(value, int) and (COUNT.search(key) or key in LAYERS):
+            most = tensors if key in LAYERS else COUNT_MOST
+            if not -1 <= value <= most:
+                because = ", the number of tensors in the weights" if key in LAYERS else ""
+                raise ValueError(f"{path}: {key} must be at most {most}{because}, got {value!r:.100}")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError(f"{path}: {key} is too large: {value!r:.100}")
+    return settings
+
+
+def _listed(problems: list[str]) -> str:
+    """Problems in one line, the first few of many."""
+    rest = len(problems) - 8
+    return "; ".join(sorted(problems)[:8]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _check_finite(model: PreTrainedModel, path: Path) -> None:
+    """Raise ValueError where a weight is NaN or infinite."""
+    bad = [name for name, x in model.named_parameters() if x.numel() and not torch.stack(x.aminmax()).isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}: weights that are NaN or infinite: {_listed(bad)}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Which file holds which tensor, by an index file: safetensors files beside it, and no others."""
-    found = _read_json(index, "weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+    found = read_json_object(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
         raise ValueError(f"{index}: weight_map must give a file name for each tensor")
     files = sorted(set(found.values()))
     foreign = [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]
@@ -59,13 +156,15 @@ def _contents(shard: Path) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """Build the model without memory, then give it each tensor as it is read."""
-    if (kind := _read_json(config_path, "model_type")) != MODEL_TYPE:
+    contents = {shard: _contents(shard) for shard in _shards(path)}
+    settings = _read_config(config_path, sum(map(len, contents.values())))
+    if (kind := settings["model_type"]) != MODEL_TYPE:
         raise ValueError(
             f"config_path {config_path} has model_type {kind!r}, not {MODEL_TYPE!r}; "
             "for another language model give its directory as backbone_path"
         )
-    settings = json.loads(config_path.read_text(encoding="utf-8"))
-    config = AutoConfig.for_model(**settings)
+    with names_file(config_path):
+        config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     # named_parameters gives a tied tensor once, under the embeddings' name
@@ -74,8 +173,8 @@ def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -
     problems: list[str] = []
     found: set[tuple[str, str]] = set()  # tensor and file
     listed = _weight_map(path) if path.name.endswith(INDEX) else {}
-    for shard in _shards(path):
-        for name, shape, kind in _contents(shard):
+    for shard, tensors_in in contents.items():
+        for name, shape, kind in tensors_in:
             if name in where:
                 problems.append(f"twice: {name}, in {where[name].name} and {shard.name}")
             where[name] = shard
@@ -92,9 +191,7 @@ def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -
     problems += [f"missing: {name}, which the index lists in {file}" for name, file in listed.items()
                  if (name, file) not in found]  # fmt: skip
     if problems:
-        raise ValueError(
-            f"{path} does not fit {config_path}, {len(problems)} of its tensors:\n  " + "\n  ".join(sorted(problems))
-        )
+        raise ValueError(f"{path} does not fit {config_path}, {len(problems)} of its tensors: {_listed(problems)}")
     for shard in dict.fromkeys(where.values()):
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -116,6 +213,7 @@ def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -
     unfilled = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if x.is_meta]
     if unfilled:
         raise RuntimeError(f"left without values: {', '.join(unfilled)}")
+    _check_finite(model, path)
     config.dtype = dtype
     return model.eval()
 
@@ -124,29 +222,45 @@ def _load_directory(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMo
     """Any causal language model of the library from a directory that `save_pretrained` wrote."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"backbone_path {path} is a directory without config.json")
-    _read_json(path / "config.json", "model_type")
-    if "transformers_weights" in json.loads((path / "config.json").read_text(encoding="utf-8")):
-        raise ValueError(
-            f"{path / 'config.json'}: transformers_weights may name pickled weights, which are never read; "
-            "take it out, and call the file model.safetensors"
-        )
+    odd = [file.name for file in path.iterdir() if not (file.is_file() or file.is_dir())]
+    if odd:
+        raise ValueError(f"backbone_path {path} holds what is no regular file: {', '.join(map(repr, sorted(odd)))}")
+    if (path / "adapter_config.json").exists():
+        raise ValueError(f"{path / 'adapter_config.json'}: merge the adapter into the model and save that")
+    if (path / "generation_config.json").exists():
+        read_json_object(path / "generation_config.json")
     weights = next((file for file in (path / "model.safetensors", path / f"model{INDEX}") if file.is_file()), None)
     if weights is None:
         raise FileNotFoundError(
             f"backbone_path {path} holds no model.safetensors, nor its index; pickled weights are never read"
         )
-    for shard in _shards(weights):  # the library would unpickle what an index may name
-        _contents(shard)
-    # with output_loading_info it is a pair, which the library's types do not tell
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # so that they are reported below together with the others
-        output_loading_info=True,
-    )
+    # before transformers reads the files: it would unpickle what an index may name
+    contents = [one for shard in _shards(weights) for one in _contents(shard)]
+    if weights.name.endswith(INDEX) and not isinstance(read_json_object(weights).get("metadata"), dict):
+        raise ValueError(f'{weights} must have the key metadata, which transformers reads: add "metadata": {{}}')
+    typed = [f"{name} is {kind}" for name, _, kind in contents if kind not in FLOATS and not name.endswith(BUFFERS)]
+    if typed:
+        raise ValueError(f"{weights}: wrong type, not one of {', '.join(FLOATS)}: {_listed(typed)}")
+    _read_config(path / "config.json", len(contents))
+    with names_file(path / "config.json"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    asked, held = (sum(math.prod(shape) for shape in shapes) for shapes in (
+        [x.shape for x in built.parameters()], [shape for _, shape, _ in contents]))  # fmt: skip
+    if asked > 4 * held + 10**8:  # weights that are missing are made, at the size that the config asks for
+        raise ValueError(f"{path / 'config.json'} asks for {asked} parameters, {weights.name} holds {held}")
+    with names_file(path):
+        # with output_loading_info it is a pair, which the library's types do not tell
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that they are reported below together with the others
+            output_loading_info=True,
+        )
     model, info = loaded
     problems = [f"missing: {name}" for name in info["missing_keys"]]
     problems += [f"extra: {name}" for name in info["unexpected_keys"]]
@@ -154,7 +268,8 @@ def _load_directory(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMo
                  for name, found, asked in info["mismatched_keys"]]  # fmt: skip
     problems += [f"unreadable: {error}" for error in info["error_msgs"]]
     if problems:
-        raise ValueError(f"{path}: weights and config.json do not fit:\n  " + "\n  ".join(sorted(problems)))
+        raise ValueError(f"{path}: weights and config.json do not fit: {_listed(problems)}")
+    _check_finite(model, path)
     return model.to(device).eval()
 
 

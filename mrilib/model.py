@@ -282,9 +282,15 @@ def word_embeddings(backbone: PreTrainedModel) -> Tensor:
     return weight
 
 
+@torch.no_grad()
+def embed(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Embed ids as the backbone does, which may scale its embedding matrix (Gemma, by √hidden); float32."""
+    return backbone.get_input_embeddings()(ids.to(backbone.device)).float()
+
+
 def embedding_rms(backbone: PreTrainedModel) -> float:
-    """Root mean square of the word embeddings."""
-    return word_embeddings(backbone).float().square().mean().sqrt().item()
+    """Root mean square of the embedded vocabulary."""
+    return embed(backbone, torch.arange(len(word_embeddings(backbone)))).square().mean().sqrt().item()
 
 
 def hidden_size(backbone: PreTrainedModel) -> int:
@@ -363,12 +369,12 @@ def word_vectors(words: Sequence[str], backbone: PreTrainedModel, tokenizer: Pre
     The token that stands for a fact (`corpus.fact_token`) where the vocabulary has one, else the mean over the word's
     own tokens.
     """
-    vocabulary, embedding = tokenizer.get_vocab(), word_embeddings(backbone).detach().float()
+    vocabulary = tokenizer.get_vocab()
     rows = []
     for word in words:
         own = vocabulary.get(fact_token(word))
         ids = [own] if own is not None else tokenizer(f" {word.lower()}", add_special_tokens=False)["input_ids"]
-        rows.append(embedding[torch.tensor(ids, device=embedding.device)].mean(0))
+        rows.append(embed(backbone, torch.tensor(ids)).mean(0))
     return torch.stack(rows)
 
 

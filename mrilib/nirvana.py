@@ -7,7 +7,10 @@ token how much of the delta rule, of causal attention and of their mixture goes 
 Shapes: B batch, T tokens, d hidden size, H heads of D = d / H, C concept_dim.
 """
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +42,11 @@ __all__ = [
 ]
 
 FIRST_TRIGGER_LAYER = 2
+LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "window_size": 1 << 31}  # other sizes: 1 << 16
+# transformers 5.24 renamed past_key_values to cache, in forward's arguments and in outputs
+OUTPUT_CACHE = (
+    "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
+)
 
 
 class NirvanaConfig(PreTrainedConfig):
@@ -68,7 +76,7 @@ class NirvanaConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (Trainer adds a list to it)
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012  (the base class declares it so)
 
     vocab_size: int = 32000
@@ -101,8 +109,14 @@ class NirvanaConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim",
                      "window_size"):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if value > (most := LARGEST.get(name, 1 << 16)):
+                raise ValueError(f"{name} must be at most {most}, got {value}")
+        for name in ("norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < 1:
+                raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
         if self.hidden_size < 16:
@@ -136,7 +150,7 @@ class Linear(nn.Linear):
     product with one row, with all cores for a batch of products.
     """
 
-    NARROW = 512  # hidden size
+    NARROW = 128  # hidden size
     fills_tiles = False  # set by the model
     _PARTS = 16  # for as many cores; more would wait for the same memory
     _LARGE = 1 << 16  # weights, from which parts are worth their while
@@ -204,6 +218,17 @@ class CausalConv(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+class ShortConv(nn.Conv1d):
+    """A causal depthwise convolution with silu. It reads its own weight, so that hooks can offload it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, KERNEL, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, T + KERNEL − 1, d) to (B, T, d)."""
+        return F.silu(CausalConv.apply(x, self.weight.to(x.dtype)))  # under autocast x is narrower
+
+
 class Interpolation(nn.Module):
     """The low-rank map of delta output, attention output and twice the Trigger's h, to the mixture's third term."""
 
@@ -215,6 +240,16 @@ class Interpolation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, T, 2d + 2C) to (B, T, d)."""
         return self.lora(x)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q kᵀ / √D) v as written: what attn_implementation="eager" asks for; mask and causal as in the library."""
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def _low_rank(hidden_size: int, rank: int) -> nn.Sequential:
@@ -233,10 +268,10 @@ class TaskAwareDeltaNet(nn.Module):
     def __init__(self, config: NirvanaConfig, layer_idx: int) -> None:
         super().__init__()
         d, heads = config.hidden_size, config.num_heads
-        self.heads, self.layer_idx = heads, layer_idx
+        self.config, self.heads, self.layer_idx = config, heads, layer_idx
         self.has_trigger = layer_idx >= FIRST_TRIGGER_LAYER
         self.q_proj, self.k_proj, self.v_proj = (Linear(d, d) for _ in range(3))
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = (nn.Conv1d(d, d, KERNEL, groups=d, bias=False) for _ in range(3))
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = (ShortConv(d) for _ in range(3))
         self.g_proj = Linear(d, d)
         self.a_proj = Linear(d, heads)
         self.b_proj = Linear(d, heads)
@@ -260,14 +295,13 @@ class TaskAwareDeltaNet(nn.Module):
         x = F.pad(x, (0, 0, KERNEL - 1, 0)) if before is None else torch.cat((before, x), 1)
         if layer is not None:
             layer.conv[index] = x[:, 1 - KERNEL :].detach().clone()
-        weight = (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index].weight
-        return F.silu(CausalConv.apply(x, weight.to(x.dtype)))  # under autocast x is narrower
+        return (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index](x)
 
     def forward(
         self,
         x: Tensor,
         theta: TriggerState | None,
-        router: TriggerWeights,
+        router: Callable[..., tuple[Tensor, TriggerState]],
         keep: Tensor | None,
         mask: Tensor | None,
         causal: bool,
@@ -281,7 +315,8 @@ class TaskAwareDeltaNet(nn.Module):
             Normalised.
         theta : TriggerState, optional
             From the layer before; None starts anew.
-        router : TriggerWeights
+        router : callable
+            The call of the model's `TriggerWeights`. Not the module: accelerate's hooks would move it to their device.
         keep : Tensor, shape (B, T), bool, optional
             False at padding.
         mask, causal
@@ -317,14 +352,17 @@ class TaskAwareDeltaNet(nn.Module):
             return delta, None
 
         h, theta = router(*self.concept_proj(x).chunk(3, -1), theta)
-        h = h.to(x.dtype)
+        h = h.to(x)  # the router may be on another device
         q, k, v = (
             (y + lora(x)).view(split).transpose(1, 2)
             for y, lora in zip(raw, (self.q_lora, self.k_lora, self.v_lora), strict=True)
         )
         if layer is not None:
             k, v = layer.append(k, v)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        if self.config._attn_implementation == "eager":
+            o = _attend(q, k, v, mask, causal)
+        else:
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         attention = self.o_proj_attn(o.transpose(1, 2).flatten(2))
 
         t, u = self.t_proj(h).sigmoid(), self.t2_proj(h).sigmoid()
@@ -372,7 +410,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NirvanaBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # decoding cannot be rolled back
 
@@ -428,7 +466,23 @@ class NirvanaModel(NirvanaPreTrainedModel):
                 + f", got {tuple(attention_mask.shape)}"
             )
         keep = attention_mask[:, -length:].to(device=x.device, dtype=torch.bool)
+        if torch.compiler.is_compiling():  # a traced graph must hold for every mask
+            return keep
         return None if bool(keep.all()) else keep
+
+    @staticmethod
+    def _check_positions(position_ids: Tensor | None, keep: Tensor | None) -> None:
+        """Refuse several texts in one row: there are no position embeddings, and each would read those before it."""
+        if position_ids is None or position_ids.shape[-1] < 2:
+            return
+        rises = position_ids[..., 1:] > position_ids[..., :-1]
+        if keep is not None:
+            rises = rises | ~(keep[:, 1:] & keep[:, :-1])
+        problem = "position_ids start again within a row: packed texts are not supported, give each text its own row"
+        if torch.compiler.is_compiling():
+            torch._assert_async(rises.all(), problem)
+        elif not bool(rises.all()):
+            raise ValueError(problem)
 
     def forward(
         self,
@@ -439,6 +493,9 @@ class NirvanaModel(NirvanaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        cache: NirvanaCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the blocks.
 
@@ -457,11 +514,18 @@ class NirvanaModel(NirvanaPreTrainedModel):
             Return the input of every block, and the last hidden state.
         return_dict : bool, optional
             False returns a tuple.
+        position_ids : Tensor, shape (B, T) or (1, T), optional
+            Not used, as there are no position embeddings; they must rise within each row.
+        output_attentions : bool, optional
+            True is refused.
+        cache : NirvanaCache, optional
+            past_key_values under its name from transformers 5.24 on.
 
         Raises
         ------
         ValueError
-            Both or neither of input_ids and inputs_embeds, or one of them or an attention_mask of another shape.
+            Both or neither of input_ids and inputs_embeds, or one of them or an attention_mask of another shape; both
+            past_key_values and cache; position_ids that start again; output_attentions=True.
         TypeError
             past_key_values of another kind than NirvanaCache.
         """
@@ -473,36 +537,47 @@ class NirvanaModel(NirvanaPreTrainedModel):
                 "input_ids must have shape (B, T), inputs_embeds (B, T, d), none of them 0 and "
                 f"d = {self.config.hidden_size}; got {tuple((x if input_ids is None else input_ids).shape)}"
             )
-        if past_key_values is not None and not isinstance(past_key_values, NirvanaCache):
-            raise TypeError(f"past_key_values must be a NirvanaCache, got {type(past_key_values).__name__}")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions=True is not supported: most of the mixing is done by the delta rule, which has no "
+                "attention weights; leave it out"
+            )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, NirvanaCache):
+            raise TypeError(
+                f"past_key_values must be a NirvanaCache, got {type(cache).__name__}: leave it out and pass "
+                "use_cache=True, or start with NirvanaCache(model.config); keys and values alone, as in prefix tuning, "
+                "are no state of the delta rule: use prompt tuning or LoRA instead"
+            )
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         if use_cache is None:
             use_cache = bool(self.config.use_cache)
-        if checkpointing and (use_cache or past_key_values is not None):
+        if checkpointing and (use_cache or cache is not None):
             # a recomputed layer would write into the cache twice
             raise ValueError("use_cache and gradient checkpointing do not go together: pass use_cache=False")
-        cache = past_key_values
         if cache is None and use_cache:
             cache = NirvanaCache(self.config)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
         keep = self._keep(attention_mask, x, cache)
+        self._check_positions(position_ids, keep)
         mask, causal = attention_mask_for(x.shape[1], keep, self.config.window_size, cache, x.device)
         theta: TriggerState | None = None
         states = []
         for i, block in enumerate(self.layers):
             if hidden:
                 states.append(x)
-            rest = (self.rnn_router, keep, mask, causal, None if cache is None else cache.layers[i])
+            rest = (self.rnn_router.__call__, keep, mask, causal, None if cache is None else cache.layers[i])
             if checkpointing:
                 # here, not by the library's layer class: it does nothing in eval mode, which a frozen backbone is in
                 x, theta = checkpoint(block, x, theta, *rest, use_reentrant=False)
             else:
                 x, theta = block(x, theta, *rest)
         x = self.norm(x)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=cache, hidden_states=(*states, x) if hidden else None
-        )
+        kept: dict[str, Any] = {OUTPUT_CACHE: cache}
+        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*states, x) if hidden else None, **kept)
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -514,6 +589,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
     config : NirvanaConfig
     """
 
+    accepts_loss_kwargs = True  # Trainer gives num_items_in_batch, which gradient accumulation needs
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: NirvanaConfig) -> None:
@@ -530,6 +606,15 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         """False: `generate` leaves it to `forward` to make a NirvanaCache."""
         return False
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature says what generate accepts
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Leave out generate's tokenizer, which is for stop_strings; call the cache past_key_values, as PEFT does."""
+        kwargs.pop("tokenizer", None)
+        inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        if "cache" in inputs:  # under this name PEFT overlooks it, and would repeat a tuned prompt at every step
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -542,12 +627,16 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        cache: NirvanaCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits and, with labels, the cross-entropy of the next token.
 
         Parameters
         ----------
-        input_ids, attention_mask, inputs_embeds, past_key_values, use_cache, output_hidden_states, return_dict
+        input_ids, attention_mask, inputs_embeds, past_key_values, use_cache, output_hidden_states, return_dict, \
+        position_ids, output_attentions, cache
             As in `NirvanaModel.forward`.
         labels : Tensor, shape (B, T), optional
             The tokens themselves, shifted in here; −100 is left out.
@@ -571,6 +660,9 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            output_attentions=output_attentions,
+            cache=cache,
         )
         x = output.last_hidden_state
         if not every:
@@ -580,7 +672,10 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            **{OUTPUT_CACHE: output.get(OUTPUT_CACHE)},
         )
         return result if return_dict is not False else result.to_tuple()
 

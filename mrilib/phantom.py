@@ -19,6 +19,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import NamedTuple
 
+import h5py
 import joblib
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,8 @@ MIN_PIXELS = 4
 UNKNOWN_SHARE = 0.05  # of the patients: not reviewed, in no annotation list
 CLEAN_SHARE = 0.32  # of the patients: no lesion
 PARAMETERS_FILE = "phantom.json"
+MARK = "phantom"  # attribute of the phantom's files: what the head is
+MOST_VALUES = 2**30  # complex values of a file: 9 GB, which are held in memory
 VERSION = 1  # raised when the same parameters would give other data than before
 
 
@@ -220,6 +223,12 @@ def make_dataset(
     for name, value in parameters.items():
         if value < lowest[name]:
             raise ValueError(f"{name} is {value}; it must be at least {lowest[name]}")
+    values = slices * coils * 3 * img_size**2  # of the k-space of the largest file
+    if values > MOST_VALUES:
+        raise ValueError(
+            f"slices {slices}, coils {coils} and img_size {img_size} make files of {values:.1g} values; at most "
+            f"{MOST_VALUES:.1g} are allowed"
+        )
     if img_size % 2:
         raise ValueError(f"img_size is {img_size}; it must be even, as fastMRI's crops are")
     share = len(CONTRASTS)
@@ -288,6 +297,20 @@ def make_if_absent(config: ExploreParameters) -> bool:
     return True
 
 
+def is_phantom(path: Path) -> bool:
+    """Whether a file is the phantom's: its attribute says so, or, of older files, the note in its folder."""
+    with h5py.File(path, "r") as h5:
+        if MARK in h5.attrs:
+            return True
+    note = path.parent / PARAMETERS_FILE
+    if not note.is_file():
+        return False
+    made = json.loads(note.read_text())
+    share = len(CONTRASTS)
+    numbers = range((made["volumes"] + share - 1) // share)
+    return any(path.stem in _file_names(number, share, made["seed"]).values() for number in numbers)
+
+
 def _scan(exam: Exam, contrast: str, image: NDArray[np.float32], path: Path, seed: list[int]) -> None:
     """Simulate one contrast's k-space and write it."""
     voxel_size = (exam.voxel, exam.voxel)
@@ -311,6 +334,7 @@ def _scan(exam: Exam, contrast: str, image: NDArray[np.float32], path: Path, see
         sequence=SEQUENCES[contrast],
         voxel_size=voxel_size,
         padding=exam.padding,
+        attributes={MARK: "ICBM 152 2009, warped; simulated scan"},
     )
 
 

@@ -230,7 +230,8 @@ def _mark_failures(run: Run, notebook: str) -> None:
     def after_cell(result: Any) -> None:
         error = result.error_in_exec or result.error_before_exec
         if error is not None and run.record["notebooks"][notebook]["status"] == "running":
-            logger.error("%s failed: %s", notebook, (str(error).splitlines() or [type(error).__name__])[0])
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            logger.error("%s failed: %s", notebook, ": ".join([type(error).__name__, *lines[:1]]))
             run.finish(notebook, "failed", error=f"{type(error).__name__}: {error}")
 
     shell.events.register("post_run_cell", after_cell)

@@ -5,6 +5,7 @@ orientation rows run from posterior to anterior and columns from the patient's r
 """
 
 import os
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import NamedTuple
@@ -265,6 +266,7 @@ def write_h5(
     padding: tuple[int, int] = (0, 0),
     vendor: str = "simulated",
     field_strength: float = 3.0,
+    attributes: Mapping[str, str] | None = None,
 ) -> None:
     """Write fully sampled k-space as a fastMRI brain multi-coil file, under a temporary name first.
 
@@ -285,6 +287,8 @@ def write_h5(
     slice_thickness : float [mm]
     padding : (left, right)
         Phase-encoding lines that were not acquired; the header's centre and maximum follow from them.
+    attributes : mapping, optional
+        Further attributes of the file; nothing of them reaches a model.
 
     Raises
     ------
@@ -321,4 +325,5 @@ def write_h5(
         file.attrs["max"] = float(reconstruction.max())
         file.attrs["norm"] = float(np.linalg.norm(reconstruction.astype(np.float64)))
         file.attrs["patient_id"] = patient_id
+        file.attrs.update(attributes or {})
     os.replace(temporary, path)

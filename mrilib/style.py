@@ -8,10 +8,14 @@ from typing import Any, ParamSpec
 import matplotlib.colors
 import numpy as np
 from cycler import cycler
+from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from numpy.typing import NDArray
 from PIL import Image
+
+from mrilib.config import printable
 
 # Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -35,6 +39,7 @@ METHODS = {
     "bart": ("BART l1-wavelet", GREEN),
     "nearest_training_slice": ("nearest training slice (oracle)", ORANGE),
     "zero_filled": ("zero-filled", GREY),
+    "zero_filled_compressed": ("zero-filled, compressed coils", BLACK),
 }
 ERROR_MAP = "inferno"
 WIDTH = 9.5  # of a figure [inches], a notebook's column
@@ -108,10 +113,18 @@ class RecordFigure(Figure):
 
 
 def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with `STYLE`, and every text as it is: names of files and runs may hold a formula's `$`."""
+
     @functools.wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
-            return function(*args, **kwargs)
+            figure = function(*args, **kwargs)
+        ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}  # 10⁻³ is a formula
+        for text in figure.findobj(Text):
+            if text not in ticks:
+                text.set_parse_math(False)
+                text.set_text(printable(text.get_text(), keep="\n"))
+        return figure
 
     return inner
 

@@ -2,6 +2,8 @@
 
 import argparse
 import itertools
+import math
+import os
 import re
 import shutil
 import signal
@@ -14,10 +16,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, read_yaml, resolve, with_defaults
+from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, parse_yaml, read_yaml, resolve, with_defaults
+from mrilib.errors import shortened
 from mrilib.runs import read_record
 
 MRILIB = (sys.executable, "-m", "mrilib")
+MOST_RUNS = 1000
 LATER = ("data_dir", "stage1_checkpoint", "control_checkpoint", "stage2_checkpoint", "plain_checkpoint")
 
 
@@ -44,18 +48,15 @@ def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
         notebook, dot, parameter = name.partition(".")
         if not (equals and dot and notebook in NOTEBOOKS):
             raise ParameterError(
-                f"-p {text}: NOTEBOOK.NAME=VALUE,VALUE is wanted, NOTEBOOK one of {', '.join(NOTEBOOKS)}"
+                f"-p {shortened(text)}: NOTEBOOK.NAME=VALUE,VALUE is wanted, NOTEBOOK one of {', '.join(NOTEBOOKS)}"
             )
         if name in grid:
-            raise ParameterError(f"-p {text}: {name} is given twice; separate its values by commas")
+            raise ParameterError(f"-p {shortened(text)}: {name} is given twice; separate its values by commas")
         if parameter not in NOTEBOOKS[notebook][1].model_fields:
             NOTEBOOKS[notebook][1].create({parameter: None})  # tells the nearest known name
-        try:
-            grid[name] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError as error:
-            raise ParameterError(f"-p {text}: the values are no YAML ({error})") from None
+        grid[name] = parse_yaml(f"[{values}\n]", f"-p {text}")
         if not grid[name]:
-            raise ParameterError(f"-p {text}: no value is given")
+            raise ParameterError(f"-p {shortened(text)}: no value is given")
     return grid
 
 
@@ -70,6 +71,9 @@ def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
     varying = [name for name, values in grid.items() if len(values) > 1]
     if not varying:
         raise ParameterError("nothing to sweep: give a parameter several values, -p stage1.learning_rate=1e-4,3e-4")
+    count = math.prod(map(len, grid.values()))
+    if count > MOST_RUNS:
+        raise ParameterError(f"the values of {', '.join(varying)} make {count} runs; at most {MOST_RUNS} are allowed")
     found = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
@@ -116,11 +120,13 @@ def sweep(options: argparse.Namespace) -> int:
     folder: Path = options.params
     if not folder.is_dir():
         raise ParameterError(f"the params folder '{folder}' does not exist")
+    if options.name is not None and not options.name.strip():
+        raise ParameterError("--name is empty; give the beginning of the run folders' names, or leave it out")
     base = options.name or folder.resolve().name
     only = ["stage1"] if options.stage1_only else ["stage2"] if options.stage2_only else None
     steps = only or ["explore", "stage1", "stage2", "evaluate", "compare"]
     planned = variants(base, parse_grid(options.parameter))
-    notebooks = [name for name in steps if (folder / f"{name}.yaml").is_file()]
+    notebooks = [name for name in steps if os.path.lexists(folder / f"{name}.yaml")]
     check(folder, planned, notebooks)
     own = {one.name: resolve("outputs") / one.name for one in planned}
     comparison = resolve("outputs") / f"{base}-sweep"

@@ -8,9 +8,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
 
-from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters, display_path, resolve
+from mrilib.config import (
+    DataParameters,
+    EvaluateParameters,
+    Stage1Parameters,
+    Stage2Parameters,
+    display_path,
+    printable,
+    resolve,
+)
 from mrilib.data import Volume
 from mrilib.evaluation import VolumeScore, paired_difference
 from mrilib.model import TwoStageModel, count_parameters
@@ -30,13 +39,13 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
     for acceleration, methods in metrics["reconstruction"].items():
         for method in in_order(methods):
             scores = methods[method]
-            low, high = scores["ssim_ci95"]
+            interval = scores["ssim_ci95"]
             rows.append(
                 {
                     "acceleration": f"{acceleration}x",
                     "method": method_label(method),
                     "SSIM": f"{scores['ssim']:.3f}",
-                    "95% interval": f"{low:.3f} to {high:.3f}",
+                    "95% interval": f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "–",
                     "PSNR [dB]": f"{scores['psnr']:.2f}",
                     "NMSE": f"{scores['nmse']:.4f}",
                     "SSIM in head": f"{scores['ssim_head']:.3f}",
@@ -47,12 +56,31 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def compression_sentence(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """What coil compression costs, from the "reconstruction" section; empty where it was not measured."""
+    costs = {a: methods["zero_filled"] for a, methods in section.items() if "zero_filled" in methods}
+    told = [
+        f"{cost['compression_cost_ssim']:.3f} in SSIM and {cost['compression_cost_psnr']:.2f} dB in PSNR at {a}x"
+        for a, cost in costs.items()
+        if "zero_filled_compressed" in section[a]
+    ]
+    if told:
+        return f"Coil compression, which the model needs, costs zero-filled images {', '.join(told)}."
+    measured = any("compression_cost_ssim" in cost for cost in costs.values())
+    return "No test file has more than num_coils coils: nothing was compressed." if measured else ""
+
+
+def dash_or(value: float | None, form: str = "{:.3f}") -> str:
+    """A score in its form; a dash for one that there is not, or that is not known."""
+    return "–" if value is None else form.format(value)
+
+
 def analysis_table(metrics: dict[str, Any]) -> pd.DataFrame:
     """What the text knows of the scan, beside its controls: the "analysis" section of metrics.json."""
     scores = metrics["analysis"]
 
     def value(name: str, form: str = "{:.3f}") -> str:
-        return form.format(scores[name]) if name in scores else "–"
+        return dash_or(scores.get(name), form)
 
     rows = [
         ("cross-entropy [nats per token]", "cross_entropy"),
@@ -81,6 +109,7 @@ def metrics_text(path: Path) -> str:
     parts = []
     if "reconstruction" in metrics:
         parts.append(reconstruction_table(metrics).to_string(index=False))
+        parts += [sentence] if (sentence := compression_sentence(metrics["reconstruction"])) else []
     if "analysis" in metrics:
         scores = metrics["analysis"]
         parts.append(analysis_table(metrics).to_string(index=False))
@@ -100,8 +129,8 @@ def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
             for acceleration, methods in metrics.get("reconstruction", {}).items():
                 row[f"SSIM {acceleration}x"] = f"{methods['model']['ssim']:.3f}"
             if "analysis" in metrics:
-                row["contrast"] = f"{metrics['analysis']['contrast_accuracy']:.3f}"
-                row["finding F1"] = f"{metrics['analysis']['finding_f1']:.3f}"
+                row["contrast"] = dash_or(metrics["analysis"]["contrast_accuracy"])
+                row["finding F1"] = dash_or(metrics["analysis"]["finding_f1"])
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -167,7 +196,7 @@ def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
         [
             (
                 f"{row['file']}, slice {row['slice']}, {row['acceleration']}x",
-                html.escape(row["true"]),
+                row["true"],
                 marked_text(row["true"], row["generated"]),
             )
             for row in (rows[i] for i in picked)
@@ -175,46 +204,75 @@ def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
     )
 
 
-def html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, aligned left; cells are HTML."""
+class Markup(str):
+    """A text that is HTML already, its own parts escaped."""
+
+    __slots__ = ()
+
+
+def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+    """An HTML table, aligned left. Every table that a notebook shows is made here.
+
+    Cells, names and caption are escaped unless they are `Markup`: file names come from elsewhere. MathJax is kept out,
+    which would read formulas in them.
+    """
+
+    def cell(value: Any) -> str:
+        if isinstance(value, Markup):
+            return value
+        return html.escape(printable(f"{value:.6g}" if isinstance(value, float) else str(value), keep="\n"))
+
     left = ' style="text-align: left; vertical-align: top"'
-    head = "".join(f'<th scope="col"{left}>{name}</th>' for name in names)
-    body = "".join("<tr>" + "".join(f"<td{left}>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    head = "".join(f'<th scope="col"{left}>{cell(name)}</th>' for name in names)
+    body = "".join("<tr>" + "".join(f"<td{left}>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+    told = f"<caption>{cell(caption)}</caption>" if caption else ""
+    rest = f"{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="tex2jax_ignore mathjax_ignore">{rest}'
+
+
+def shown(table: pd.DataFrame, index: bool = False, caption: str = "") -> HTML:
+    """A DataFrame as a notebook displays it; `index`: with the rows' names."""
+    rows = table.reset_index() if index else table
+    names = [("" if index and place == 0 and table.index.name is None else name) for place, name in enumerate(rows)]
+    return HTML(html_table(names, rows.to_numpy(dtype=object).tolist(), caption))
 
 
 _SENTENCES = re.compile(
-    r"Axial (?P<contrast>.+?) image, (?P<level>.+?) third of the brain\."
+    r"Axial (?:(?P<contrast>.+?) )?image, (?P<level>.+?) third of the brain\."
     r"(?: Findings: (?P<findings>.+?)\.)?(?: Whole study: (?P<study>.+?)\.)?"
 )
 
 
-def marked_text(true: str, generated: str) -> str:
+def marked_text(true: str, generated: str) -> Markup:
     """A generated analysis as HTML: facts that differ from the true one are bold, what it missed follows in italics.
 
     The words are the generated ones. A text that is none, and differs, is bold as a whole.
     """
+    true, generated = (printable(text, keep="\n") for text in (true, generated))
     truth, told = _SENTENCES.fullmatch(true), _SENTENCES.fullmatch(generated)
     if truth is None or told is None:
-        return html.escape(generated) if generated == true else _html(f"{BOLD}{generated}{PLAIN}")
+        return _html(generated if generated == true else f"{BOLD}{generated}{PLAIN}")
 
     def marked(words: str, right: bool) -> str:
         return words if right else f"{BOLD}{words}{PLAIN}"
 
-    contrast, level = (marked(told[name], told[name] == truth[name]) for name in ("contrast", "level"))
-    text = f"Axial {contrast} image, {level} third of the brain."
-    missed: list[str] = []
+    contrast, known_contrast = told["contrast"], truth["contrast"]
+    text = "Axial "
+    if contrast:  # of an unknown contrast nothing can be wrong
+        text += marked(contrast, known_contrast in (None, contrast)) + " "
+    text += f"image, {marked(told['level'], told['level'] == truth['level'])} third of the brain."
+    missed: list[str] = [known_contrast] if known_contrast and not contrast else []
     reviewed = truth["findings"] is not None  # where nobody has reviewed the slice nothing can be wrong
     for name, begins in (("findings", "Findings"), ("study", "Whole study")):
         known, said = (match[name].split("; ") if match[name] else [] for match in (truth, told))
         if said:
             text += f" {begins}: {'; '.join(marked(words, not reviewed or words in known) for words in said)}."
         missed += [words for words in known if words not in said and (words != "none" or not said)]
-    return _html(text) + (f" <i>(missed: {html.escape('; '.join(missed))})</i>" if missed else "")
+    return Markup(_html(text) + (f" <i>(missed: {html.escape('; '.join(missed))})</i>" if missed else ""))
 
 
-def _html(text: str) -> str:
-    return html.escape(text).replace(BOLD, "<b>").replace(PLAIN, "</b>")
+def _html(text: str) -> Markup:
+    return Markup(html.escape(text).replace(BOLD, "<b>").replace(PLAIN, "</b>"))
 
 
 def token_line(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -240,12 +298,22 @@ def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) ->
         ):
             if control not in methods:
                 continue
-            mean, (low, high) = paired_difference(methods["model"], methods[control], "ssim")
+            mean, interval = paired_difference(methods["model"], methods[control], "ssim")
+            if interval is None:
+                parts.append(f"{mean:+.4f} from {words}")
+                continue
+            low, high = interval
             verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
             if verdict != "no different" and abs(mean) < SMALL_SSIM:
                 verdict = f"measurably but hardly {verdict}"
             parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
-        lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
+        if len({score.patient for score in methods["model"]}) < 2:
+            lines.append(
+                f"- **{acceleration}x**: the SSIM of the model with its own tokens differs by {'; '.join(parts)} "
+                "(one test patient: no interval, so no verdict)."
+            )
+        else:
+            lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
     return "\n".join(lines)
 
 
@@ -256,7 +324,7 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
         ("without_kspace", "the control without k-space"),
         ("other_patient", "the same model with another patient's scan"),
     ):
-        if f"cross_entropy_gain_over_{control}" in scores:
+        if scores.get(f"cross_entropy_gain_over_{control}") is not None:
             gain, error = (scores[f"cross_entropy_gain_over_{control}{end}"] for end in ("", "_se"))
             if error is None:
                 lines.append(
@@ -269,18 +337,43 @@ def text_sentence(scores: Mapping[str, Any]) -> str:
                 f"- Cross-entropy with the own scan is {verdict} that of {words}: by {gain:.3f} ± {error:.3f} nats per "
                 "token (standard error clustered by patient)."
             )
+    left_out = scores["samples"] - scores["other_patient_samples"]
+    if left_out:
+        both = " Both sides of the difference are without them." if scores["other_patient_samples"] else ""
+        lines.append(
+            f"- {left_out} of {scores['samples']} samples have no score with another patient's scan: there is no other "
+            f"patient at their acceleration.{both}"
+        )
     share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
-    lines.append(
-        f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['samples']} slices; always "
-        f"naming the commonest would give {share:.1%} ± {error:.1%}."
-    )
-    error = scores.get("finding_f1_se")
-    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
-    lines.append(
-        f"- Findings (exact label, side and region): F1 {scores['finding_f1']:.3f}{spread}; the best constant answer "
-        f"has {scores['finding_f1_best_constant']:.3f}."
-    )
+    if not scores["contrast_samples"]:
+        lines.append("- Contrast: no test sample has a contrast that is in the list, so that there is no score.")
+    else:
+        lines.append(
+            f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['contrast_samples']} "
+            f"slices; always naming the commonest would give {share:.1%}{'' if error is None else f' ± {error:.1%}'}."
+        )
+    lines.append(f"- Findings (exact label, side and region): {_findings_sentence(scores)}")
     return "\n".join(lines)
+
+
+def _findings_sentence(scores: Mapping[str, Any]) -> str:
+    if not scores["reviewed_samples"]:
+        return "no test sample was reviewed for findings, so that there is no score."
+    best = scores["finding_f1_best_constant"]
+    constant = f"the best constant answer has {'none' if best is None else f'{best:.3f}'}."
+    if scores["finding_f1"] is None:
+        return f"no F1, as there was nothing to find and nothing was claimed; {constant}"
+    error = scores["finding_f1_se"]
+    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
+    return f"F1 {scores['finding_f1']:.3f}{spread}; {constant}"
+
+
+def _code(path: str) -> str:
+    """A path in a Markdown table; nothing in it is HTML, Markdown or a formula. Empty if the path is."""
+    return f"<code>{''.join(f'&#{ord(c)};' if c in _MARKDOWN else c for c in printable(path))}</code>" if path else ""
+
+
+_MARKDOWN = "\\`*_{}[]<>()#+!|$&~\"'"
 
 
 def model_card(
@@ -291,14 +384,9 @@ def model_card(
     volumes: Mapping[str, Sequence[Volume]],
 ) -> str:
     """What the model is, what it was trained on, and what it is not for; Markdown."""
-    counts = {name: len({volume.patient for volume in part}) for name, part in volumes.items()}
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
     cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
-    from mrilib.phantom import PARAMETERS_FILE  # it takes seconds to import, which the training notebooks need not
-
-    phantom = ""
-    if (resolve(config.data_dir) / PARAMETERS_FILE).is_file():
-        phantom = ". The patients are a phantom, warps of one head: numbers on them say nothing of patients"
+    backbone_path, tokenizer_path = _code(config.backbone_path), _code(config.tokenizer_path)
     crop: str = config.crop
     if crop == "image":
         crop += " (changes the acquisition: not comparable with published scores)"
@@ -307,19 +395,65 @@ def model_card(
 |---|---|
 | **Model** | k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT \
 with {stage1.vit_num_layers} layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type}) |
-| **Backbone** | `{config.backbone_path}`, tokenizer `{config.tokenizer_path or "the backbone's own"}` |
+| **Backbone** | {backbone_path}, tokenizer {tokenizer_path or "the backbone's own"} |
 | **Trained** | stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; stage 2: at most \
 {stage2.epochs} epochs, SSIM loss; the checkpoints are those given above, the best by validation by default |
-| **Data** | {config.data_dir}: {counts["train"]} training, {counts["val"]} validation, {counts["test"]} test \
-patients, split by patient |
+| **Data** | {_split_told(config, stage1, stage2, volumes)} |
 | **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre \
 fractions {", ".join(map(str, config.center_fractions))} |
 | **Crop** | {crop} |
 | **Licences** | code, and the demo's backbone trained on text that it writes, MIT; other backbones under their own; \
 Mistral 7B's tokenizer Apache 2.0; phantom anatomy: ICBM 152 2009 templates, {ICBM_NOTICE}; fastMRI+ annotations MIT; \
 fastMRI data under its own agreement |
-| **Not for** | diagnosis or any clinical use; this is not a medical device{phantom} |
+| **Not for** | diagnosis or any clinical use; this is not a medical device{_phantom_told(volumes)} |
 """
+
+
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
+SPLIT_BY = ("data_dir", "val_dir", "test_dir", "val_fraction", "test_fraction", "split_seed")
+
+
+def _split_told(
+    config: EvaluateParameters,
+    stage1: Stage1Parameters,
+    stage2: Stage2Parameters,
+    volumes: Mapping[str, Sequence[Volume]],
+) -> str:
+    """Patients of each part, their folder and how they were set apart; stages that were trained with another split."""
+    told = []
+    for part, name in PART_NAMES.items():
+        count = len({volume.patient for volume in volumes[part]})
+        where = f"of {_code(config.data_dir)}"
+        if part != "train":
+            given = getattr(config, f"{part}_dir")
+            where = f"of the same folder, set apart by patient (split_seed {config.split_seed})"
+            if given:
+                where = f"of {_code(given)} ({part}_dir, a folder of its own)"
+        told.append(f"{name}: {count} patient{'s'[: count != 1]} {where}")
+    for number, stage in enumerate((stage1, stage2), start=1):
+        differing = [name for name in SPLIT_BY if _split_value(stage, name) != _split_value(config, name)]
+        if differing:
+            values = ", ".join(f"{name} {_code(str(getattr(stage, name)))}" for name in differing)
+            told.append(f"stage {number} was trained with another split: {values}")
+    return "; ".join(told)
+
+
+def _split_value(config: DataParameters, name: str) -> Any:
+    value = getattr(config, name)
+    return resolve(value) if name.endswith("_dir") and value else value
+
+
+def _phantom_told(volumes: Mapping[str, Sequence[Volume]]) -> str:
+    """Which patients are the phantom's; empty if none is."""
+    from mrilib.phantom import is_phantom  # it takes seconds to import, which the training notebooks need not
+
+    made = {name: [is_phantom(volume.path) for volume in volumes[part]] for part, name in PART_NAMES.items()}
+    names = [name if all(of) else f"some {name}" for name, of in made.items() if any(of)]
+    if not names:
+        return ""
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    told = f". The {listed} patients are a phantom, warps of one head"
+    return told + (": numbers on them say nothing of patients" if any(made["test"]) else "")
 
 
 def token_variants(

@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mrilib.loading import names_file, read_json_object
+
 VOCAB_SIZE = 32000
 _SPACE = "▁"
 
@@ -124,7 +126,9 @@ def load_tokenizer(tokenizer_path: str | Path = "", vocab_size: int | None = Non
         raise ValueError(f"tokenizer {name} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    highest = max(tokenizer.get_vocab().values())
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest < 0:
+        raise ValueError(f"tokenizer {name} has an empty vocabulary")
     if vocab_size is not None and highest >= vocab_size:
         raise ValueError(
             f"tokenizer {name} has ids up to {highest}, the backbone has {vocab_size} embeddings: "
@@ -141,15 +145,24 @@ def _from_path(path: Path) -> PreTrainedTokenizerBase:
                 f"{path} holds no tokenizer.json: give the backbone's tokenizer as tokenizer_path; from other files, "
                 "AutoTokenizer.from_pretrained(…).save_pretrained(…) makes one"
             )
-        if (path / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = path / "tokenizer_config.json"
+        if config.is_file():
+            read_json_object(config)
+            _vocabulary(path / "tokenizer.json")
+            with names_file(config):
+                return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         path = path / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"tokenizer_path {path} is not there")
-    try:
-        known = Tokenizer.from_file(str(path)).get_vocab()
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"tokenizer_path {path} is not a tokenizer.json: {error}") from error
+    known = _vocabulary(path)
     named = {key: token for key, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
              if token in known}  # fmt: skip
     return PreTrainedTokenizerFast(tokenizer_file=str(path), padding_side="left", split_special_tokens=True, **named)
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """The vocabulary of a tokenizer.json."""
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer_path {path} is not there")
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"tokenizer_path {path} is not a tokenizer.json: {error}") from error

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.utils.logging import disable_progress_bar
 
 from mrilib import inference, model, runs, token_cache, training
-from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
+from mrilib.config import ParameterError, Stage1Parameters, Stage2Parameters, display_path, read_yaml, resolve
 from mrilib.data import (
     Batch,
     FastMRIDataset,
@@ -88,16 +88,45 @@ def make_stages(config: StageParameters, device: torch.device) -> Iterator[train
         yield training.ReconstructionStage.of(plain, config, "plain")
 
 
+RUN_ENTRIES = {".lock", "stop", "params", "logs", "figures", "stage1_checkpoints", "stage2_checkpoints"}
+
+
+def require_run_folder(directory: Path) -> None:
+    """Refuse an output folder that exists and was not made by a run, such as a data folder.
+
+    Raises
+    ------
+    ParameterError
+    """
+    if not directory.exists() or (directory / "run.json").exists():
+        return
+    if not directory.is_dir():
+        raise ParameterError(f"output_dir: '{display_path(directory)}' is no folder; give another one")
+    others = sorted({path.name for path in directory.iterdir()} - RUN_ENTRIES)
+    if others:
+        raise ParameterError(
+            f"output_dir: '{display_path(directory)}' is no run folder: it has no run.json, but '{others[0]}'; "
+            "give a new folder or a run's"
+        )
+
+
 def train(config: StageParameters, only: str = "") -> Path:
     """Train a stage and its control, or `only` one of the two; the run folder.
 
     Raises
     ------
     ParameterError
-        See `training.fit`.
+        If `only` is not trained by this stage, or `output_dir` is a folder of something else; see also `training.fit`.
     """
     number = 1 if isinstance(config, Stage1Parameters) else 2
     notebook = f"stage{number}"
+    names = ("stage1", "control") if number == 1 else ("stage2", "plain")
+    if only and only not in names:
+        raise ParameterError(f"--only {only}: stage {number} trains {' and '.join(names)}; give one of them")
+    if only == names[1] and not config.train_control:
+        raise ParameterError(f"--only {only}: train_control is false; set it to true, or leave --only out")
+    if config.output_dir:
+        require_run_folder(resolve(config.output_dir))
     disable_progress_bar()
     state = PartialState(cpu=training.pick_device(config.device).type == "cpu") if launched() else None
     name = [config.output_dir or f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"]
@@ -177,4 +206,10 @@ def _train_stages(
 def read_config(path: Path, stage: int, overrides: dict[str, object]) -> StageParameters:
     """A stage's parameters from a params file, with `overrides` on top."""
     cls = Stage1Parameters if stage == 1 else Stage2Parameters
+    if "interactive" not in overrides:
+        given = read_yaml(path)
+        try:
+            cls.check_replaced(given, ("interactive",))
+        except ParameterError as error:
+            raise ParameterError(f"{display_path(path)}: {error}") from None
     return cls.from_yaml(path, {"interactive": False, **overrides})

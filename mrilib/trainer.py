@@ -34,7 +34,7 @@ from mrilib.checkpoint import (
     set_rng_state,
 )
 from mrilib.config import ParameterError, TrainingParameters, display_path
-from mrilib.data import Batch, FastMRIDataset, ShapeBatchSampler
+from mrilib.data import Batch, FastMRIDataset, ShapeBatchSampler, loading_error
 from mrilib.distributed import TrainingStopped, everyone
 from mrilib.gradients import Part, StepGradients, combine_statistics, out_of_memory
 from mrilib.history import (
@@ -257,6 +257,10 @@ class Trainer:
             self.bar.update(self.step)
             try:
                 self._train()
+            except RuntimeError as error:
+                if (told := loading_error(error)) is None:
+                    raise
+                raise told from error
             finally:
                 self.bar.close()
                 if self.log is not None:

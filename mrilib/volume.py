@@ -14,13 +14,20 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from mrilib import analysis
+from mrilib.config import printable
 
 NAMESPACE = {"i": "http://www.ismrm.org/ISMRMRD"}
 DATASETS = ("kspace", "ismrmrd_header", "reconstruction_rss", "mask")
-LARGEST_SLICE = 2**28  # complex values; fastMRI's largest are a fiftieth of it. More is a damaged or hostile shape.
+LARGEST_SLICE = 2**26  # complex values; fastMRI's largest are a ninth of it. More is a damaged or hostile shape.
+LARGEST_VOLUME = 2**32  # complex values; fastMRI's largest are a thirtieth of it
+MOST_COMPRESSION = 100  # k-space is noise to a compressor; zeros, which any file can declare, shrink a thousandfold
+SMALL_ARRAY = 2**24  # bytes that may be declared whatever is stored
+LARGEST_ATTRIBUTE = 2**12  # characters of a text
+LARGEST_ACCELERATION = 1000
 MOST_SLICES = 2**12  # fastMRI's volumes have about 16; an array that was declared and never written can have any number
 LARGEST_HEADER = 2**22  # characters; fastMRI's have about 2**14
 SMALLEST_SCALE = 1e-30  # [file units]: not far below begins what single precision cannot hold
+LARGEST_SCALE = 1e30  # [file units]: the sums of a Fourier transform of larger values overflow in single precision
 
 
 class DataError(ValueError):
@@ -86,7 +93,7 @@ def unreadable(path: Path) -> list[str]:
 
 def told(error: BaseException) -> str:
     """An error's first line, in brackets behind a problem."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def structure(h5: h5py.File, path: Path) -> tuple[Volume | None, list[str]]:
@@ -116,20 +123,21 @@ def structure(h5: h5py.File, path: Path) -> tuple[Volume | None, list[str]]:
             problems.append(f"has no dataset {name}")
     for name, array in (("kspace", data), ("reconstruction_rss", target), ("mask", mask)):
         problems += array_problems(name, array, data) if array is not None else []
-    texts = {name: text(h5.attrs.get(name)) for name in ("acquisition", "patient_id")}
+    texts = {name: text(attribute(h5, name)) for name in ("acquisition", "patient_id")}
     for name, value in texts.items():
         if not value:
             problems.append(f"attribute {name} is no text" if name in h5.attrs else f"has no attribute {name}")
-    if texts["acquisition"]:
-        try:
-            analysis.contrast_name(texts["acquisition"])
-        except ValueError as error:
-            problems.append(str(error))
-    maximum, acceleration = number(h5.attrs.get("max")), number(h5.attrs.get("acceleration"))
+        elif len(value) > LARGEST_ATTRIBUTE:
+            problems.append(f"attribute {name} is longer than {LARGEST_ATTRIBUTE} characters")
+        elif not value.isprintable():
+            problems.append(f"attribute {name} holds control characters: {printable(value)[:80]}")
+    if texts["acquisition"] in analysis.KNEES:
+        problems.append(f"acquisition {texts['acquisition']!r} is a knee's; brain files are wanted")
+    maximum, acceleration = number(attribute(h5, "max")), number(attribute(h5, "acceleration"))
     # a volume of zeros has the maximum 0; the losses work in single precision
-    if target is not None and (maximum is None or not 0 <= maximum <= float(np.finfo(np.float32).max)):
+    if target is not None and (maximum is None or not 0 <= maximum <= LARGEST_SCALE):
         problems.append(_no_number(h5, "max"))
-    if mask is not None and (acceleration is None or not 1 <= acceleration < float("inf")):
+    if mask is not None and (acceleration is None or not 1 <= acceleration <= LARGEST_ACCELERATION):
         problems.append(_no_number(h5, "acceleration"))
     header = None
     if (stored := dataset(h5, "ismrmrd_header")) is not None:
@@ -181,7 +189,10 @@ def _volume(
 def _no_number(h5: h5py.File, name: str) -> str:
     if name not in h5.attrs:
         return f"has no attribute {name}"
-    return f"attribute {name} is {h5.attrs[name]!r}; a positive number is wanted"
+    limit = LARGEST_SCALE if name == "max" else LARGEST_ACCELERATION
+    value, stored = attribute(h5, name), h5.attrs.get_id(name)
+    found = f"{stored.dtype} {stored.shape}" if value is None else repr(value)[:80]
+    return f"attribute {name} is {found}; a positive number up to {limit:g} is wanted"
 
 
 # ------------------------------------------------------------------------------------------------- links
@@ -246,9 +257,9 @@ def array_problems(name: str, array: h5py.Dataset, data: h5py.Dataset | None) ->
             return [f"{found}: single-coil data; at least two coils are wanted"]
         if min(coils, height, width) < 1 or coils * height * width > LARGEST_SLICE:
             return [f"{found}: not the size of an image"]
-        if slices > MOST_SLICES:
+        if slices > MOST_SLICES or slices * coils * height * width > LARGEST_VOLUME:
             return [f"{found}: not the size of a volume"]
-        return []
+        return unstored(name, array)
     kinds = "f" if name == "reconstruction_rss" else "buif"
     if array.dtype.kind not in kinds:
         return [f"{found}; {'real (slices, h, w)' if kinds == 'f' else 'true or false (W,)'} is wanted"]
@@ -259,7 +270,35 @@ def array_problems(name: str, array: h5py.Dataset, data: h5py.Dataset | None) ->
     if name == "reconstruction_rss":
         fits = array.ndim == 3 and array.shape[0] == slices
         fits = fits and 0 < array.shape[1] <= height and 0 < array.shape[2] <= width
-    return [] if fits else [f"{name} {array.shape} does not fit kspace {data.shape}"]
+    return unstored(name, array) if fits else [f"{name} {array.shape} does not fit kspace {data.shape}"]
+
+
+def unstored(name: str, array: h5py.Dataset) -> list[str]:
+    """Why an array should not be read: it declares far more than the file stores, or unpacks to more than it declares.
+
+    Chunks that were never written are read as zeros, and gzip makes a thousandth of zeros: a file of a few kB can
+    declare any number of gigabytes.
+    """
+    filters = [array.id.get_create_plist().get_filter(n)[0] for n in range(array.id.get_create_plist().get_nfilters())]
+    if filters.count(h5py.h5z.FILTER_DEFLATE) > 1:
+        return [f"{name} is compressed more than once"]
+    declared = float(np.prod(array.shape, dtype=float)) * array.dtype.itemsize
+    chunk = float(np.prod(array.chunks or (1,), dtype=float)) * array.dtype.itemsize
+    stored = array.id.get_storage_size()
+    if max(declared, chunk) > max(SMALL_ARRAY, MOST_COMPRESSION * stored):
+        return [
+            f"{name} {array.shape} declares {max(declared, chunk):.3g} bytes, the file stores {stored} of them: it was "
+            "not written, or holds no image"
+        ]
+    return []
+
+
+def attribute(h5: h5py.File, name: str) -> Any:
+    """An attribute's value; None if there is none, or an array of more than one value, which is not read."""
+    if name not in h5.attrs:
+        return None
+    stored = h5.attrs.get_id(name)
+    return h5.attrs[name] if np.prod(stored.shape or (), dtype=float) == 1 else None
 
 
 def text(value: Any) -> str:

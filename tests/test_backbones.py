@@ -10,7 +10,15 @@ import systems
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mrilib import backbone_speed, corpus, model, pretrain
 from mrilib.data import FastMRIDataset, load_annotations, split_volumes
@@ -234,3 +242,21 @@ def test_delta_rule_is_told_for_the_record(kind, phantom_dir):
     config = systems.stage1_config(phantom_dir, Path(__file__).parent, mixed_precision="bf16")
     told = model.delta_rule_path(make(kind), config)
     assert told["path"] == ("plain" if kind == "nirvana" else "none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma2", "gemma3_text"])
+def test_embeddings_are_measured_as_the_backbone_uses_them(family, tokenizer):
+    """Gemma's embedding module multiplies its matrix by the root of the width."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = AutoConfig.for_model(family, **sizes, **heads, pad_token_id=0)
+    backbone = AutoModelForCausalLM.from_config(config).eval()
+    used = backbone.get_input_embeddings()(torch.arange(VOCABULARY))
+    factor = 1 if family == "llama" else 8
+    assert torch.allclose(used, factor * model.word_embeddings(backbone))
+    assert model.embedding_rms(backbone) == used.square().mean().sqrt().item()
+    ids = tokenizer(" brain", add_special_tokens=False)["input_ids"]
+    words = model.word_vectors(["brain"], backbone, tokenizer)
+    if "<brain>" not in tokenizer.get_vocab():
+        torch.testing.assert_close(words[0], used[torch.tensor(ids)].mean(0))

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import systems
@@ -15,6 +16,7 @@ from mrilib import bart, bench, bench_tables
 from mrilib.config import BenchParameters, ParameterError
 from mrilib.data import FastMRIDataset
 from mrilib.distributed import TrainingStopped
+from mrilib.figures import zero_filled_image
 from mrilib.runs import read_json_lines
 
 METHODS = ["model", "trained_without_tokens", "decoder_alone", "varnet", "unet"]
@@ -479,3 +481,33 @@ def test_stage_1_sees_slices_flipped_and_forced_as_its_parameters_say(done):
         config = one.stage1 = one.stage1.model_copy(update={"mirror_share": share, "teacher_forcing": share})
         slices = [each for batch in one._loaders(config, 2, texts=True)[0] for each in batch.slices]
         assert slices and all(each.mirrored == each.forced == bool(share) for each in slices)
+
+
+def test_what_needs_no_compression_gets_all_coils(values, tmp_path, monkeypatch):
+    one = bench.Bench(BenchParameters.create(values), tmp_path)
+    one.stage2 = one.stage2.model_copy(update={"num_coils": 2})
+    tested, validated, reconstructed = one.volumes["test"], [], {}
+
+    def choose(batches):
+        validated.extend(batch.kspace.shape[1] for batch in batches)
+        return bart.Settings(), []
+
+    def reconstruct(batch, settings):
+        reconstructed[batch.slices[0].file] = batch.kspace.shape[1]
+        return torch.zeros(len(batch.slices), *batch.recon)
+
+    monkeypatch.setattr(bart, "choose", choose)
+    monkeypatch.setattr(bart, "reconstruct", reconstruct)
+    for name in ("bart", "zero_filled"):
+        one.reconstruct(name, 0, tested, tmp_path / "images", [4])
+    assert reconstructed == {volume.file: volume.coils for volume in tested}
+    assert validated and min(validated) > 2
+    whole = FastMRIDataset(tested[:1], one.stage2.model_copy(update={"num_coils": 99}), acceleration=4)
+    with h5py.File(tmp_path / "images" / "zero_filled" / "4" / tested[0].path.name) as h5:
+        np.testing.assert_allclose(h5["reconstruction"][1], zero_filled_image(whole[1]).numpy(), rtol=1e-4)
+
+    path = tmp_path / "bart_4x.json"
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if name != "coils"}
+    path.write_text(json.dumps(kept))  # as it was when BART got compressed coils
+    with pytest.raises(ParameterError, match=r"bart_4x.json: BART's settings were chosen on compressed coils"):
+        one.choose_bart(4)

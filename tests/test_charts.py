@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mrilib import charts, evaluation
+from mrilib import charts, evaluation, style
 from mrilib.evaluation import VolumeScore
 from mrilib.training import History
 
@@ -157,3 +157,28 @@ def test_token_swap_is_paired():
     assert interval == pytest.approx([-0.01, -0.01])
     assert len(means.patches) == 3
     assert means.patches[0].get_height() == pytest.approx(evaluation.summarize(own)["ssim"])
+
+
+@pytest.mark.parametrize("sick", [[5], [1, 2, 3], range(1, 12), range(1, 13)], ids=["one", "first", "most", "all"])
+@pytest.mark.parametrize("text", [True, False])
+def test_skipped_steps_leave_gaps_and_marks(text, sick):
+    """`on_nan: skip` keeps the steps that it left out in the history, with what was not finite."""
+    told = history(text=text)
+    for number in sick:
+        broken = {name: np.nan for name in told.steps[0] if name not in ("epoch", "step", "learning_rate", "seconds")}
+        told.steps[number - 1] |= broken | {"gradient_norm": np.inf if number % 2 else np.nan}
+    figure = charts.training_curves(told)
+    style.png_bytes(figure)
+    for place in (0, -1 if text else -2):  # loss and gradient norms; of text the last panel, of images the one before
+        axis = next(axis for axis in figure.axes if axis.get_title().startswith(("loss", "gradient")[place != 0]))
+        marks = {line.get_label(): line for line in axis.lines}["skipped step"]
+        assert list(marks.get_xdata()) == list(sick)
+        mean = axis.lines[1] if place == 0 else axis.lines[0]
+        well = np.isfinite(np.asarray(mean.get_ydata(), dtype=float))
+        assert well.sum() >= 12 - len(sick), "a skipped step leaves the others' running mean as it is"
+        assert all(np.isfinite(axis.get_ylim()))
+
+
+def test_curves_without_skipped_steps_mark_none():
+    for axis in charts.training_curves(history()).axes:
+        assert "skipped step" not in [line.get_label() for line in axis.lines]

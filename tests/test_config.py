@@ -1,5 +1,7 @@
 """Parameters: what is unknown, of the wrong type, out of range or not there is refused in one plain sentence."""
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,57 @@ def test_every_notebook_names_the_file_that_is_not_there(cls: type[Parameters], 
     for name in cls.existing_paths:
         with pytest.raises(ParameterError, match=f"^{name}: '/not/there' does not exist"):
             cls.create({**own(cls, data), name: "/not/there"})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_number_has_bounds(cls: type[Parameters], data: dict[str, Any]) -> None:
+    for name, field in cls.model_fields.items():
+        if field.annotation in (int, float, list[int], list[float]):
+            for wrong in (10**12, -(10**12)):
+                value = [wrong, wrong] if field.annotation in (list[int], list[float]) else wrong
+                with pytest.raises(ParameterError, match=name):
+                    cls.create({**own(cls, data), name: value})
+        if getattr(field.annotation, "__origin__", None) is list:
+            with pytest.raises(ParameterError, match=f"^{name}: .*1001 items"):
+                cls.create({**own(cls, data), name: [1] * 1001})
+
+
+def test_a_network_of_absurd_size_is_refused_before_it_is_built(data: dict[str, Any]) -> None:
+    for cls, values, told in (
+        (config.Stage1Parameters, {"varnet_sens_chans": 512, "varnet_sens_pools": 8}, "varnet_sens_chans"),
+        (config.PretrainParameters, {"hidden_size": 16384, "num_hidden_layers": 100}, "num_hidden_layers"),
+        (config.BenchmarkParameters, {"hidden_size": 4096, "vocab_size": 10**6}, "vocab_size"),
+    ):
+        with pytest.raises(ParameterError, match=f"{told}.*: together they make a network of about"):
+            cls.create({**own(cls, data), **values})
+
+
+def test_a_params_file_of_another_notebook_is_told(data: dict[str, Any]) -> None:
+    stage1, stage2 = (own(cls, data) for cls in (config.Stage1Parameters, config.Stage2Parameters))
+    with pytest.raises(ParameterError, match=r"these are the parameters of 03_train_stage2 .*, not of 02_train_stage1"):
+        config.Stage1Parameters.create({**stage2, "stage1_checkpoint": "x", "sense": True})
+    with pytest.raises(ParameterError, match=r"these are the parameters of 02_train_stage1 .*, not of 03_train_stage2"):
+        config.Stage2Parameters.create({**stage1, "vit_embed_dim": 8, "recon_weight": 1})
+    with pytest.raises(ParameterError, match=r"'sense' is not .*; it is one of 03_train_stage2$"):
+        config.Stage1Parameters.create({**stage1, "sense": True})
+
+
+def test_advice_names_parameters_and_options_that_exist() -> None:
+    """After "give", "set", "raise" or "lower" a message names something that can be given."""
+    known = {name for cls in CLASSES for name in cls.model_fields}
+    advice = re.compile(r"\b(?:give|set|raise|lower|leave) (\w*_\w+)")
+    texts = [
+        node.value
+        for path in (config.ROOT / "mrilib").glob("*.py")
+        for raised in ast.walk(ast.parse(path.read_text()))
+        if isinstance(raised, ast.Raise)
+        for node in ast.walk(raised)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    named = {name for text in texts for name in advice.findall(text)}
+    # arguments of NirvanaForCausalLM.forward, and keys of Hugging Face's files
+    others = {"input_ids", "inputs_embeds", "logits_to_keep", "eos_token", "tie_word_embeddings"}
+    assert len(named) > 10 and named <= known | others, named - known
 
 
 def test_training_refuses_a_data_folder_that_is_not_there_and_explore_can_make_it() -> None:

@@ -1,6 +1,7 @@
 """h5 → Slice: nothing of the answer reaches the input, masks are fastMRI's, broken files are named."""
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -398,10 +399,32 @@ def test_given_folders_are_taken_as_they_are_and_overlap_is_refused(volumes: lis
 
 
 def test_an_empty_part_is_refused(phantom_dir: Path) -> None:
-    with pytest.raises(DataError, match="no test volumes: data_dir has 4 patients; give test_dir or a fraction"):
+    with pytest.raises(DataError, match="data_dir has 4 patients; give test_dir, or raise test_fraction"):
         split_volumes(parameters(phantom_dir, test_fraction=0))
-    with pytest.raises(DataError, match="no train volumes"):
+    with pytest.raises(DataError, match=r"no train volumes.*; lower val_fraction or test_fraction"):
         split_volumes(parameters(phantom_dir, val_fraction=0.5, test_fraction=0.5))
+
+
+def test_reports_and_annotations_of_files_that_are_not_there_are_warned_of(
+    phantom_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("mrilib")
+    monkeypatch.setattr(log, "propagate", True)  # a run's log turns it off
+    monkeypatch.setattr(log, "handlers", [])
+    names = (phantom_dir / "brain_file_list.csv").read_text().split()
+    misspelt = names[0].replace("brain", "brian")
+    report = {"file": misspelt, "slice": 0, "prompt": "Describe.", "response": "Nothing."}
+    (tmp_path / "reports.jsonl").write_text(json.dumps(report) + "\n")
+    (tmp_path / "brain.csv").write_text((phantom_dir / "brain.csv").read_text())
+    (tmp_path / "brain_file_list.csv").write_text("\n".join([*names, "file_elsewhere"]) + "\n")
+    split_volumes(parameters(phantom_dir))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    split_volumes(parameters(phantom_dir, reports_path=str(tmp_path / "reports.jsonl"), annotations_dir=str(tmp_path)))
+    told = sorted({record.getMessage() for record in caplog.records if record.levelname == "WARNING"})[::-1]
+    assert len(told) == 2
+    assert "reports_path" in told[0] and "1 of 1 files are in no data folder" in told[0]
+    assert f"'{misspelt}'; did you mean '{names[0]}'?" in told[0]
+    assert "annotations_dir" in told[1] and "'file_elsewhere'" in told[1] and "did you mean" not in told[1]
 
 
 def test_a_report_of_a_slice_that_the_file_does_not_have(

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import systems
+import torch
 from PIL import Image
 
 from mrilib import figures, inference, live, training
@@ -164,3 +165,39 @@ def test_differing_facts_are_marked_word_for_word(true, generated, shown):
     assert marked == f"{first} {shown}"
     assert marked_text(first, first.replace("T1", "T2")) == first.replace("T1", "<b>T2</b>")
     assert marked_text(first, "Rubbish <") == "<b>Rubbish &lt;</b>"
+
+
+def test_a_resumed_training_shows_the_examples_of_earlier_epochs(tmp_path):
+    def text():
+        return pd.DataFrame([{"file": "f", "slice": 3, "true": "wörd", "generated": "w\nb"}])
+
+    def images():
+        picture = torch.rand(8, 8)
+        both = {"zero_filled": picture, "model": picture.numpy()}
+        return [Comparison(picture, both, 2.5, title="T1", pixel=(1, 2.0)), Comparison(picture, both, 1.0)]
+
+    for example, kept in ((text, live.texts_in(tmp_path)), (images, live.images_in(tmp_path))):
+        begun = live.Watch(4, False, example, kept=kept)
+        begun.epoch(history(1))
+        begun.epoch(history(2))
+        resumed = live.Watch(4, False, example, kept=kept)
+        assert list(resumed.examples) == [1, 2]
+        resumed.epoch(history(3))
+        assert list(live.Watch(4, False, example, kept=kept).examples) == [1, 2, 3]
+        (kept.folder / "epoch_1.npz").write_bytes(b"damaged")
+        assert list(live.Watch(4, False, example, kept=kept).examples) == [2, 3]
+        one, other = begun.examples[2], resumed.examples[2]
+        if example is text:
+            pd.testing.assert_frame_equal(one, other)
+            assert live.text_progress({2: one}) == live.text_progress({2: other})
+        for before, after in zip(one, other, strict=True) if example is images else ():
+            assert before._replace(target=0, images=0) == after._replace(target=0, images=0)
+            assert np.array_equal(before.target, after.target) and list(before.images) == list(after.images)
+            assert all(np.array_equal(before.images[name], after.images[name]) for name in before.images)
+
+
+def test_no_example_is_kept_that_runs_code(tmp_path):
+    kept = live.texts_in(tmp_path)
+    kept.folder.mkdir(parents=True)
+    np.savez(kept.folder / "epoch_1.npz", **{"column.file": np.array([object()])})
+    assert kept.load() == {}

@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -575,3 +576,33 @@ def test_refuses_pickles_and_missing_paths(tmp_path, model):
     other.write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="'llama'"):
         load_backbone(other, GOLDEN / "model.safetensors")
+
+
+# --- offload
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["cpu", "disk", "blocks on disk"])
+def test_offloaded_weights_give_the_same(model, io, tmp_path, how):
+    """accelerate's hooks bring a module's weights when the module is called; what bypasses the call finds none."""
+    ids, kept = io["input_ids"], io["attention_mask"]
+    expected = model(ids, attention_mask=kept).logits
+    text = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=4, min_new_tokens=4)
+    if how == "cpu":
+        offloaded = accelerate.cpu_offload(model, torch.device("cpu"))
+    elif how == "disk":
+        offloaded = accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
+    else:
+        places = {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(len(model.model.layers))}
+        rest = dict.fromkeys(("model.embeddings", "model.norm", "lm_head"), "cpu")
+        offloaded = accelerate.load_checkpoint_and_dispatch(
+            model,
+            str(GOLDEN / "model.safetensors"),
+            device_map={**places, **rest, "model.rnn_router": "disk"},
+            offload_folder=tmp_path,
+        )
+    names = ("q_conv1d.weight", "rnn_router.weight_linear")
+    assert all(any(x.is_meta for n, x in offloaded.named_parameters() if n.endswith(name)) for name in names)
+    assert torch.equal(offloaded(ids, attention_mask=kept).logits, expected)
+    again = offloaded.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=4, min_new_tokens=4)
+    assert torch.equal(again, text)

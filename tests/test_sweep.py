@@ -35,7 +35,7 @@ def test_values_are_separated_by_commas():
         (["stage1.learnin_rate=1,2"], "learning_rate"),
         (["stage1.epochs=1,2", "stage1.epochs=3"], "twice"),
         (["stage1.epochs="], "no value"),
-        (["stage1.epochs=[1,2"], "no YAML"),
+        (["stage1.epochs=[1,2"], "not YAML"),
     ],
 )
 def test_grid_refused(given, told):

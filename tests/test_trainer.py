@@ -1,6 +1,7 @@
 """The loop's troubles: stop files, sick losses, memory, full disks, second processes, several processes."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from mrilib.history import read_epochs
 from mrilib.resume import check_same_training
 from mrilib.runs import read_json_lines
 from mrilib.trainer import Trainer
+from mrilib.volume import DataError
 
 
 @pytest.fixture
@@ -396,3 +398,17 @@ def test_a_tracker_that_is_not_installed_is_refused(phantom_dir, backbone_dir, m
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ParameterError, match="log_with: the package trackio is not installed: pip install trackio"):
         systems.stage1_config(phantom_dir, backbone_dir, log_with="trackio")
+
+
+class WorkersKilled(training.AnalysisStage):
+    """Kills the processes that load data in the second step."""
+
+    def loss(self, batch: Any) -> Any:
+        for child in multiprocessing.active_children():
+            child.kill()
+        return super().loss(batch)
+
+
+def test_a_killed_loading_process_is_told_in_one_line(config, tmp_path):
+    with pytest.raises(DataError, match=r"^a process that loads data has ended .*lower num_workers or batch_size.*$"):
+        fit(stage_of(config, WorkersKilled), with_(config, num_workers=1), tmp_path)

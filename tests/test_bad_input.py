@@ -1,0 +1,267 @@
+"""Kinds of bad input on the command line and in params files, a row each: refused in one line that names what is wrong.
+
+A new kind is a new row: its name, what it writes and the command's arguments, the words that the line must hold.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import systems
+import yaml
+from refusals import Refusal, assert_refused
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 30)
+)
+ESCAPE = "\x1b[31mred\x1b[0m"
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory, phantom_dir: Path, backbone_dir: Path) -> dict[str, object]:
+    """Stage 1's parameters, all of them right."""
+    return {**systems.values(phantom_dir, backbone_dir), **systems.ENCODER}
+
+
+def option(*given: str) -> Callable[[Path], list[str]]:
+    """`train` with a right params file, which names the folder run/ as output_dir, and these -p."""
+    return lambda folder: [
+        *("train", str(folder / "stage1.yaml"), "--stage", "1"),
+        *(part for text in given for part in ("-p", text)),
+    ]
+
+
+def of_run(*arguments: str) -> Callable[[Path], list[str]]:
+    """`run` of stage 1 with a right params file and these arguments."""
+    return lambda folder: ["run", str(folder), "--name", str(folder / "run"), "--stage1-only", *arguments]
+
+
+def of_sweep(*arguments: str) -> Callable[[Path], list[str]]:
+    """`sweep` of stage 1 with a right params file and these arguments."""
+    return lambda folder: ["sweep", str(folder), "--name", str(folder / "run"), "--stage1-only", *arguments]
+
+
+def make_data(*arguments: str) -> Callable[[Path], list[str]]:
+    """`make-data` into an empty folder."""
+    return lambda folder: ["make-data", str(folder / "data"), *arguments]
+
+
+def line(text: str) -> Callable[[Path], list[str]]:
+    """`train` with a right params file in which this text takes the place of the line of the same key, or is added."""
+
+    def prepare(folder: Path) -> list[str]:
+        path = folder / "stage1.yaml"
+        key = text.partition(":")[0] + ":"
+        kept = [one for one in path.read_text().splitlines() if not one.startswith(key)]
+        path.write_text("\n".join([*kept, text]) + "\n", encoding="utf-8")
+        return option()(folder)
+
+    return prepare
+
+
+def content(data: bytes | str) -> Callable[[Path], list[str]]:
+    """`train` with a params file of this content."""
+
+    def prepare(folder: Path) -> list[str]:
+        (folder / "stage1.yaml").write_bytes(data if isinstance(data, bytes) else data.encode())
+        return option()(folder)
+
+    return prepare
+
+
+def in_place(make: Callable[[Path], object], command: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+    """A command where something else is in the place of the params file."""
+
+    def prepare(folder: Path) -> list[str]:
+        (folder / "stage1.yaml").unlink()
+        make(folder / "stage1.yaml")
+        return command(folder)
+
+    return prepare
+
+
+def symlink_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+VALUES = [
+    Refusal("list that does not end", option("epochs=["), ("-p epochs=[", "not YAML")),
+    Refusal("mapping that does not end", option("epochs={"), ("-p epochs={", "not YAML")),
+    Refusal("quote that does not end", option('epochs="3'), ("-p epochs=", "not YAML")),
+    Refusal("python tag", option("epochs=!!python/object/apply:os.system [id]"), ("-p epochs=", "tag")),
+    Refusal("int tag", option("epochs=!!int x"), ("-p epochs=", "tag")),
+    Refusal("own tag", option("epochs=!own 3"), ("-p epochs=", "tag")),
+    Refusal("binary tag", option("epochs=!!binary aGFsbG8="), ("-p epochs=", "tag")),
+    Refusal("no date", option("epochs=2024-13-45"), ("epochs", "2024-13-45")),
+    Refusal("date", option("epochs=2024-11-28"), ("epochs", "2024-11-28")),
+    Refusal("alias of nothing", option("epochs=*x"), ("-p epochs=*x", "alias")),
+    Refusal("alias", option("accelerations=[&a 4, *a]"), ("-p accelerations=", "alias")),
+    Refusal("two documents", option("epochs=1\n---\n2"), ("-p epochs=1", "not YAML")),
+    Refusal("huge integer", option("epochs=" + "9" * 5000), ("-p epochs=9", "integer")),
+    Refusal("huge hexadecimal integer", option("epochs=0x" + "f" * 5000), ("-p epochs=0x", "integer")),
+    Refusal("octal integer", option("epochs=010"), ("-p epochs=010", "octal")),
+    Refusal("sexagesimal integer", option("epochs=1:30"), ("-p epochs=1:30", "base 60")),
+    Refusal("deep nesting", option("epochs=" + "[" * 5000), ("-p epochs=[", "nested")),
+    Refusal("long text", option("tokenizer_path=" + "x" * 100_000), ("tokenizer_path", "characters")),
+    Refusal("very long value", option("epochs=" + "x " * 1_000_000), ("-p epochs=x", "characters")),
+    Refusal("null", option("epochs=null"), ("epochs", "no value")),
+    Refusal("nothing", option("epochs="), ("epochs", "no value")),
+    Refusal("no equals sign", option("epochs"), ("-p epochs", "NAME=VALUE")),
+    Refusal("a notebook's name too", option("stage1.epochs=3"), ("'stage1.epochs'", "NAME=VALUE")),
+    Refusal("empty name", option("=3"), ("-p =3", "NAME=VALUE")),
+    Refusal("same name twice", option("epochs=3", "epochs=4"), ("-p epochs=4", "twice")),
+    Refusal("list for a scalar", option("epochs=[3]"), ("epochs", "integer")),
+    Refusal("mapping for a scalar", option("epochs={a: 3}"), ("epochs", "integer")),
+    Refusal("scalar for a list", option("accelerations=4"), ("accelerations", "list")),
+    Refusal("truth value for a number", option("epochs=true"), ("epochs", "number")),
+    Refusal("NaN", option("learning_rate=.nan"), ("learning_rate", "nan")),
+    Refusal("infinity", option("learning_rate=.inf"), ("learning_rate", "inf")),
+    Refusal("number too large for a float", option("learning_rate=1e999"), ("learning_rate", "1e999")),
+    Refusal("negative", option("epochs=-1"), ("epochs", "-1")),
+    Refusal("escape sequence in a value", option(f"epochs={ESCAPE}"), ("-p epochs=\\x1b[31mred", "not YAML")),
+    Refusal("escaped escape sequence", option('output_dir="\\e[31mred"'), ("output_dir", "control character")),
+    Refusal("escape sequence in a name", option(f"{ESCAPE}=3"), ("\\x1b[31mred",)),
+    Refusal("right-to-left override", option("reports_path=\u202efdp.exe"), ("reports_path", "control character")),
+    Refusal("half a surrogate pair", option("reports_path=\udcff"), ("-p reports_path=\\udcff",)),
+    Refusal("path with NUL", option('data_dir="a\\0b"'), ("data_dir", "control character")),
+    Refusal("unknown user's home", option("data_dir=~nobody-of-this-name/x"), ("data_dir", "~nobody-of-this-name")),
+    Refusal("path component too long", option("data_dir=" + "x" * 300), ("data_dir", "name too long")),
+    Refusal("interactive is no truth value", line("interactive: maybe"), ("stage1.yaml: interactive", "'maybe'")),
+    Refusal("device as reports", option("reports_path=/dev/zero"), ("reports_path", "no regular file")),
+    Refusal("device as tokenizer", option("tokenizer_path=/dev/random"), ("tokenizer_path", "no regular file")),
+    Refusal("device as backbone", option("backbone_path=/dev/zero"), ("backbone_path", "no regular file")),
+    Refusal("device as data folder", option("data_dir=/dev/null"), ("data_dir", "no folder")),
+    Refusal("file as annotations folder", option("annotations_dir=LICENSE"), ("annotations_dir", "no folder")),
+    Refusal("finding without a name", option("finding_labels=['']"), ("finding_labels", "empty")),
+    Refusal("finding twice", option("finding_labels=[Mass, Mass]"), ("finding_labels", "twice")),
+    Refusal("width that heads do not divide", option("vit_embed_dim=10", "vit_num_heads=12"), ("vit_embed_dim 10",)),
+    Refusal("10^20 coils", option("num_coils=100000000000000000000"), ("num_coils",)),
+    Refusal("10^18 coils", option("num_coils=1000000000000000000"), ("num_coils", "less than or equal to")),
+    Refusal("10^7 layers", option("vit_num_layers=10000000"), ("vit_num_layers", "less than or equal to")),
+    Refusal("10^7 cascades", option("varnet_num_cascades=10000000"), ("varnet_num_cascades", "less than or equal to")),
+    Refusal(
+        "a ViT of 10^11 parameters",
+        option("vit_embed_dim=12288", "vit_num_layers=100"),
+        ("vit_embed_dim", "vit_num_layers", "parameters"),
+    ),
+    Refusal(
+        "a VarNet of 10^11 parameters",
+        option("varnet_chans=512", "varnet_pools=8"),
+        ("varnet_chans", "varnet_pools", "parameters"),
+    ),
+]
+
+FILES = [
+    Refusal("billion laughs", content(LAUGHS), ("stage1.yaml, line 2", "alias")),
+    Refusal("tag in a file", line("epochs: !!python/name:os.system"), ("stage1.yaml, line", "tag")),
+    Refusal("huge integer in a file", line("epochs: " + "9" * 5000), ("stage1.yaml, line", "epochs", "integer")),
+    Refusal("deep lists in a file", line("epochs: " + "[" * 5000), ("stage1.yaml, line", "nested")),
+    Refusal(
+        "deep mappings in a file", content("".join(" " * n + "a:\n" for n in range(99))), ("stage1.yaml", "nested")
+    ),
+    Refusal("no date in a file", line("epochs: 2024-13-45"), ("stage1.yaml: epochs", "2024-13-45")),
+    Refusal("merge key", line("<<: {epochs: 3}"), ("stage1.yaml, line", "<<")),
+    Refusal("key twice", line("epochs: 3\nepochs: 4"), ("stage1.yaml", "'epochs' is given twice")),
+    Refusal("list as key", line("[a]: 3"), ("stage1.yaml, line", "name: value")),
+    Refusal("number as key", line("3: 3"), ("stage1.yaml, line", "name: value")),
+    Refusal("no mapping", content("- 3\n"), ("stage1.yaml", "name: value")),
+    Refusal("UTF-16", content("epochs: 3\n".encode("utf-16")), ("stage1.yaml", "UTF-8")),
+    Refusal("random bytes", content(bytes(range(128, 256))), ("stage1.yaml", "UTF-8")),
+    Refusal("control character", content("epochs: \x07\n"), ("stage1.yaml", "not YAML")),
+    Refusal("NUL", content(b"epochs: 3\0"), ("stage1.yaml", "not YAML")),
+    Refusal("megabytes", content("# x\n" * 1_000_000), ("stage1.yaml", "larger than")),
+    Refusal("folder as file", in_place(Path.mkdir, option()), ("stage1.yaml", "no regular file")),
+    Refusal("FIFO as file", in_place(os.mkfifo, option()), ("stage1.yaml", "no regular file")),
+    Refusal("FIFO as file of a run", in_place(os.mkfifo, of_run()), ("stage1.yaml", "no regular file")),
+    Refusal("FIFO as file of a sweep", in_place(os.mkfifo, of_sweep("-p", "stage1.epochs=1,2")), ("no regular file",)),
+    Refusal("device as file", lambda _: ["train", "/dev/zero", "--stage", "1"], ("/dev/zero", "no regular file")),
+    Refusal("link loop as file", in_place(symlink_loop, option()), ("stage1.yaml", "loop")),
+    Refusal("link to nothing", in_place(lambda path: path.symlink_to("nowhere"), of_run()), ("nowhere", "not exist")),
+    Refusal("unknown key", line("epochz: 3"), ("stage1.yaml", "'epochz'", "did you mean 'epochs'?")),
+    Refusal(
+        "thousands of keys", content("".join(f"k{n}: 3\n" for n in range(5000))), ("'k0'", "5000 names are not known")
+    ),
+    Refusal("escape sequence as key", line('"\\e[31mx": 3'), ("stage1.yaml", "\\x1b[31mx")),
+]
+
+
+def as_stage2(folder: Path) -> list[str]:
+    return ["train", str(folder / "stage1.yaml"), "--stage", "2"]
+
+
+def own_folder(folder: Path) -> list[str]:
+    (folder / "data").mkdir()
+    (folder / "data" / "thesis.tex").touch()
+    return option(f"output_dir={folder / 'data'}")(folder)
+
+
+def damaged_overrides(text: str) -> Callable[[Path], list[str]]:
+    def prepare(folder: Path) -> list[str]:
+        (folder / "run" / "params").mkdir(parents=True)
+        (folder / "run" / "params" / "stage1.yaml").write_text((folder / "stage1.yaml").read_text())
+        (folder / "run" / "params" / "overrides.yaml").write_text(text)
+        (folder / "run" / "run.json").write_text('{"planned": ["stage1"], "notebooks": {}, "status": "failed"}')
+        return of_run("--resume")(folder)
+
+    return prepare
+
+
+COMMAND_LINES = [
+    Refusal("stage 2's network of stage 1", lambda f: [*option()(f), "--only", "stage2"], ("--only stage2", "control")),
+    Refusal("no network's name", lambda f: [*option()(f), "--only", "x"], ("--only x", "stage1", "control")),
+    Refusal(
+        "a control that is not trained",
+        lambda f: [*option("train_control=false")(f), "--only", "control"],
+        ("--only control", "train_control"),
+    ),
+    Refusal("somebody's folder as output_dir", own_folder, ("output_dir", "no run folder")),
+    Refusal(
+        "a file as output_dir",
+        lambda f: option(f"output_dir={f / 'stage1.yaml'}")(f),
+        ("output_dir", "stage1.yaml", "no folder"),
+    ),
+    Refusal("stage 1's file for stage 2", as_stage2, ("stage1.yaml", "02_train_stage1", "03_train_stage2")),
+    Refusal("overrides.yaml is a list", damaged_overrides("[3]"), ("overrides.yaml",)),
+    Refusal("overrides.yaml of scalars", damaged_overrides("stage1: 3"), ("overrides.yaml",)),
+    Refusal("overrides.yaml is no YAML", damaged_overrides("stage1: ["), ("overrides.yaml", "not YAML")),
+    Refusal("run of a list that does not end", of_run("-p", "stage1.epochs=["), ("-p stage1.epochs=[", "not YAML")),
+    Refusal("run of a date", of_run("-p", "stage1.epochs=2024-13-45"), ("stage1: epochs", "2024-13-45")),
+    Refusal("run with another output_dir", of_run("-p", "stage1.output_dir=x"), ("stage1.output_dir", "--name")),
+    Refusal("run with an unknown notebook", of_run("-p", f"{ESCAPE}.a=1"), ("\\x1b[31mred", "NOTEBOOK.NAME=VALUE")),
+    Refusal("sweep of a tag", of_sweep("-p", "stage1.epochs=!!int 3,4"), ("-p stage1.epochs=", "tag")),
+    Refusal("sweep of deep lists", of_sweep("-p", "stage1.epochs=" + "[" * 999), ("-p stage1.epochs=[", "nested")),
+    Refusal(
+        "sweep of 10^9 runs",
+        of_sweep(*(f for n in ("epochs", "batch_size", "seed") for f in ("-p", f"stage1.{n}={'1,' * 999}1"))),
+        ("1000000000 runs", "at most"),
+    ),
+    Refusal("sweep with a bracket too many", of_sweep("-p", "stage1.seed=1,2]#"), ("-p stage1.seed=1,2]#", "not YAML")),
+    Refusal("empty name of a run", lambda f: ["run", str(f), "--name", ""], ("--name is empty",)),
+    Refusal("empty name of a sweep", lambda f: ["sweep", str(f), "--name", " "], ("--name is empty",)),
+    Refusal("unknown command", lambda _: [ESCAPE], ("invalid choice",)),
+    Refusal("unknown option", lambda f: [*option()(f), f"--{ESCAPE}"], ("unrecognized arguments", "\\x1b[31m")),
+    Refusal("no volumes", make_data("--volumes", "0"), ("--volumes", "0", "1 to")),
+    Refusal("10^20 volumes", make_data("--volumes", "1" + "0" * 20), ("--volumes", "1 to")),
+    Refusal("10^9 slices", make_data("--slices", "1000000000"), ("--slices", "1 to")),
+    Refusal("10^9 coils", make_data("--coils", "1000000000"), ("--coils", "2 to")),
+    Refusal("image of 10^9 pixels a side", make_data("--img-size", "1000000000"), ("--img-size", "16 to")),
+    Refusal("odd image", make_data("--img-size", "63"), ("img_size is 63", "even")),
+    Refusal("negative seed", make_data("--seed", "-1"), ("--seed", "-1")),
+    Refusal("files larger than memory", make_data("--img-size", "2048", "--coils", "128"), ("img_size", "coils")),
+    Refusal("volumes in words", make_data("--volumes", "many"), ("--volumes", "'many'")),
+    Refusal("acceleration 0", lambda f: ["reconstruct", "x", "y", "--acceleration", "0"], ("--acceleration", "0")),
+    Refusal("no process", lambda f: ["check", str(f), "--processes", "0"], ("--processes", "0")),
+]
+
+
+@pytest.mark.parametrize("refusal", [*VALUES, *FILES, *COMMAND_LINES], ids=str)
+def test_bad_input_is_refused_in_one_line(
+    refusal: Refusal, params: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stage1.yaml").write_text(yaml.safe_dump({**params, "output_dir": str(tmp_path / "run")}))
+    arguments = refusal.prepare(tmp_path)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert_refused(arguments, refusal.words, capsys)
+    after = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert {path for path in after.keys() - before.keys() if path.name != ".lock"} == set(), "nothing is written"
