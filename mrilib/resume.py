@@ -1,6 +1,7 @@
 """What must be the same for a training to go on with what an earlier process has left of it."""
 
 import hashlib
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,8 +53,16 @@ def data_content(*loaders: DataLoader[Batch]) -> str:
                 digest.update(f"{dataset.volumes[volume].file} {sample}\n".encode())
         for index, (number, slice_num) in enumerate(dataset.samples):
             own = dataset.reports.get((dataset.volumes[number].file, slice_num))
-            digest.update(f"{dataset.facts(index)} {dataset.boxes(index)} {own}\n".encode())
+            digest.update(json.dumps([*_annotation(dataset, index), own]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _annotation(dataset: FastMRIDataset, index: int) -> list[Any]:
+    """What is known about a slice, as values: their classes may get further fields without refusing older runs."""
+    facts = dataset.facts(index)
+    findings = [[one.label, one.side, one.region] for one in facts.findings] if facts.findings is not None else None
+    boxes = [[box.x, box.y, box.width, box.height, box.label] for box in dataset.boxes(index) or ()]
+    return [facts.contrast, facts.level, findings, list(facts.study_labels), boxes]
 
 
 def _file_sample(path: Path) -> str:

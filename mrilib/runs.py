@@ -38,10 +38,14 @@ logger = logging.getLogger("mrilib")
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it into place; an OSError names the file."""
     temporary = path.with_name(path.name + ".part")
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", newline="")
         os.replace(temporary, path)
     except OSError as error:  # a full disk does not name the file
         with contextlib.suppress(OSError):
@@ -256,9 +260,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if keep is not None and path.exists():
             kept = [entry for entry in read_json_lines(path) if keep(entry)]
-            temporary = path.with_name(path.name + ".part")
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.path = path
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole length)
 
