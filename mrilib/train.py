@@ -137,16 +137,22 @@ def train(config: StageParameters, only: str = "") -> Path:
     directory = resolve(name[0])
     main = state is None or state.is_main_process
     # Inputs are read first: what is refused leaves no folder, and a run that is there as it is.
-    device = training.prepare(config)
-    loaders = make_loaders(config)
-    # A notebook that starts these processes keeps the record itself.
-    run = runs.start(notebook, config) if main and not only else None
+    training_log = logging.getLogger("mrilib")
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     if main:
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        training_log = logging.getLogger("mrilib")
         training_log.addHandler(console)
         training_log.setLevel(logging.INFO)
+    try:
+        device = training.prepare(config)
+        loaders = make_loaders(config)
+        # A notebook that starts these processes keeps the record itself.
+        run = runs.start(notebook, config) if main and not only else None
+    except BaseException:
+        training_log.removeHandler(console)
+        raise
+    if main:
+        training_log.addHandler(console)  # again: a run's log takes the place of all others
     try:
         with runs.stop_on_signals(directory):
             _train_stages(config, directory, run, only, device, loaders)

@@ -22,7 +22,7 @@ from mrilib.checkpoint import load_checkpoint
 from mrilib.config import ROOT, ParameterError, Stage1Parameters
 from mrilib.distributed import TrainingStopped
 from mrilib.history import read_epochs
-from mrilib.resume import check_same_training
+from mrilib.resume import check_same_training, data_content
 from mrilib.runs import read_json_lines
 from mrilib.trainer import Trainer
 from mrilib.volume import DataError
@@ -360,7 +360,7 @@ def test_the_train_command(config, tmp_path, capsys):
         ([], ("holds a finished training",)),
         (["--resume"], ("was begun with epochs: 2 (now 1)",)),
         (["--resume", "-p", "epochs=2", "-p", "data_dir=nowhere"], ("data_dir", "nowhere")),
-        (["-p", f"output_dir={tmp_path / 'new'}", "-p", "finding_labels=[Nothing]"], ()),
+        (["-p", f"output_dir={tmp_path / 'new'}", "-p", "finding_labels=[Nothing]"], ("finding_labels",)),
         (["-p", f"output_dir={tmp_path / 'new'}", "-p", f"data_dir={tmp_path}"], ("no h5 files",)),
     ):
         assert_refused([*arguments, *more], words, capsys)
@@ -380,6 +380,19 @@ def test_other_content_of_the_data_is_refused(config, phantom_dir, tmp_path):
         h5["kspace"][...] = h5["kspace"][()] * 1.5  # names and shapes stay
     with pytest.raises(ParameterError, match="was begun with other files, slices or texts"):
         fit(stage_of(moved), moved, tmp_path / "run")
+
+
+def test_one_changed_value_or_another_size_of_a_file_is_another_content(config, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    loaders = systems.loaders(with_(config, data_dir=str(tmp_path / "data")))
+    path, before = loaders[0].dataset.volumes[0].path, data_content(*loaders)
+    whole, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    for other in (whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"\0"):
+        path.write_bytes(other)
+        os.utime(path, ns=times)
+        assert data_content(*loaders) != before
+    path.write_bytes(whole)
+    assert data_content(*loaders) == before
 
 
 def test_a_tracker_gets_every_step(config, tmp_path):
