@@ -20,6 +20,7 @@ from mrilib.config import (
     ROOT,
     ParameterError,
     Parameters,
+    TrainingParameters,
     display_path,
     parse_yaml,
     printable,
@@ -172,7 +173,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder, one papermill process each, into one run folder."""
     from mrilib import phantom
     from mrilib.config import ExploreParameters
-    from mrilib.runs import Run, hold, stop_on_signals
+    from mrilib.runs import REFUSALS, Run, hold, stop_on_signals
 
     folder: Path = options.params
     if not folder.is_dir():
@@ -222,7 +223,9 @@ def run_notebooks(options: argparse.Namespace) -> int:
         phantom_of = ExploreParameters.from_yaml(explore)
     made = resolve(phantom_of.data_dir) if phantom_of is not None and phantom_of.phantom_volumes else None
     for name in names:
-        check_before_start(name, values[name], directory, made)
+        config = check_before_start(name, values[name], directory, made)
+        if resumed:
+            check_resumed(name, config, given.get(name, {}), directory)
     check_controls(values, directory)
     if phantom_of is not None:
         phantom.make_if_absent(phantom_of)
@@ -232,10 +235,10 @@ def run_notebooks(options: argparse.Namespace) -> int:
         (directory / "params").mkdir()
         for name in names:
             shutil.copy(folder / f"{name}.yaml", directory / "params")
+    overrides_path = directory / "params" / "overrides.yaml"
+    before = overrides_path.read_text() if overrides_path.is_file() else ""
     if overrides:
-        written = directory / "params" / "overrides.yaml.part"
-        written.write_text(yaml.safe_dump(overrides))
-        written.replace(directory / "params" / "overrides.yaml")
+        write_text(overrides_path, yaml.safe_dump(overrides))
     if not resumed:  # last: a folder with a record has all that going on takes
         Run(directory, list(names)).save()
     record = Run(directory, [])
@@ -256,12 +259,22 @@ def run_notebooks(options: argparse.Namespace) -> int:
             notebook = Notebook(name, values[name], directory)
             status = run_one(notebook, came)
             if status:
+                error = str(Run(directory, []).record["notebooks"].get(name, {}).get("error"))
+                if resumed and given and error.startswith(REFUSALS):  # what is refused must not stick
+                    write_text(overrides_path, before)
                 return status
     if (directory / "metrics.json").is_file():
         from mrilib.tables import metrics_text
 
         print(metrics_text(directory / "metrics.json"))
     return 0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it into place."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def claim_folder(directory: Path, overwrite: bool) -> None:
@@ -365,8 +378,8 @@ def notebook_values(
     return {**values, **overrides.get(name, {})}
 
 
-def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> None:
-    """Validate a notebook's parameters; the run's own checkpoints and `made`, its data, need not be there yet."""
+def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> Parameters:
+    """A notebook's parameters, validated; the run's own checkpoints and `made`, its data, need not be there yet."""
     later = [
         key
         for key, value in values.items()
@@ -375,9 +388,27 @@ def check_before_start(name: str, values: dict[str, Any], directory: Path, made:
     ]
     cls: type[Parameters] = NOTEBOOKS[name][1]
     try:
-        cls.create(values, written_later=later)
+        return cls.create(values, written_later=later)
     except ParameterError as error:
         raise ParameterError(f"{name}: {error}") from None
+
+
+def check_resumed(name: str, config: Parameters, given: dict[str, Any], directory: Path) -> None:
+    """Refuse to change what a run has already been made with."""
+    from mrilib.resume import check_folder
+    from mrilib.runs import read_record
+
+    section = read_record(directory)["notebooks"].get(name, {})
+    if section.get("status") == "done":
+        made = section.get("config", {})
+        for key in given:
+            if key in made and config.to_dict()[key] != made[key]:
+                raise ParameterError(
+                    f"-p {name}.{key}: {name} is done, with {key}: {made[key]}; leave it out, or choose another --name "
+                    "for a new run"
+                )
+    elif isinstance(config, TrainingParameters):
+        check_folder(directory, config)
 
 
 def check_controls(values: dict[str, dict[str, Any]], directory: Path) -> None:

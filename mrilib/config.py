@@ -8,6 +8,7 @@ and truth values are converted; what cannot be converted, or is not known, is re
 import ast
 import difflib
 import importlib.util
+import os
 import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
@@ -58,7 +59,8 @@ def resolve(path: str | Path) -> Path:
         For a loop of links, or the home folder of a user who does not exist.
     """
     try:
-        return (ROOT / Path(path).expanduser()).resolve()
+        # realpath, as Path.resolve raises on links in a circle: who opens the file tells what it is
+        return Path(os.path.realpath(ROOT / Path(path).expanduser()))
     except (RuntimeError, OSError, ValueError) as error:
         raise ParameterError(f"the path '{shortened(str(path))}' cannot be resolved: {error}") from None
 

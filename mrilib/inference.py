@@ -43,13 +43,20 @@ from mrilib.runs import progress_bar
 
 
 def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
-    """Parameters as a checkpoint holds them. Not validated anew: its data may lie elsewhere today.
+    """Parameters as a checkpoint holds them; its data may lie elsewhere today, its device and tracker be absent.
 
     What is newer than the checkpoint has its default, which leaves everything as it was before.
     """
     unknown = set(content["config"]) - set(cls.model_fields)
     if unknown:
         raise CheckpointError(f"{display_path(path)}: its parameters are another version's: {', '.join(unknown)}")
+    elsewhere = {
+        name: "auto" if name == "device" else "" for name in ("device", "log_with") if name in content["config"]
+    }
+    try:
+        cls.create({**content["config"], **elsewhere}, written_later=cls.existing_paths)
+    except ParameterError as error:
+        raise CheckpointError(f"checkpoint '{display_path(path)}': its config: {error}") from None
     return cls.model_construct(**content["config"])
 
 

@@ -24,7 +24,7 @@ from mrilib.evaluation import score_volume, write_reconstruction
 from mrilib.figures import zero_filled_image
 from mrilib.inference import load_stage1, load_stage2
 from mrilib.model import TwoStageModel, build_backbone
-from mrilib.runs import git_state, read_json
+from mrilib.runs import git_state, read_record
 from mrilib.training import pick_device
 
 SUFFIXES = (".h5", ".jsonl", ".png")  # of what is written; the h5 appears first and tells what the others are of
@@ -38,7 +38,7 @@ def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
     ParameterError
         If the folder is no run, or its run did not get as far as evaluation.
     """
-    record = read_json(directory / "run.json")
+    record = read_record(directory)
     if "evaluate" not in record["notebooks"]:
         raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
     values = {**record["notebooks"]["evaluate"]["config"], "device": device}

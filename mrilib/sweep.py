@@ -18,7 +18,7 @@ import yaml
 
 from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, parse_yaml, read_yaml, resolve, with_defaults
 from mrilib.errors import shortened
-from mrilib.runs import read_json
+from mrilib.runs import read_record
 
 MRILIB = (sys.executable, "-m", "mrilib")
 MOST_RUNS = 1000
@@ -184,14 +184,14 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def _status(path: Path) -> str:
-    return str(read_json(path / "run.json")["status"]) if (path / "run.json").is_file() else "no run"
+    return str(read_record(path)["status"]) if (path / "run.json").is_file() else "no run"
 
 
 def _check_same(path: Path, folder: Path, one: Variant, notebooks: Sequence[str]) -> None:
     """Take a run that is there, or go on with it, only if it has the notebooks and parameters asked for now."""
     if not (path / "run.json").is_file():
         raise ParameterError(f"'{display_path(path)}' is no run folder; choose another --name, or --overwrite")
-    record = read_json(path / "run.json")
+    record = read_record(path)
     made = record["notebooks"]
     if set(record["planned"]) != set(notebooks):
         told = f"consists of {', '.join(record['planned'])}, not of {', '.join(notebooks)}"
@@ -247,7 +247,7 @@ def _compare(folder: Path, directory: Path, recorded: Sequence[Path]) -> int:
     """05_compare_runs over the runs, in a run folder of its own; it is made anew each time."""
     print(f"══ comparison → {display_path(directory)}", flush=True)
     if directory.exists():
-        if _status(directory) == "no run" or set(read_json(directory / "run.json")["planned"]) != {"compare"}:
+        if _status(directory) == "no run" or set(read_record(directory)["planned"]) != {"compare"}:
             raise ParameterError(f"'{display_path(directory)}' exists and is no comparison; choose another --name")
         shutil.rmtree(directory)
     with tempfile.TemporaryDirectory() as temporary:

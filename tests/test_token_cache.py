@@ -85,6 +85,17 @@ def test_entries_are_the_slices_bit_for_bit_under_every_mask(filled):
         assert plain.epoch == 2
 
 
+def test_random_numbers_do_not_depend_on_what_is_in_the_cache(filled, tmp_path):
+    config, system, _, _ = filled
+    config = config.model_copy(update={"token_cache_dir": str(tmp_path)})
+    states = []
+    for _ in ("cold", "warm"):
+        torch.manual_seed(3)
+        TokenCache(system, config).hold(*datasets(config))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):
     config, system, cache, _ = filled
     key = cache.key
