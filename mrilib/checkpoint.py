@@ -327,6 +327,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     _check_like(own, state["param_groups"], "optimizer/param_groups")
     if [group["params"] for group in own] != [group["params"] for group in state["param_groups"]]:
         raise ValueError("optimizer/param_groups: other parameters")
+    for number, (mine, given) in enumerate(zip(own, state["param_groups"], strict=True)):
+        for name, value in mine.items():
+            if name not in ("params", "lr") and given[name] != value:
+                raise ValueError(f"optimizer/param_groups/{number}/{name}: {value!r} is wanted, got {given[name]!r}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in own for number in group["params"]]
     of = dict(zip(numbers, parameters, strict=True))

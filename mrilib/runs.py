@@ -214,12 +214,25 @@ def start(notebook: str, config: OutputParameters) -> Run:
     return run
 
 
+class LogFile(logging.FileHandler):
+    """A log file. If it cannot be written, one line on stderr says so, and the run goes on."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report the first failure."""
+        if not self.has_failed:
+            self.has_failed = True
+            error = sys.exc_info()[1]
+            print(f"the log '{display_path(self.baseFilename)}' could not be written: {error}", file=sys.stderr)
+
+
 def _log_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

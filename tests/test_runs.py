@@ -11,7 +11,7 @@ import matplotlib.figure
 import pytest
 from refusals import assert_refused
 
-from mrilib import runs
+from mrilib import history, runs
 from mrilib.config import OutputParameters, ParameterError
 
 
@@ -231,3 +231,28 @@ def test_a_full_disk_is_told_with_the_files_name_and_the_run_is_marked_as_failed
     monkeypatch.undo()
     runs.start("explore", parameters(tmp_path / "a")).finish("explore")
     assert record(tmp_path / "a")["status"] == "done" and not reserve.exists()
+
+
+def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys, monkeypatch):
+    handler = runs.LogFile(tmp_path / "x.log", encoding="utf-8")
+
+    def full(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(handler.stream, "write", full)
+    for _ in range(3):
+        handler.handle(logging.LogRecord("mrilib", logging.INFO, "", 0, "text", (), None))
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "x.log" in error and "No space left" in error
+
+
+def test_a_table_of_epochs_on_a_full_disk_names_its_file(tmp_path, monkeypatch):
+    history.write_epochs(tmp_path / "stage1.csv", [{"epoch": 1}])
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left.*stage1\.csv"):
+        history.write_epochs(tmp_path / "stage1.csv", [{"epoch": 1}, {"epoch": 2}])
+    assert history.read_epochs(tmp_path / "stage1.csv") == [{"epoch": 1.0}]
