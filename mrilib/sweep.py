@@ -74,7 +74,7 @@ def variants(base: str, grid: dict[str, list[Any]]) -> list[Variant]:
     count = math.prod(map(len, grid.values()))
     if count > MOST_RUNS:
         raise ParameterError(f"the values of {', '.join(varying)} make {count} runs; at most {MOST_RUNS} are allowed")
-    for name, values in grid.items():
+    for name, given in grid.items():
         if len({_number_or_text(value) for value in given}) < len(given):
             raise ParameterError(f"{name}: a value is given twice; leave one of them out")
     found = []
