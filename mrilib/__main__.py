@@ -21,8 +21,10 @@ from mrilib.config import (
     ParameterError,
     Parameters,
     Stage2Parameters,
+    TrainingParameters,
     display_path,
     parse_yaml,
+    printable,
     read_small,
     read_yaml,
     resolve,
@@ -39,6 +41,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and the error, and exit with status 2."""
         super().error(shortened(message, LONGEST_LINE))
+
+
+def folder(text: str) -> Path:
+    """A folder's path; an empty text would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of a folder is wanted")
+    return Path(text)
 
 
 def whole(lowest: int, highest: int) -> Callable[[str], int]:
@@ -145,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
     reconstruct.add_argument("file", type=Path, help="fastMRI brain multicoil h5 file")
     reconstruct.add_argument(
-        "--out", type=Path, default=Path("reconstructed"), help="output folder (default: %(default)s)"
+        "--out", type=folder, default=Path("reconstructed"), help="output folder (default: %(default)s)"
     )
     reconstruct.add_argument(
         "--acceleration",
@@ -185,11 +194,12 @@ def run_notebooks(options: argparse.Namespace) -> int:
     from mrilib import phantom
     from mrilib.config import ExploreParameters
     from mrilib.decoders import uses_tokens
-    from mrilib.runs import Run, hold, stop_on_signals
+    from mrilib.runs import REFUSALS, Run, hold, stop_on_signals
 
     folder: Path = options.params
     if not folder.is_dir():
-        raise ParameterError(f"the params folder '{folder}' does not exist")
+        why = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ParameterError(f"the params folder '{folder}' {why}; give a folder such as params/demo")
     if options.stage2_only and options.checkpoint is None and not options.resume:
         raise ParameterError("--stage2-only and -c CHECKPOINT go together")
     if options.checkpoint is not None and not options.stage2_only:
@@ -236,7 +246,9 @@ def run_notebooks(options: argparse.Namespace) -> int:
         phantom_of = ExploreParameters.from_yaml(explore)
     made = resolve(phantom_of.data_dir) if phantom_of is not None and phantom_of.phantom_volumes else None
     for name in names:
-        check_before_start(name, values[name], directory, made)
+        config = check_before_start(name, values[name], directory, made)
+        if resumed:
+            check_resumed(name, config, given.get(name, {}), directory)
     check_controls(values, directory)
     if phantom_of is not None:
         phantom.make_if_absent(phantom_of)
@@ -246,10 +258,10 @@ def run_notebooks(options: argparse.Namespace) -> int:
         (directory / "params").mkdir()
         for name in names:
             shutil.copy(folder / f"{name}.yaml", directory / "params")
+    overrides_path = directory / "params" / "overrides.yaml"
+    before = overrides_path.read_text() if overrides_path.is_file() else ""
     if overrides:
-        written = directory / "params" / "overrides.yaml.part"
-        written.write_text(yaml.safe_dump(overrides))
-        written.replace(directory / "params" / "overrides.yaml")
+        write_text(overrides_path, yaml.safe_dump(overrides))
     if not resumed:  # last: a folder with a record has all that going on takes
         Run(directory, list(names)).save()
     record = Run(directory, [])
@@ -270,12 +282,22 @@ def run_notebooks(options: argparse.Namespace) -> int:
             notebook = Notebook(name, values[name], directory)
             status = run_one(notebook, came)
             if status:
+                error = str(Run(directory, []).record["notebooks"].get(name, {}).get("error"))
+                if resumed and given and error.startswith(REFUSALS):  # what is refused must not stick
+                    write_text(overrides_path, before)
                 return status
     if (directory / "metrics.json").is_file():
         from mrilib.tables import metrics_text
 
         print(metrics_text(directory / "metrics.json"))
     return 0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it into place."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def claim_folder(directory: Path, overwrite: bool) -> None:
@@ -388,8 +410,8 @@ def notebook_values(
     return {**values, **overrides.get(name, {})}
 
 
-def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> None:
-    """Validate a notebook's parameters; the run's own checkpoints and `made`, its data, need not be there yet."""
+def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> Parameters:
+    """A notebook's parameters, validated; the run's own checkpoints and `made`, its data, need not be there yet."""
     from mrilib.decoders import uses_tokens
 
     later = [
@@ -403,8 +425,27 @@ def check_before_start(name: str, values: dict[str, Any], directory: Path, made:
         config = cls.create(values, written_later=later)
         if isinstance(config, Stage2Parameters) and uses_tokens(values) and "stage1_checkpoint" not in later:
             config.require_path("stage1_checkpoint")
+        return config
     except ParameterError as error:
         raise ParameterError(f"{name}: {error}") from None
+
+
+def check_resumed(name: str, config: Parameters, given: dict[str, Any], directory: Path) -> None:
+    """Refuse to change what a run has already been made with."""
+    from mrilib.resume import check_folder
+    from mrilib.runs import read_record
+
+    section = read_record(directory)["notebooks"].get(name, {})
+    if section.get("status") == "done":
+        made = section.get("config", {})
+        for key in given:
+            if key in made and config.to_dict()[key] != made[key]:
+                raise ParameterError(
+                    f"-p {name}.{key}: {name} is done, with {key}: {made[key]}; leave it out, or choose another --name "
+                    "for a new run"
+                )
+    elif isinstance(config, TrainingParameters):
+        check_folder(directory, config)
 
 
 def check_controls(values: dict[str, dict[str, Any]], directory: Path) -> None:
@@ -596,7 +637,7 @@ def reconstruct_file(options: argparse.Namespace) -> int:
     from mrilib.reconstruct import reconstruct
 
     for line in reconstruct(options.run, options.file, options.out, options.acceleration):
-        print(line)
+        print(printable(line))
     return 0
 
 
@@ -615,6 +656,8 @@ def list_runs(options: argparse.Namespace) -> int:
     """Print the table of run records."""
     from mrilib.tables import runs_text
 
+    if not options.directory.is_dir():
+        raise ParameterError(f"'{options.directory}' is no folder; give one that holds run folders, such as outputs")
     print(runs_text(options.directory))
     return 0
 

@@ -276,8 +276,12 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
     try:
         # everything as text first: pandas would turn a column with one bad number silently into strings
         table = pd.read_csv(csv, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        header = [str(name) for name in pd.read_csv(csv, dtype=str, header=None, nrows=1).iloc[0]]
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{csv}: not a readable CSV file: {str(error).splitlines()[0]}") from error
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise ValueError(f"{csv}, line 1: column {', '.join(twice)} is given twice; leave one of them out")
     missing = [name for name in _COLUMNS if name not in table.columns]
     if missing:
         raise ValueError(f"{csv}, line 1: column {', '.join(missing)} missing; needed are {', '.join(_COLUMNS)}")
@@ -523,6 +527,9 @@ class Report(NamedTuple):
     response: str
 
 
+LONGEST_TEXT = 20_000  # characters of a prompt or a response, some 5,000 tokens
+
+
 def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
     """Read reports, one JSON object a line with the keys file (with or without .h5), slice, prompt, response.
 
@@ -561,6 +568,8 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
                     raise ValueError(f"{where}: slice is {_cut(entry[key])}; it must be a number from 0 on")
             elif not isinstance(entry[key], str) or not entry[key].strip():
                 raise ValueError(f"{where}: {key} is {_cut(entry[key])}; it must be a text that is not empty")
+            elif len(entry[key]) > LONGEST_TEXT:
+                raise ValueError(f"{where}: {key} has {len(entry[key])} characters; at most {LONGEST_TEXT} are allowed")
             elif any("\ud800" <= character <= "\udfff" for character in entry[key]):  # which no tokenizer takes
                 raise ValueError(f"{where}: {key} holds half a surrogate pair, which is no character")
         entry["file"] = entry["file"].strip().removesuffix(".h5")

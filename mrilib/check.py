@@ -240,7 +240,7 @@ def check_files(
     check : callable
         What looks at one file.
     """
-    jobs = jobs or (1 if len(paths) <= ALONE else joblib.cpu_count())
+    jobs = min(jobs or (1 if len(paths) <= ALONE else joblib.cpu_count()), max(1, len(paths)))
     reports: dict[Path, FileReport] = {}
 
     def take(part: Sequence[Path]) -> None:

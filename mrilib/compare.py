@@ -12,7 +12,7 @@ from mrilib.config import NOTEBOOKS, CompareParameters, ParameterError, display_
 from mrilib.data import Volume, read_volume
 from mrilib.figures import Comparison
 from mrilib.history import History, read_history
-from mrilib.runs import all_runs, read_json
+from mrilib.runs import all_runs, read_json, read_record
 from mrilib.style import method_label
 
 STAGES = {"stage1": "stage1", "control": "stage1", "stage2": "stage2", "plain": "stage2"}  # history → its notebook
@@ -50,7 +50,7 @@ def chosen_runs(config: CompareParameters, own: Path) -> dict[str, Path]:
 
 
 def _finished(path: Path) -> bool:
-    record = read_json(path / "run.json")
+    record = read_record(path)
     return record["status"] == "done" and not {"stage1", "stage2", "evaluate"}.isdisjoint(record["notebooks"])
 
 
@@ -58,7 +58,7 @@ def states(runs: Mapping[str, Path]) -> dict[str, str]:
     """What became of each run: "done", or what failed and why, or what is missing."""
     told = {}
     for run, path in runs.items():
-        record = read_json(path / "run.json")
+        record = read_record(path)
         failed = [(name, one) for name, one in record["notebooks"].items() if one.get("status") == "failed"]
         missing = [name for name in record["planned"] if record["notebooks"].get(name, {}).get("status") != "done"]
         if failed:
@@ -92,7 +92,7 @@ def differing_parameters(runs: Mapping[str, Path]) -> pd.DataFrame:
 
 def _configs(run: Path) -> dict[str, dict[str, str]]:
     """Notebook → parameter → value of a run; without the notebooks that decide nothing of its numbers."""
-    entries = read_json(run / "run.json")["notebooks"]
+    entries = read_record(run)["notebooks"]
     return {
         notebook: {name: _relative(value, run) for name, value in entry.get("config", {}).items() if name not in UNTOLD}
         for notebook, entry in entries.items()
@@ -198,7 +198,7 @@ def _slice(run: Path, method: str, acceleration: str, volume: Volume, slice_num:
 
 def _find_volume(run: Path, file: str) -> Volume | None:
     """The test file as the run had it; None where it is not any more."""
-    config = read_json(run / "run.json")["notebooks"]["evaluate"]["config"]
+    config = read_record(run)["notebooks"]["evaluate"]["config"]
     for folder in (resolve(config[name]) for name in ("test_dir", "data_dir") if config[name]):
         if (folder / file).is_file():
             return read_volume(folder / file)

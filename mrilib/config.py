@@ -7,6 +7,7 @@ and truth values are converted; what cannot be converted, or is not known, is re
 
 import ast
 import difflib
+import os
 import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
@@ -57,7 +58,8 @@ def resolve(path: str | Path) -> Path:
         For a loop of links, or the home folder of a user who does not exist.
     """
     try:
-        return (ROOT / Path(path).expanduser()).resolve()
+        # realpath, as Path.resolve raises on links in a circle: who opens the file tells what it is
+        return Path(os.path.realpath(ROOT / Path(path).expanduser()))
     except (RuntimeError, OSError, ValueError) as error:
         raise ParameterError(f"the path '{shortened(str(path))}' cannot be resolved: {error}") from None
 
@@ -348,6 +350,8 @@ class DataParameters(OutputParameters):
             raise ValueError(f"img_size: {self.img_size} is not a multiple of 16, the ViT's patch")
         if len(self.accelerations) != len(self.center_fractions):
             raise ValueError("center_fractions: as many values as accelerations are wanted; they are paired by index")
+        if len(set(self.accelerations)) < len(self.accelerations):
+            raise ValueError(f"accelerations: {self.accelerations} holds a value twice; give each once")
         if any(a < 1 for a in self.accelerations) or any(not 0 < f <= 1 for f in self.center_fractions):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
         if max(self.accelerations) > 1000:

@@ -1,11 +1,12 @@
 """What happened in a training, step by step and epoch by epoch, as the run folder's logs keep it."""
 
 import csv
+import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mrilib.runs import read_json_lines
+from mrilib.runs import read_json_lines, write_whole
 
 
 @dataclass
@@ -32,12 +33,11 @@ def epochs_path(run: Path, name: str) -> Path:
 
 def write_epochs(path: Path, rows: list[dict[str, float]]) -> None:
     """Write the epochs as CSV, whole."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:

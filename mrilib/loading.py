@@ -16,6 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+_NO_EMBEDDINGS = "the library's generate takes no embeddings for it"
+UNSUPPORTED = {  # see docs/backbones.md
+    "falcon_h1": _NO_EMBEDDINGS,
+    "bamba": _NO_EMBEDDINGS,
+    "zamba2": _NO_EMBEDDINGS,
+    "rwkv": "it generates other tokens with its state than without",
+}
 MODEL_TYPE = "transformer_rnn"
 INDEX = ".safetensors.index.json"
 JSON_BYTES = 64 << 20
@@ -84,6 +91,10 @@ def _read_config(path: Path, tensors: int) -> dict[str, Any]:
     settings = read_json_object(path)
     if not isinstance(settings.get("model_type"), str):
         raise ValueError(f"{path}: 'model_type' must be the name of a model, got {settings.get('model_type')!r:.100}")
+    if settings["model_type"] in UNSUPPORTED:
+        raise ValueError(
+            f"{path}: {settings['model_type']} cannot be the backbone: {UNSUPPORTED[settings['model_type']]}"
+        )
     try:
         keys = list(_nested(settings))
     except RecursionError:

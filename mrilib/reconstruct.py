@@ -23,7 +23,7 @@ from mrilib.decoder import zero_filled
 from mrilib.evaluation import score_volume, write_reconstruction
 from mrilib.figures import zero_filled_image
 from mrilib.model import TwoStageModel
-from mrilib.runs import git_state, read_json
+from mrilib.runs import git_state, read_record
 from mrilib.setup import load_trained
 from mrilib.training import pick_device
 
@@ -38,7 +38,7 @@ def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
     ParameterError
         If the folder is no run, or its run did not get as far as evaluation.
     """
-    record = read_json(directory / "run.json")
+    record = read_record(directory)
     if "evaluate" not in record["notebooks"]:
         raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
     values = {**record["notebooks"]["evaluate"]["config"], "device": device}

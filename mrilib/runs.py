@@ -5,6 +5,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import json
@@ -27,7 +28,7 @@ import psutil
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from mrilib.config import NOTEBOOKS, ROOT, OutputParameters, ParameterError, display_path, resolve
+from mrilib.config import NOTEBOOKS, ROOT, OutputParameters, ParameterError, TrainingParameters, display_path, resolve
 from mrilib.style import png_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "fastmri", "safetensors", "h5py", "numpy", "papermill")
@@ -37,9 +38,19 @@ logger = logging.getLogger("mrilib")
 def write_json(path: Path, content: Any) -> None:
     """Write JSON under a temporary name, then rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it into place; an OSError names the file."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not name the file
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"could not be written ({error.strerror})", display_path(path)) from error
 
 
 def read_json(path: Path) -> Any:
@@ -47,9 +58,33 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise ParameterError(f"'{display_path(path)}' does not exist")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ParameterError(f"'{display_path(path)}' is not JSON: {error}") from None
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """A run folder's run.json; a ParameterError names it if it is missing, damaged or no run record."""
+    path = directory / "run.json"
+    record = read_json(path)
+    kinds = {"status": str, "started": str, "planned": list, "notebooks": dict}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)
+    ]
+    if not wrong:
+        wrong += ["planned"] * any(name not in NOTEBOOKS for name in map(str, record["planned"]))
+        wrong += [f"notebooks/{name}" for name, one in record["notebooks"].items() if not isinstance(one, dict)]
+    if wrong:
+        raise ParameterError(
+            f"'{display_path(path)}' is no run record: {', '.join(wrong)} missing or of another kind; "
+            "put back a copy of it, or choose another run folder"
+        )
+    return record
+
+
+REFUSALS = ("ParameterError: ", "CheckpointError: ", "DataError: ")  # how an error of bad input begins in a record
+RESERVE = ".reserve"  # a file in a run folder; deleted on a full disk, so that run.json can be written once more
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Run:
@@ -66,8 +101,9 @@ class Run:
     def __init__(self, directory: Path, planned: list[str]) -> None:
         self.directory = directory
         self.record_path = directory / "run.json"
+        self.before: dict[str, Any] = {}  # what was recorded of the notebook that `start` begins
         if self.record_path.exists():
-            self.record = read_json(self.record_path)
+            self.record = read_record(directory)
             self.record["planned"] += [name for name in planned if name not in self.record["planned"]]
         else:
             self.record = {"name": directory.name, "status": "running", "planned": planned, "notebooks": {}}
@@ -80,10 +116,25 @@ class Run:
             "failed" if "failed" in states else "done" if all(s == "done" for s in states) else "running"
         )
         self.record["updated"] = _now()
-        write_json(self.record_path, self.record)
+        reserve = self.directory / RESERVE
+        try:
+            write_json(self.record_path, self.record)
+        except OSError as error:
+            if error.errno not in _FULL or not reserve.exists():
+                raise
+            reserve.unlink()
+            write_json(self.record_path, self.record)
+            return
+        if self.record["status"] != "running":
+            reserve.unlink(missing_ok=True)
+        elif not reserve.exists():
+            with contextlib.suppress(OSError):  # there is none on a disk that is full already
+                # random bytes: some file systems store zeros without room
+                reserve.write_bytes(os.urandom(max(1 << 16, 4 * self.record_path.stat().st_size)))
 
     def start(self, notebook: str, config: OutputParameters) -> None:
         """Record that a notebook has begun, with its resolved parameters."""
+        self.before = self.record["notebooks"].get(notebook, {})
         self.record["notebooks"][notebook] = {
             "status": "running",
             "started": _now(),
@@ -104,9 +155,18 @@ class Run:
         self.save()
 
     def finish(self, notebook: str, status: str = "done", **facts: Any) -> None:
-        """Record that a notebook has ended: done, or failed. The run folder is free again."""
-        self.note(notebook, status=status, finished=_now(), **facts)
-        release(self.directory)
+        """Record that a notebook has ended: done, or failed. The run folder is free again.
+
+        A notebook that was done before and is now refused stays done, with all that was recorded of it.
+        """
+        refused = str(facts.get("error", "")).startswith(REFUSALS)
+        if status == "failed" and refused and self.before.get("status") == "done":
+            self.record["notebooks"][notebook] = self.before
+            status, facts = "done", {"finished": self.before.get("finished")}
+        try:
+            self.note(notebook, **{"status": status, "finished": _now(), **facts})
+        finally:
+            release(self.directory)
 
     def save_figure(self, figure: matplotlib.figure.Figure, name: str) -> Path:
         """Save a figure as figures/NAME.png."""
@@ -132,8 +192,21 @@ def start(notebook: str, config: OutputParameters) -> Run:
     """
     disable_progress_bar()  # transformers' bars for loading a file would stay in the record
     name = config.output_dir or f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"
-    hold(resolve(name))
-    run = Run(resolve(name), [notebook])
+    directory = resolve(name)
+    ours = directory not in _held
+    try:
+        if directory.exists():
+            hold(directory)
+        if isinstance(config, TrainingParameters):
+            from mrilib.resume import check_folder
+
+            check_folder(directory, config)  # before anything is written
+        hold(directory)
+        run = Run(directory, [notebook])
+    except ValueError:
+        if ours:
+            release(directory)
+        raise
     run.start(notebook, config)
     _log_to(run.directory / "logs" / f"{notebook}-{datetime.now():%Y%m%d-%H%M%S}.log")
     logger.info("%s starts in %s", NOTEBOOKS[notebook][0], display_path(run.directory))
@@ -141,12 +214,25 @@ def start(notebook: str, config: OutputParameters) -> Run:
     return run
 
 
+class LogFile(logging.FileHandler):
+    """A log file. If it cannot be written, one line on stderr says so, and the run goes on."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report the first failure."""
+        if not self.has_failed:
+            self.has_failed = True
+            error = sys.exc_info()[1]
+            print(f"the log '{display_path(self.baseFilename)}' could not be written: {error}", file=sys.stderr)
+
+
 def _log_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -187,9 +273,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if keep is not None and path.exists():
             kept = [entry for entry in read_json_lines(path) if keep(entry)]
-            temporary = path.with_name(path.name + ".part")
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.path = path
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole length)
 
@@ -216,8 +300,21 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of such a log; none if it is not there. A last line that was cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    entries = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            if not isinstance(entry, dict):
+                raise ParameterError(
+                    f"the log '{display_path(path)}' is damaged in line {number}; delete the line, or put back a copy"
+                )
+            entries.append(entry)
+    return entries
 
 
 # ---------------------------------------------------------------------------------------------- one process a folder
@@ -443,7 +540,7 @@ def peak_memory_bytes() -> int:
 def all_runs(directory: str | Path = "outputs") -> list[Path]:
     """Run folders below a directory, oldest first."""
     records = [path.parent for path in resolve(directory).glob("*/run.json")]
-    return sorted(records, key=lambda path: read_json(path / "run.json")["started"])
+    return sorted(records, key=lambda path: read_record(path)["started"])
 
 
 def _now() -> str:

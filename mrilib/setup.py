@@ -179,10 +179,15 @@ def without_tokens(config: Stage2Parameters) -> Stage2Parameters:
 
 
 def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
-    """Parameters as a checkpoint holds them. They are not validated again: the data may lie elsewhere today."""
+    """Parameters as a checkpoint holds them; the data may lie elsewhere today, the device be absent."""
     unknown = set(content["config"]) - set(cls.model_fields)
     if unknown:
         raise CheckpointError(f"{display_path(path)}: its parameters are another version's: {', '.join(unknown)}")
+    elsewhere = {"device": "auto"} if "device" in content["config"] else {}
+    try:
+        cls.create({**content["config"], **elsewhere}, written_later=cls.existing_paths)
+    except ParameterError as error:
+        raise CheckpointError(f"checkpoint '{display_path(path)}': its config: {error}") from None
     return cls.model_construct(**content["config"])
 
 

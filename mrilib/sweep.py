@@ -19,7 +19,7 @@ import yaml
 from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, parse_yaml, read_yaml, resolve, with_defaults
 from mrilib.decoders import uses_tokens
 from mrilib.errors import shortened
-from mrilib.runs import read_json
+from mrilib.runs import read_record
 
 MRILIB = (sys.executable, "-m", "mrilib")
 MOST_RUNS = 1000
@@ -121,6 +121,9 @@ def variants(
     if count > MOST_RUNS:
         what = [*varying, *(["--methods"] if methods else []), *(["--seeds"] if seeds else [])]
         raise ParameterError(f"the values of {', '.join(what)} make {count} runs; at most {MOST_RUNS} are allowed")
+    for name, given in grid.items():
+        if len({_number_or_text(value) for value in given}) < len(given):
+            raise ParameterError(f"{name}: a value is given twice; leave one of them out")
     found = []
     chosen_seeds: list[int | None] = [*seeds] or [None]
     for method, seed, values in itertools.product(methods or [""], chosen_seeds, itertools.product(*grid.values())):
@@ -135,6 +138,14 @@ def variants(
     if len(set(names)) < len(names):
         raise ParameterError(f"two of the values give one folder name: {', '.join(names)}")
     return found
+
+
+def _number_or_text(value: Any) -> float | str:
+    """A value such that 1e-3 and 0.001 are equal."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return repr(value)
 
 
 def _word(value: Any) -> str:
@@ -239,14 +250,14 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def _status(path: Path) -> str:
-    return str(read_json(path / "run.json")["status"]) if (path / "run.json").is_file() else "no run"
+    return str(read_record(path)["status"]) if (path / "run.json").is_file() else "no run"
 
 
 def _check_same(path: Path, folder: Path, one: Variant) -> None:
     """Take a run that is there, or go on with it, only if it has the notebooks and parameters asked for now."""
     if not (path / "run.json").is_file():
         raise ParameterError(f"'{display_path(path)}' is no run folder; choose another --name, or --overwrite")
-    record = read_json(path / "run.json")
+    record = read_record(path)
     made = record["notebooks"]
     if set(record["planned"]) != set(one.notebooks):
         told = f"consists of {', '.join(record['planned'])}, not of {', '.join(one.notebooks)}"
@@ -302,7 +313,7 @@ def _compare(folder: Path, directory: Path, recorded: Sequence[Path]) -> int:
     """05_compare_runs over the runs, in a run folder of its own; it is made anew each time."""
     print(f"══ comparison → {display_path(directory)}", flush=True)
     if directory.exists():
-        if _status(directory) == "no run" or set(read_json(directory / "run.json")["planned"]) != {"compare"}:
+        if _status(directory) == "no run" or set(read_record(directory)["planned"]) != {"compare"}:
             raise ParameterError(f"'{display_path(directory)}' exists and is no comparison; choose another --name")
         shutil.rmtree(directory)
     with tempfile.TemporaryDirectory() as temporary:

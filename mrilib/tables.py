@@ -23,7 +23,7 @@ from mrilib.config import (
 from mrilib.data import Volume
 from mrilib.evaluation import VolumeScore, paired_difference
 from mrilib.model import TwoStageModel, count_parameters
-from mrilib.runs import all_runs, read_json
+from mrilib.runs import all_runs, read_json, read_record
 from mrilib.style import in_order, method_label
 
 ICBM_NOTICE = (
@@ -121,7 +121,7 @@ def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
     """One row a run record: name, status, start, and the headline metrics where there are any."""
     rows = []
     for path in all_runs(directory):
-        record = read_json(path / "run.json")
+        record = read_record(path)
         row = {"run": path.name, "status": record["status"], "started": record["started"]}
         row["notebooks"] = ", ".join(record["notebooks"])
         if (path / "metrics.json").is_file():
@@ -138,7 +138,9 @@ def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
 def runs_text(directory: str | Path = "outputs") -> str:
     """The table of run records for the console."""
     table = runs_table(directory)
-    return table.to_string(index=False) if len(table) else f"no run in {display_path(resolve(directory))}"
+    if not len(table):
+        return f"no run in {display_path(resolve(directory))}"
+    return "\n".join(printable(line) for line in table.map(str).map(printable).to_string(index=False).split("\n"))
 
 
 def split_table(volumes: Mapping[str, Sequence[Volume]]) -> pd.DataFrame:

@@ -141,8 +141,10 @@ class TokenCache:
         plans = [(dataset, self._shards(dataset, digests)) for dataset in datasets]
         missing = [(dataset, [s for s in shards if not s.path.exists()]) for dataset, shards in plans]
         self._check_room(plans, missing)
-        for dataset, shards in missing:
-            self._fill(dataset, shards)
+        # How much of the cache is there must not show in the training's random numbers: loaders draw from them.
+        with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == "cuda" else []):
+            for dataset, shards in missing:
+                self._fill(dataset, shards)
         self.held = [
             CachedSlices(dataset, {(s.number, i): (s, row) for s in shards for row, i in enumerate(s.indices)})
             for dataset, shards in plans

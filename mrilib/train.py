@@ -5,6 +5,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.utils.logging import disable_progress_bar
@@ -62,20 +63,32 @@ def train(config: StageParameters, only: str = "") -> Path:
     config = config.model_copy(update={"output_dir": name[0]})
     directory = resolve(name[0])
     main = state is None or state.is_main_process
-    # A notebook that starts these processes keeps the record itself.
-    run = runs.start(notebook, config) if main and not only else None
+    # Inputs are read first: what is refused leaves no folder, and a run that is there as it is.
+    training_log = logging.getLogger("mrilib")
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     if main:
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        training_log = logging.getLogger("mrilib")
         training_log.addHandler(console)
         training_log.setLevel(logging.INFO)
     try:
+        device = setup.prepare(config)
+        loaders = setup.make_loaders(config)
+        # A notebook that starts these processes keeps the record itself.
+        run = runs.start(notebook, config) if main and not only else None
+    except BaseException:
+        training_log.removeHandler(console)
+        raise
+    if main:
+        training_log.addHandler(console)  # again: a run's log takes the place of all others
+    try:
         with runs.stop_on_signals(directory):
-            _train_stages(config, directory, run, only)
+            _train_stages(config, directory, run, only, device, loaders)
     except BaseException as error:
         if run is not None:
-            run.finish(notebook, "failed", error=f"{type(error).__name__}: {error}")
+            try:
+                run.finish(notebook, "failed", error=f"{type(error).__name__}: {error}")
+            except OSError as full:  # the training's own error is the one to tell
+                logging.getLogger("mrilib").error("%s", full)
         raise
     finally:
         if state is not None and sys.exc_info()[0] is None:
@@ -83,9 +96,14 @@ def train(config: StageParameters, only: str = "") -> Path:
     return directory
 
 
-def _train_stages(config: StageParameters, directory: Path, run: runs.Run | None, only: str) -> None:
-    device = setup.prepare(config)
-    loaders = setup.make_loaders(config)
+def _train_stages(
+    config: StageParameters,
+    directory: Path,
+    run: runs.Run | None,
+    only: str,
+    device: torch.device,
+    loaders: setup.Loaders,
+) -> None:
     notebook = "stage1" if isinstance(config, Stage1Parameters) else "stage2"
     if run is not None:
         split = {name: [volume.file for volume in part] for name, part in loaders.split.items()}

@@ -21,8 +21,17 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from mrilib import distributed, runs
-from mrilib.checkpoint import load_checkpoint, load_weights, rng_state, save_checkpoint, set_rng_state
-from mrilib.config import ParameterError, TrainingParameters, display_path
+from mrilib.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_optimizer,
+    load_schedule,
+    load_weights,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from mrilib.config import TrainingParameters, display_path
 from mrilib.data import Batch, FastMRIDataset, ShapeBatchSampler, loading_error
 from mrilib.distributed import TrainingStopped, everyone
 from mrilib.gradients import Part, StepGradients, combine_statistics, out_of_memory
@@ -35,7 +44,7 @@ from mrilib.history import (
 )
 from mrilib.model import count_parameters, tensor_hash
 from mrilib.optimizer import build_optimizer
-from mrilib.resume import check_same_training, data_hash
+from mrilib.resume import check_progress, check_same_training, data_content, data_hash, refuse_unasked
 
 if TYPE_CHECKING:
     from mrilib.training import Stage
@@ -99,6 +108,7 @@ class Trainer:
             num_training_steps=self.total_steps,
         )
         self.data_hash = data_hash(train_loader, val_loader)
+        self.data_content = data_content(train_loader, val_loader)
         # what the trained part depends on; a decoder without tokens depends on neither
         model = stage.model
         self.backbone_hash = tensor_hash(model.backbone) if model.uses_tokens else ""
@@ -140,6 +150,7 @@ class Trainer:
         return {
             "config": self.config.to_dict(),
             "data": self.data_hash,
+            "data_content": self.data_content,
             "backbone": self.backbone_hash,
             "encoder": self.encoder_hash,
             "steps_per_epoch": self.steps_per_epoch,
@@ -198,20 +209,12 @@ class Trainer:
         final, unfinished = self.checkpoint_path("final_model"), self.checkpoint_path("resume")
         path = final if final.exists() else unfinished
         if path.exists():
-            self._refuse_unasked(path)
+            refuse_unasked(path, self.directory, self.stage.name, self.config)
             self.load(load_checkpoint(path, self.stage.name), path)
             if path == final and self.main:  # the process that wrote it may not have come to this any more
                 unfinished.unlink(missing_ok=True)
             logger.info("%s goes on after epoch %d, step %d", self.stage.name, self.epoch, self.step)
         return path == final
-
-    def _refuse_unasked(self, path: Path) -> None:
-        if not self.config.resume:
-            finished = "a finished" if "final" in path.name else "an unfinished"
-            raise ParameterError(
-                f"'{display_path(self.directory)}' holds {finished} training of {self.stage.name}; resume: true goes "
-                "on with it, another output_dir leaves it alone"
-            )
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Put back what `state` gave.
@@ -223,16 +226,24 @@ class Trainer:
         """
         name = display_path(path)
         check_same_training(state, self.identity(), name)
+        check_progress(state, self.steps_per_epoch, self.config, name)
         load_weights(self.stage.part, state["weights"], name)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        try:
+            load_optimizer(self.optimizer, state["optimizer"])
+            load_schedule(self.schedule, state["schedule"])
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint '{name}' does not fit this training: {error}") from None
         self.step, self.epoch, self.gradients.micro_batch = state["step"], state["epoch"], state["micro_batch"]
         self.losses, self.epoch_seconds = state["losses"], state["cost"]["epoch_seconds"]
         steps = [entry for entry in runs.read_json_lines(self.steps_path) if entry["step"] <= self.step]
         self.history = History(steps=steps, seconds=state["cost"]["seconds"], **state["history"])
         if len(state["rng"]) == self.accelerator.num_processes:
             self.rng = state["rng"][self.accelerator.process_index]
-            set_rng_state(self.rng)
+            try:
+                set_rng_state(self.rng)
+            except (RuntimeError, TypeError, ValueError) as error:
+                told = str(error).splitlines()[0]
+                raise CheckpointError(f"checkpoint '{name}': rng: not a random number state ({told})") from None
         else:
             logger.warning("%s: another number of processes: random numbers of the model begin anew", self.stage.name)
 

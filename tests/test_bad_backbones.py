@@ -157,6 +157,8 @@ NIRVANA = {
     "versions": (settings(logit_dim=HUGE), (CONFIG, "logit_dim", "at most")),
     "concepts": (settings(concept_dim=HUGE), (CONFIG, "concept_dim", "at most")),
     "width is text": (settings(hidden_size="wide"), (CONFIG, "hidden_size")),
+    "layers are true": (settings(num_hidden_layers=True), (CONFIG, "num_hidden_layers")),
+    "epsilon is text": (settings(norm_eps="small"), (CONFIG, "norm_eps")),
     "int8": (embeddings(lambda x: x.to(torch.int8)), ("model.safetensors", "embeddings", "I8")),
     "complex": (embeddings(lambda x: x.to(torch.complex64)), ("model.safetensors", "embeddings", "C64")),
     "NaN": (embeddings(lambda x: x * torch.nan), ("embeddings", "NaN")),

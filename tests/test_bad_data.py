@@ -203,9 +203,14 @@ def sparse(path: Path) -> None:
     os.truncate(path, 2**40)
 
 
+def twice_x(folder: Path, file: str) -> None:
+    (folder / "brain.csv").write_text(f"file,slice,study_level,x,y,width,height,label,x\n{file},0,No,1,1,9,9,Edema,5\n")
+
+
 ANNOTATIONS: tuple[tuple[str, Callable[[Path, str], None], tuple[str, ...]], ...] = (
     ("a pipe as table", special("brain.csv", os.mkfifo), ("brain.csv", "must be a file")),
     ("a pipe as list", special("brain_file_list.csv", os.mkfifo), ("brain_file_list.csv", "must be a file")),
+    ("a column twice", twice_x, ("line 1", "column x is given twice")),
     ("a folder as table", special("brain.csv", Path.mkdir), ("brain.csv", "must be a file")),
     ("a device as table", special("brain.csv", lambda p: p.symlink_to("/dev/zero")), ("brain.csv", "must be a file")),
     ("a terabyte as table", special("brain.csv", sparse), ("brain.csv", "that large")),
@@ -262,6 +267,8 @@ REPORTS: tuple[tuple[str, bytes | Callable[[Path], Any], str], ...] = (
     ("a device", lambda path: path.symlink_to("/dev/zero"), "must be a file"),
     ("a terabyte", sparse, "that large"),
     ("a link to itself", lambda path: path.symlink_to(path.name), "does not exist|must be a file"),
+    ("a text of a book's length", b'{"file": "a", "slice": 0, "prompt": "p", "response": "%s"}' % (b"b" * 20_001),
+     "line 1: response has 20001 characters"),
     ("bytes", bytes(range(256)), "line 1: not a JSON object"),
     ("nul bytes", bytes(100), "line 1: not a JSON object"),
     ("a list", b"[1]", "line 1: a JSON list"),

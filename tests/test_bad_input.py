@@ -86,6 +86,26 @@ def symlink_loop(path: Path) -> None:
 
 
 VALUES = [
+    Refusal(
+        "acceleration twice",
+        option("accelerations=[4, 4]", "center_fractions=[0.08, 0.0625]"),
+        ("accelerations", "twice"),
+    ),
+    Refusal(
+        "sweep over equal numbers", of_sweep("-p", "stage1.learning_rate=1e-3,0.001"), ("stage1.learning_rate", "twice")
+    ),
+    Refusal("runs of a folder that is not there", lambda folder: ["runs", str(folder / "none")], ("none", "no folder")),
+    Refusal("runs of a file", lambda folder: ["runs", str(folder / "stage1.yaml")], ("stage1.yaml", "no folder")),
+    Refusal(
+        "params file as params folder",
+        lambda folder: ["run", str(folder / "stage1.yaml")],
+        ("stage1.yaml", "is a file"),
+    ),
+    Refusal(
+        "reconstruct into no folder",
+        lambda folder: ["reconstruct", str(folder), str(folder), "--out", ""],
+        ("--out", "folder"),
+    ),
     Refusal("list that does not end", option("epochs=["), ("-p epochs=[", "not YAML")),
     Refusal("mapping that does not end", option("epochs={"), ("-p epochs={", "not YAML")),
     Refusal("quote that does not end", option('epochs="3'), ("-p epochs=", "not YAML")),

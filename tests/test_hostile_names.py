@@ -114,3 +114,12 @@ def test_the_log_says_what_failed(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(runs.logger, "propagate", True)
     runs.after_cell(SimpleNamespace(error_in_exec=ValueError("\na$b\n  ^\nParseException"), error_before_exec=None))
     assert "explore failed: ValueError: a$b" in caplog.text
+
+
+def test_the_table_of_runs_prints_no_control_character(tmp_path):
+    name = "a\nb\x1b[31m|x"
+    (tmp_path / name).mkdir()
+    record = {"started": "2026-01-01T00:00:00+0000", "status": "done", "planned": [], "notebooks": {}}
+    (tmp_path / name / "run.json").write_text(json.dumps(record))
+    lines = tables.runs_text(tmp_path).split("\n")
+    assert len(lines) == 2 and all(line.isprintable() for line in lines)

@@ -17,6 +17,7 @@ import pytest
 import systems
 import yaml
 from fastmri import evaluate as official
+from refusals import assert_refused
 from test_stop import processes_of
 
 from mrilib.__main__ import COMMANDS, claim_folder, main, make_parser, parse_overrides
@@ -292,6 +293,22 @@ def test_what_is_no_run_folder_is_never_emptied(params, tmp_path, capsys):
     (remains / "params").mkdir(parents=True)
     claim_folder(remains, overwrite=False)
     assert [path.name for path in remains.iterdir()] == [".lock"]
+
+
+def test_what_resume_refuses_is_not_kept(run, tmp_path, capsys):
+    again = tmp_path / NAME
+    shutil.copytree(run, again)
+    files = {path: path.read_bytes() for path in again.rglob("*") if path.is_file() and path.name != ".lock"}
+    command = ["run", str(again / "params"), "--name", str(again), "--resume"]
+    assert_refused([*command, "-p", "stage1.epochs=99"], ("-p stage1.epochs", "stage1 is done, with epochs: 1"), capsys)
+    assert main([*command, "-p", "stage1.epochs=1"]) == 0  # as it was made
+    record = json.loads((again / "run.json").read_text())
+    record["notebooks"]["stage1"]["status"] = "failed"
+    (again / "run.json").write_text(json.dumps(record))
+    assert_refused([*command, "-p", "stage1.learning_rate=5"], ("was begun with learning_rate: 0.001",), capsys)
+    assert not [path for path, content in files.items() if path.suffix == ".pt" and path.read_bytes() != content]
+    kept = yaml.safe_load((again / "params" / "overrides.yaml").read_text())
+    assert kept == {"stage1": {"epochs": 1}}
 
 
 def test_runs_table(run, capsys):

@@ -1,5 +1,6 @@
 """Run records: written at once, whole, and true about failures."""
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import matplotlib.figure
 import pytest
+from refusals import assert_refused
 
-from mrilib import runs
+from mrilib import history, runs
 from mrilib.config import OutputParameters, ParameterError
 
 
@@ -144,7 +146,9 @@ def test_json_lines_are_on_disk_line_by_line(tmp_path: Path) -> None:
 
 def test_runs_are_listed_oldest_first(tmp_path: Path) -> None:
     for name, started in (("b", "2024-01-01T00:00:00+0000"), ("a", "2025-01-01T00:00:00+0000")):
-        runs.write_json(tmp_path / name / "run.json", {"started": started})
+        runs.write_json(
+            tmp_path / name / "run.json", {"started": started, "status": "done", "planned": [], "notebooks": {}}
+        )
     (tmp_path / "no run").mkdir()
     assert [path.name for path in runs.all_runs(tmp_path)] == ["b", "a"]
     assert runs.all_runs(tmp_path / "none") == []
@@ -167,3 +171,88 @@ def test_the_log_of_the_next_notebook_is_its_own(tmp_path: Path) -> None:
 def test_versions_hardware_and_memory_are_plain() -> None:
     json.dumps([runs.versions(), runs.hardware(), runs.git_state()], allow_nan=False)
     assert runs.hardware()["memory_bytes"] > 1e8 and runs.peak_memory_bytes() > 1e7
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x80\xff\x00", ("is not JSON",)),
+        (b"[" * 100_000, ("is not JSON",)),
+        (b"9" * 5000, ("is not JSON",)),
+        (b"[]", ("is no run record",)),
+        (b"null", ("is no run record",)),
+        (b'{"status": "done", "started": 5, "planned": [], "notebooks": {}}', ("is no run record", "started")),
+        (b'{"status": "done", "started": "x", "planned": ["x"], "notebooks": {}}', ("is no run record", "planned")),
+        (
+            b'{"status": "done", "started": "x", "planned": [], "notebooks": {"stage1": 3}}',
+            ("is no run record", "notebooks/stage1"),
+        ),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_line(tmp_path, capsys, content: bytes, words: tuple[str, ...]) -> None:
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "run.json").write_bytes(content)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "compare.yaml").write_text("runs: []")
+    for command in (
+        ["runs", str(tmp_path)],
+        ["reconstruct", str(run), str(tmp_path / "x.h5")],
+        ["run", str(tmp_path / "p"), "--name", str(run), "--resume"],
+    ):
+        assert_refused(command, (str(run / "run.json"), *words), capsys)
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2, "lo', b"\xff\xfe", b"[1]", b"null"])
+def test_a_damaged_line_of_a_log_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n{"st')
+    with pytest.raises(ParameterError, match=r"the log '.*x.jsonl' is damaged in line 2; delete the line"):
+        runs.read_json_lines(path)
+    path.write_bytes(b'{"step": 1}\n{"st')  # a process that was killed left this
+    assert runs.read_json_lines(path) == [{"step": 1}]
+
+
+def test_a_full_disk_is_told_with_the_files_name_and_the_run_is_marked_as_failed(tmp_path, monkeypatch) -> None:
+    run = runs.start("explore", parameters(tmp_path / "a"))
+    write, reserve = Path.write_text, tmp_path / "a" / runs.RESERVE
+    assert reserve.stat().st_size >= 4 * (tmp_path / "a" / "run.json").stat().st_size
+
+    def on_a_full_disk(path: Path, *arguments: Any, **options: Any) -> int:
+        if reserve.exists():  # its room is all that can be had
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", on_a_full_disk)
+    with pytest.raises(OSError, match=r"No space left on device\): '.*metrics.json'"):
+        run.update_metrics(cost={})
+    run.finish("explore", "failed", error="OSError: no space")
+    assert record(tmp_path / "a")["status"] == "failed" and not reserve.exists()
+    monkeypatch.undo()
+    runs.start("explore", parameters(tmp_path / "a")).finish("explore")
+    assert record(tmp_path / "a")["status"] == "done" and not reserve.exists()
+
+
+def test_a_log_that_cannot_be_written_says_so_once(tmp_path, capsys, monkeypatch):
+    handler = runs.LogFile(tmp_path / "x.log", encoding="utf-8")
+
+    def full(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(handler.stream, "write", full)
+    for _ in range(3):
+        handler.handle(logging.LogRecord("mrilib", logging.INFO, "", 0, "text", (), None))
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "x.log" in error and "No space left" in error
+
+
+def test_a_table_of_epochs_on_a_full_disk_names_its_file(tmp_path, monkeypatch):
+    history.write_epochs(tmp_path / "stage1.csv", [{"epoch": 1}])
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left.*stage1\.csv"):
+        history.write_epochs(tmp_path / "stage1.csv", [{"epoch": 1}, {"epoch": 2}])
+    assert history.read_epochs(tmp_path / "stage1.csv") == [{"epoch": 1.0}]

@@ -1,5 +1,6 @@
 """The token cache: the same numbers as without, never a stale or damaged entry, whatever happens to the process."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import systems
 import torch
 from safetensors import safe_open
 
-from mrilib import kernels, model, runs, token_cache, token_cache_speed, training
+from mrilib import checkpoint, kernels, model, runs, token_cache, token_cache_speed, training
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
 from mrilib.decoders import build_decoder
@@ -83,6 +84,47 @@ def test_entries_are_the_slices_bit_for_bit_under_every_mask(filled):
                     tokens = system.image_tokens(systems.collate([a]))[0]
                 torch.testing.assert_close(b.tokens.float(), tokens, rtol=1e-4, atol=1e-4)
         assert plain.epoch == 2
+
+
+def test_random_numbers_do_not_depend_on_what_is_in_the_cache(filled, tmp_path):
+    config, system, _, _ = filled
+    config = config.model_copy(update={"token_cache_dir": str(tmp_path)})
+    states = []
+    for _ in ("cold", "warm"):
+        torch.manual_seed(3)
+        TokenCache(system, config).hold(*datasets(config))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_a_resumed_training_with_the_cache_equals_one_that_was_not_stopped(filled, tmp_path, monkeypatch):
+    """Uninterrupted with an empty cache; stopped after two steps and resumed, both times with a filled one."""
+    ended = []
+    for name, stops in (("whole", (False,)), ("resumed", (True, False))):
+        for stopped in stops:
+            config = filled[0].model_copy(
+                update={"token_cache_dir": str(tmp_path / "cache"), "epochs": 2, "resume": True}
+            )
+            training.prepare(config)
+            system = system_of(config)
+            stage = training.ReconstructionStage(system)
+            pair = datasets(config)
+            loaders = make_loader(pair[0], config.batch_size, 0, shuffle=True), make_loader(pair[1], config.batch_size)
+            loaders = token_cache.cached_loaders(stage, config, *loaders)
+
+            def stop(entry, name=name, stopped=stopped):
+                if stopped and entry["step"] == 2:
+                    runs.request_stop(tmp_path / name, "SIGTERM")
+
+            with contextlib.suppress(TrainingStopped):
+                training.fit(stage, config, *loaders, tmp_path / name, on_step=stop)
+            runs.withdraw_stop(tmp_path / name)
+        path = tmp_path / name / "stage2_checkpoints" / "stage2_final_model.pt"
+        ended.append(checkpoint.load_checkpoint(path, "stage2"))
+    whole, resumed = ended
+    assert whole["step"] == resumed["step"] > 2
+    assert all(torch.equal(value, resumed["weights"][name]) for name, value in whole["weights"].items())
+    assert torch.equal(whole["rng"][0]["torch"], resumed["rng"][0]["torch"])
 
 
 def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):

@@ -3,23 +3,26 @@
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import systems
 import torch
 import yaml
+from refusals import assert_refused
 
 from mrilib import distributed, model, runs, training
 from mrilib.checkpoint import load_checkpoint
 from mrilib.config import ROOT, ParameterError, Stage1Parameters
 from mrilib.distributed import TrainingStopped
 from mrilib.history import read_epochs
-from mrilib.resume import check_same_training
+from mrilib.resume import check_same_training, data_content
 from mrilib.runs import read_json_lines
 from mrilib.trainer import Trainer
 from mrilib.volume import DataError
@@ -346,10 +349,48 @@ def test_the_train_command(config, tmp_path, capsys):
     params.write_text(yaml.safe_dump(config.to_dict()))
     arguments = ["train", str(params), "--stage", "1", "-p", f"output_dir={tmp_path / 'run'}"]
     assert main([*arguments, "-p", "epochs=2"]) == 0
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "done" and record["notebooks"]["stage1"]["config"]["epochs"] == 2
-    assert main(arguments) == 1 and "holds a finished training" in capsys.readouterr().err
-    assert main([*arguments, "--resume"]) == 1 and "was begun with epochs: 2 (now 1)" in capsys.readouterr().err
+    record = (tmp_path / "run" / "run.json").read_text()
+    section = json.loads(record)["notebooks"]["stage1"]
+    assert json.loads(record)["status"] == "done" and section["config"]["epochs"] == 2 and section["best_epoch"]
+    logs = set((tmp_path / "run" / "logs").iterdir())
+    # what is refused changes nothing in the folder, and makes none
+    for more, words in (
+        ([], ("holds a finished training",)),
+        (["--resume"], ("was begun with epochs: 2 (now 1)",)),
+        (["--resume", "-p", "epochs=2", "-p", "data_dir=nowhere"], ("data_dir", "nowhere")),
+        (["-p", f"output_dir={tmp_path / 'new'}", "-p", "finding_labels=[Nothing]"], ("finding_labels",)),
+        (["-p", f"output_dir={tmp_path / 'new'}", "-p", f"data_dir={tmp_path}"], ("no h5 files",)),
+    ):
+        assert_refused([*arguments, *more], words, capsys)
+    assert (tmp_path / "run" / "run.json").read_text() == record and not (tmp_path / "new").exists()
+    assert set((tmp_path / "run" / "logs").iterdir()) == logs
+
+
+def test_other_content_of_the_data_is_refused(config, phantom_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_dir, data)
+    here = with_(config, data_dir=str(data), resume=True)
+    fit(stage_of(here), here, tmp_path / "run")
+    moved = with_(here, data_dir=str(data.rename(tmp_path / "moved")))
+    fit(stage_of(moved), moved, tmp_path / "run")  # the same content elsewhere
+    path = systems.loaders(moved)[0].dataset.volumes[0].path
+    with h5py.File(path, "r+") as h5:
+        h5["kspace"][...] = h5["kspace"][()] * 1.5  # names and shapes stay
+    with pytest.raises(ParameterError, match="was begun with other files, slices or texts"):
+        fit(stage_of(moved), moved, tmp_path / "run")
+
+
+def test_one_changed_value_or_another_size_of_a_file_is_another_content(config, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    loaders = systems.loaders(with_(config, data_dir=str(tmp_path / "data")))
+    path, before = loaders[0].dataset.volumes[0].path, data_content(*loaders)
+    whole, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    for other in (whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"\0"):
+        path.write_bytes(other)
+        os.utime(path, ns=times)
+        assert data_content(*loaders) != before
+    path.write_bytes(whole)
+    assert data_content(*loaders) == before
 
 
 class WorkersKilled(training.AnalysisStage):
