@@ -46,7 +46,9 @@ def run_notebook_cells(config: Stage1Parameters, recorded: RecordedTraining, dir
     notebook = json.loads((ROOT / "notebooks" / "02_train_stage1.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     run = SimpleNamespace(directory=directory, note=lambda *_, **__: None)
-    watch = SimpleNamespace(Watch=lambda *_: SimpleNamespace(step=None, epoch=None), text_progress=None)
+    watch = SimpleNamespace(
+        Watch=lambda *_: SimpleNamespace(step=None, epoch=None), text_progress=None, texts_in=lambda _: None
+    )
     names = {"config": config, "setup": setup, "training": recorded, "run": run, "live": watch, "model": model}
     names |= {"display": lambda _: None, "tables": tables, "device": setup.prepare(config)}
     for start in ("loaders = ", "stage = ", "watch = ", "control_history = "):

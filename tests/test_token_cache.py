@@ -15,7 +15,7 @@ import systems
 import torch
 from safetensors import safe_open
 
-from mrilib import checkpoint, kernels, model, runs, token_cache, token_cache_speed, training
+from mrilib import checkpoint, kernels, model, runs, setup, token_cache, token_cache_speed, training
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data import FastMRIDataset, make_loader, split_volumes
 from mrilib.decoders import build_decoder
@@ -108,16 +108,15 @@ def test_a_resumed_training_with_the_cache_equals_one_that_was_not_stopped(fille
             training.prepare(config)
             system = system_of(config)
             stage = training.ReconstructionStage(system)
-            pair = datasets(config)
-            loaders = make_loader(pair[0], config.batch_size, 0, shuffle=True), make_loader(pair[1], config.batch_size)
-            loaders = token_cache.cached_loaders(stage, config, *loaders)
+            loaders = setup.stage_loaders(config, stage, setup.make_loaders(config))
+            assert loaders.cache is not None
 
             def stop(entry, name=name, stopped=stopped):
                 if stopped and entry["step"] == 2:
                     runs.request_stop(tmp_path / name, "SIGTERM")
 
             with contextlib.suppress(TrainingStopped):
-                training.fit(stage, config, *loaders, tmp_path / name, on_step=stop)
+                training.fit(stage, config, loaders.train, loaders.val, tmp_path / name, on_step=stop)
             runs.withdraw_stop(tmp_path / name)
         path = tmp_path / name / "stage2_checkpoints" / "stage2_final_model.pt"
         ended.append(checkpoint.load_checkpoint(path, "stage2"))
