@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mrilib import corpus, model, pretrain
 from mrilib.data import FastMRIDataset, load_annotations, split_volumes
+from mrilib.decoders import build_decoder
 
 VOCABULARY = 500
 WIDTH = 32
@@ -198,7 +199,7 @@ def run(family, tokenizer, phantom_dir, folder):
     system = systems.build(config)
     dataset = FastMRIDataset(split_volumes(config)["test"], config, load_annotations(config))
     batch = systems.batch_of(dataset, 2)
-    before = model.fingerprint(system.backbone, system.tokenizer)
+    before = model.fingerprint(system)
 
     system.freeze("encoder")
     system.train()
@@ -210,9 +211,8 @@ def run(family, tokenizer, phantom_dir, folder):
     system.zero_grad()
 
     (folder / "checkpoint.pt").touch()
-    system.decoder = model.build_decoder(
-        systems.stage2_config(phantom_dir, folder, folder / "checkpoint.pt"), system.backbone
-    )
+    config2 = systems.stage2_config(phantom_dir, folder, folder / "checkpoint.pt")
+    system.decoder = build_decoder(config2, model.hidden_size(system.backbone))
     system.freeze("decoder")
     system.train()
     with torch.no_grad():
@@ -225,4 +225,4 @@ def run(family, tokenizer, phantom_dir, folder):
     together = system.generate(prefix, prompts, 8)
     alone = [system.generate(prefix[i : i + 1], [prompts[i]], 8)[0] for i in range(2)]
     assert together == alone, "a row generated in a batch differs from the row alone"
-    assert model.fingerprint(system.backbone, system.tokenizer) == before
+    assert model.fingerprint(system) == before
