@@ -52,7 +52,11 @@ def run(phantom_dir, backbone_dir, tmp_path_factory) -> Path:
         }
     )
     record = {"name": "small", "notebooks": {"evaluate": {"status": "done", "config": config.to_dict()}}}
-    (directory / "run.json").write_text(json.dumps(record))
+    (directory / "run.json").write_text(
+        json.dumps(
+            {"status": "done", "started": "2026-01-01T00:00:00+0000", "planned": [*record["notebooks"]], **record}
+        )
+    )
     return directory
 
 
