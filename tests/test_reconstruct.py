@@ -52,11 +52,8 @@ def run(phantom_dir, backbone_dir, tmp_path_factory) -> Path:
         }
     )
     record = {"name": "small", "notebooks": {"evaluate": {"status": "done", "config": config.to_dict()}}}
-    (directory / "run.json").write_text(
-        json.dumps(
-            {"status": "done", "started": "2026-01-01T00:00:00+0000", "planned": [*record["notebooks"]], **record}
-        )
-    )
+    record |= {"status": "done", "started": "2026-01-01T00:00:00+0000", "planned": ["evaluate"]}
+    (directory / "run.json").write_text(json.dumps(record))
     return directory
 
 
@@ -175,14 +172,14 @@ def with_own_mask(folder: Path) -> Path:
 @pytest.mark.parametrize("value", ["0", "-1", "1", "5", "4.5", str(10**30), "nan", "four"])
 def test_impossible_accelerations_are_refused(run, volumes, tmp_path, capsys, value):
     command = ["reconstruct", str(run), str(volumes[0].path), "--out", str(tmp_path / "out"), f"--acceleration={value}"]
-    words = ("acceleration", value) if value in ("4.5", "nan", "four") else ("acceleration", value, "4, 8")
+    words = ("acceleration", value, "4, 8") if value in ("1", "5") else ("acceleration", value)
     assert_refused(command, words, capsys)
     assert not (tmp_path / "out").exists()
 
 
 REFUSALS = [
     Refusal(
-        "own mask", lambda folder: [str(with_own_mask(folder)), "--acceleration=0"], ("own mask", "--acceleration")
+        "own mask", lambda folder: [str(with_own_mask(folder)), "--acceleration=4"], ("own mask", "--acceleration")
     ),
     Refusal("no file", lambda folder: [str(folder / "nothing.h5")], ("nothing.h5",)),
 ]
