@@ -350,8 +350,6 @@ class DataParameters(OutputParameters):
             raise ValueError(f"img_size: {self.img_size} is not a multiple of 16, the ViT's patch")
         if len(self.accelerations) != len(self.center_fractions):
             raise ValueError("center_fractions: as many values as accelerations are wanted; they are paired by index")
-        if len(set(self.accelerations)) < len(self.accelerations):
-            raise ValueError(f"accelerations: {self.accelerations} holds a value twice; give each once")
         if any(a < 1 for a in self.accelerations) or any(not 0 < f <= 1 for f in self.center_fractions):
             raise ValueError("accelerations must be at least 1 and center_fractions in (0, 1]")
         if max(self.accelerations) > 1000:
@@ -652,6 +650,13 @@ class EvaluateParameters(BackboneParameters):
     )
     bootstrap_samples: int = P(1000, "bootstrap samples over patients for the intervals", ge=100, le=10**6)
     figure_slices: int = P(3, "slices shown in the figures", ge=1, le=100)
+
+    @field_validator("accelerations")
+    @classmethod
+    def _each_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("a value is given twice; results are kept by acceleration, so give each once")
+        return value
 
 
 class CompareParameters(OutputParameters):

@@ -87,11 +87,6 @@ def symlink_loop(path: Path) -> None:
 
 VALUES = [
     Refusal(
-        "acceleration twice",
-        option("accelerations=[4, 4]", "center_fractions=[0.08, 0.0625]"),
-        ("accelerations", "twice"),
-    ),
-    Refusal(
         "sweep over equal numbers", of_sweep("-p", "stage1.learning_rate=1e-3,0.001"), ("stage1.learning_rate", "twice")
     ),
     Refusal("runs of a folder that is not there", lambda folder: ["runs", str(folder / "none")], ("none", "no folder")),

@@ -327,3 +327,12 @@ def test_a_centre_that_leaves_nothing_to_spread_is_refused(mask_type):
         DataParameters.create(values)
     DataParameters.create({**values, "center_fractions": [0.08, 0.1]})
     DataParameters.create({**values, "mask_type": "equispaced"})  # adds its lines whatever the centre is
+
+
+def test_an_acceleration_is_evaluated_once():
+    """Training may pair one acceleration with several centre fractions; results are kept by acceleration."""
+    values = {"accelerations": [4, 4], "center_fractions": [0.08, 0.06]}
+    existing = config.EvaluateParameters.existing_paths
+    with pytest.raises(ParameterError, match="accelerations: a value is given twice"):
+        config.EvaluateParameters.create(values, written_later=existing)
+    assert ExploreParameters.create({**values, "phantom_volumes": 3}).accelerations == [4, 4]
