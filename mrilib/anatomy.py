@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_fill_holes, distance_transform_edt, gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
-from .scanner import Sequence, spin_echo_signal
+from mrilib.scanner import Sequence, spin_echo_signal
 
 Array = NDArray[np.float32]
 

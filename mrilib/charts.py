@@ -17,7 +17,7 @@ from mrilib.style import (
     COLORS,
     GREEN,
     GREY,
-    METHODS,
+    METHOD_COLORS,
     ORANGE,
     PURPLE,
     SKY,
@@ -54,7 +54,7 @@ Series = Mapping[str, Sequence[tuple[float, Sequence[float] | None]]]  # name â†
 
 def _method_colors(names: Sequence[str]) -> dict[str, str]:
     spare = iter((VERMILLION, BLACK, "#F0E442", "#555555"))
-    return {name: METHODS[name][1] if name in METHODS else next(spare) for name in names}
+    return {name: METHOD_COLORS[name] if name in METHOD_COLORS else next(spare) for name in names}
 
 
 def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:

@@ -21,6 +21,7 @@ from mrilib import plain_yaml
 from mrilib.errors import shortened
 
 ROOT = Path(__file__).resolve().parent.parent
+MASK_TYPES = ("random", "equispaced", "equispaced_fraction", "magic", "magic_fraction")
 PARAMETERS_HEADER = "# Parameters of this notebook"
 
 
@@ -344,8 +345,6 @@ class DataParameters(OutputParameters):
 
     @model_validator(mode="after")
     def _masks_and_size(self) -> Self:
-        from mrilib.kspace import MASK_TYPES
-
         if self.img_size % 16:
             raise ValueError(f"img_size: {self.img_size} is not a multiple of 16, the ViT's patch")
         if len(self.accelerations) != len(self.center_fractions):

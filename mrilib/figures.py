@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mrilib import kspace
 from mrilib.analysis import Annotations, Box
+from mrilib.config import MASK_TYPES
 from mrilib.data import Slice, Volume
 from mrilib.decoder import zero_filled
 from mrilib.style import (
@@ -373,7 +374,7 @@ def _told(scores: Mapping[str, float]) -> str:
 def mask_gallery(
     width: int,
     configurations: Sequence[tuple[float, int]],
-    mask_types: Sequence[str] = kspace.MASK_TYPES,
+    mask_types: Sequence[str] = MASK_TYPES,
     seed: int | tuple[int, ...] = 0,
     padding: tuple[int, int] | None = None,
 ) -> Figure:

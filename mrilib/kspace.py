@@ -13,7 +13,7 @@ import torch
 from fastmri.data.subsample import MaskFunc, create_mask_for_mask_type, temp_seed
 from torch import Tensor
 
-MASK_TYPES = ("random", "equispaced", "equispaced_fraction", "magic", "magic_fraction")
+from mrilib.config import MASK_TYPES
 
 
 def fft2c(image: Tensor) -> Tensor:

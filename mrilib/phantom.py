@@ -298,17 +298,9 @@ def make_if_absent(config: ExploreParameters) -> bool:
 
 
 def is_phantom(path: Path) -> bool:
-    """Whether a file is the phantom's: its attribute says so, or, of older files, the note in its folder."""
+    """Whether a file is the phantom's, by its attribute."""
     with h5py.File(path, "r") as h5:
-        if MARK in h5.attrs:
-            return True
-    note = path.parent / PARAMETERS_FILE
-    if not note.is_file():
-        return False
-    made = json.loads(note.read_text())
-    share = len(CONTRASTS)
-    numbers = range((made["volumes"] + share - 1) // share)
-    return any(path.stem in _file_names(number, share, made["seed"]).values() for number in numbers)
+        return MARK in h5.attrs
 
 
 def _scan(exam: Exam, contrast: str, image: NDArray[np.float32], path: Path, seed: list[int]) -> None:

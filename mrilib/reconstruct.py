@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import matplotlib.image
 import numpy as np
 import torch
+from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from mrilib import analysis
@@ -210,7 +210,7 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     writers: tuple[Callable[[Path], Any], ...] = (
         lambda path: write_reconstruction(path, stack, made_with),
         lambda path: path.write_text(lines),
-        lambda path: matplotlib.image.imsave(path, strip, cmap="gray", vmin=0, vmax=top),
+        lambda path: Image.fromarray((255 * strip / (top or 1)).round().astype(np.uint8)).save(path, "png"),
     )
     write_together(out, {f"{volume.file}{suffix}": write for suffix, write in zip(SUFFIXES, writers, strict=True)})
     yield f"{volume.file}: {len(stack)} slices" + (f", undersampled {chosen}x" if chosen else ", its own mask")

@@ -21,15 +21,13 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
-import matplotlib.figure
 import psutil
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from mrilib.config import NOTEBOOKS, ROOT, OutputParameters, ParameterError, TrainingParameters, display_path, resolve
-from mrilib.style import png_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "fastmri", "safetensors", "h5py", "numpy", "papermill")
 logger = logging.getLogger("mrilib")
@@ -85,6 +83,14 @@ def read_record(directory: Path) -> dict[str, Any]:
 REFUSALS = ("ParameterError: ", "CheckpointError: ", "DataError: ")  # how an error of bad input begins in a record
 RESERVE = ".reserve"  # a file in a run folder; deleted on a full disk, so that run.json can be written once more
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Picture(Protocol):
+    """What a run stores as a figure."""
+
+    def png(self, dpi: int) -> bytes:
+        """The picture as PNG at this resolution [dots per inch]."""
+        ...
 
 
 class Run:
@@ -168,11 +174,11 @@ class Run:
         finally:
             release(self.directory)
 
-    def save_figure(self, figure: matplotlib.figure.Figure, name: str) -> Path:
+    def save_figure(self, figure: Picture, name: str) -> Path:
         """Save a figure as figures/NAME.png."""
         path = self.directory / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png_bytes(figure, dpi=110))
+        path.write_bytes(figure.png(dpi=110))
         return path
 
     def update_metrics(self, **sections: Any) -> None:

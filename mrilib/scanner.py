@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
-from .kspace import center_crop_or_pad, fft2c, ifft2c, rss
+from mrilib.kspace import center_crop_or_pad, fft2c, ifft2c, rss
 
 Complex = NDArray[np.complex64]
 

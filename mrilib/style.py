@@ -21,19 +21,32 @@ from mrilib.config import printable
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
-# Methods by their keys in metrics.json, in the order of tables and figures: label and colour.
-METHODS = {
-    "model": ("two-stage model", BLUE),
-    "trained_without_tokens": ("decoder trained without tokens", GREEN),
-    "no_tokens": ("no tokens", SKY),
-    "other_patient_tokens": ("another patient's tokens", PURPLE),
-    "varnet": ("fastMRI's VarNet", VERMILLION),
-    "varnet_measured_lines": ("VarNet, measured lines put back", ORANGE),
-    "unet": ("fastMRI's U-Net", SKY),
-    "bart": ("BART l1-wavelet", GREEN),
-    "nearest_training_slice": ("nearest training slice (oracle)", ORANGE),
-    "zero_filled": ("zero-filled", GREY),
-    "zero_filled_compressed": ("zero-filled, compressed coils", BLACK),
+# Labels of methods by their keys in metrics.json, in the order of tables and figures.
+METHOD_LABELS = {
+    "model": "two-stage model",
+    "trained_without_tokens": "decoder trained without tokens",
+    "no_tokens": "no tokens",
+    "other_patient_tokens": "another patient's tokens",
+    "varnet": "fastMRI's VarNet",
+    "varnet_measured_lines": "VarNet, measured lines put back",
+    "unet": "fastMRI's U-Net",
+    "bart": "BART l1-wavelet",
+    "nearest_training_slice": "nearest training slice (oracle)",
+    "zero_filled": "zero-filled",
+    "zero_filled_compressed": "zero-filled, compressed coils",
+}
+METHOD_COLORS = {
+    "model": BLUE,
+    "trained_without_tokens": GREEN,
+    "no_tokens": SKY,
+    "other_patient_tokens": PURPLE,
+    "varnet": VERMILLION,
+    "varnet_measured_lines": ORANGE,
+    "unet": SKY,
+    "bart": GREEN,
+    "nearest_training_slice": ORANGE,
+    "zero_filled": GREY,
+    "zero_filled_compressed": BLACK,
 }
 ERROR_MAP = "inferno"
 WIDTH = 9.5  # of a figure [inches], a notebook's column
@@ -97,6 +110,10 @@ class RecordFigure(Figure):
         super().__init__(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(self)
 
+    def png(self, dpi: int = 100) -> bytes:
+        """The figure as a small PNG at this resolution [dots per inch]."""
+        return png_bytes(self, dpi)
+
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         return png_bytes(self), {"alt": self.told()}
 
@@ -124,11 +141,11 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Methods, each once, in the order of `METHODS`; unknown ones last."""
+    """Methods, each once, in the order of `METHOD_LABELS`; unknown ones last."""
     given = list(dict.fromkeys(names))
-    return [name for name in METHODS if name in given] + [name for name in given if name not in METHODS]
+    return [name for name in METHOD_LABELS if name in given] + [name for name in given if name not in METHOD_LABELS]
 
 
 def method_label(name: str) -> str:
     """A method's name in tables and figures, from its key in metrics.json: "zero_filled" → "zero-filled"."""
-    return METHODS[name][0] if name in METHODS else name.replace("_", " ")
+    return METHOD_LABELS[name] if name in METHOD_LABELS else name.replace("_", " ")

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mrilib import analysis, evaluation, kspace
+from mrilib import analysis, evaluation
 from mrilib.analysis import Annotations, Box
-from mrilib.config import DataParameters, ParameterError
+from mrilib.config import MASK_TYPES, DataParameters, ParameterError
 from mrilib.data import FastMRIDataset, Slice, Volume
 from mrilib.figures import (
     ERROR_SCALE,
@@ -237,7 +237,7 @@ class SliceBrowser(_Browser):
         self.volumes, self.config, self.annotations = list(volumes), config, annotations
         self.volume, self.slice = _volume_controls(self.volumes)
         self.acceleration = ipywidgets.SelectionSlider(options=config.accelerations, description="acceleration")
-        self.mask_type = ipywidgets.Dropdown(options=kspace.MASK_TYPES, value=config.mask_type, description="mask type")
+        self.mask_type = ipywidgets.Dropdown(options=MASK_TYPES, value=config.mask_type, description="mask type")
         coils = min(config.num_coils, max(volume.coils for volume in volumes))
         self.coil = ipywidgets.IntSlider(1, 1, max(2, coils), description="coil")
         # Datasets are light; slices are kept for the coil slider, and for going back and forth.

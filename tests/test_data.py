@@ -16,7 +16,7 @@ from fastmri.data.mri_data import SliceDataset
 from fastmri.data.transforms import VarNetDataTransform
 
 from mrilib import kspace
-from mrilib.config import DataParameters, ParameterError
+from mrilib.config import MASK_TYPES, DataParameters, ParameterError
 from mrilib.data import (
     FastMRIDataset,
     ShapeBatchSampler,
@@ -126,7 +126,7 @@ def test_unmeasured_nan_does_not_spread(volumes: list[Volume], tmp_path: Path) -
 # ------------------------------------------------------------------------------------------------- masks and units
 
 
-@pytest.mark.parametrize("mask_type", kspace.MASK_TYPES)
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
 def test_validation_masks_are_those_of_varnetdatatransform(
     volumes: list[Volume], tmp_path: Path, mask_type: str
 ) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mrilib import analysis, data, figures, kspace, style
 from mrilib.analysis import Annotations, Box
-from mrilib.config import DataParameters
+from mrilib.config import MASK_TYPES, DataParameters
 from mrilib.data import FastMRIDataset
 from mrilib.figures import Comparison
 
@@ -153,7 +153,7 @@ def test_mask_gallery_tells_the_sampled_fraction():
     figure = figures.mask_gallery(101, [(0.08, 4), (0.04, 8)], seed=3, padding=(2, 99))
     assert len(figure.axes) == 2
     texts = [text.get_text() for text in figure.axes[1].texts]
-    assert len(texts) == len(kspace.MASK_TYPES)
+    assert len(texts) == len(MASK_TYPES)
     function = create_mask_for_mask_type("random", [0.04], [8])
     mask = function((1, 101, 2), None, 3)[0].reshape(-1).numpy() > 0
     mask[:2] = mask[99:] = False

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mrilib import kspace
+from mrilib.config import MASK_TYPES
 
 sizes = st.integers(1, 19)
 seeds = st.integers(0, 2**31)
@@ -112,7 +113,7 @@ def test_phase_encoding_lines_stay_independent_when_the_readout_is_cropped() -> 
 # ------------------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("mask_type", kspace.MASK_TYPES)
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
 @pytest.mark.parametrize("width", [96, 61])
 def test_masks_are_fastmris_bit_for_bit(mask_type: str, width: int) -> None:
     ours, theirs = (kspace.make_mask_func(mask_type, [0.08, 0.04], [4, 8]) for _ in range(2))
@@ -146,7 +147,7 @@ def test_the_reported_acceleration_is_the_drawn_one(mask_type: str) -> None:
     assert np.mean(shares[8]) == pytest.approx(1 / 8, rel=0.1)
 
 
-@pytest.mark.parametrize("mask_type", kspace.MASK_TYPES)
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
 def test_masks_that_cannot_be_made_are_named_and_no_others(mask_type: str) -> None:
     for width in (61, 96, 260, 396):
         for acceleration in (1, 4, 16):
