@@ -191,10 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder, one papermill process each, into one run folder."""
-    from mrilib import phantom
     from mrilib.config import ExploreParameters
-    from mrilib.decoders import uses_tokens
-    from mrilib.runs import REFUSALS, Run, hold, stop_on_signals
+    from mrilib.model.decoders import uses_tokens
+    from mrilib.phantom import dataset
+    from mrilib.processes import hold, stop_on_signals
+    from mrilib.runs.record import REFUSALS, Run
 
     folder: Path = options.params
     if not folder.is_dir():
@@ -251,7 +252,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
             check_resumed(name, config, given.get(name, {}), directory)
     check_controls(values, directory)
     if phantom_of is not None:
-        phantom.make_if_absent(phantom_of)
+        dataset.make_if_absent(phantom_of)
 
     if not resumed:
         claim_folder(directory, options.overwrite)
@@ -287,7 +288,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
                     write_text(overrides_path, before)
                 return status
     if (directory / "metrics.json").is_file():
-        from mrilib.tables import metrics_text
+        from mrilib.display.tables import metrics_text
 
         print(metrics_text(directory / "metrics.json"))
     return 0
@@ -302,7 +303,7 @@ def write_text(path: Path, text: str) -> None:
 
 def claim_folder(directory: Path, overwrite: bool) -> None:
     """Hold a new run's folder; a run that is there already is deleted if that is asked for, and refused otherwise."""
-    from mrilib.runs import hold
+    from mrilib.processes import hold
 
     name = display_path(directory)
     begun = (directory / "run.json").exists()
@@ -340,7 +341,7 @@ def run_one(notebook: "Notebook", came: list[int]) -> int:
     came : list of int
         The signals that have come, as `runs.stop_on_signals` gives it.
     """
-    from mrilib.runs import Run
+    from mrilib.runs.record import Run
 
     start = time.monotonic()
     name, directory = notebook.name, notebook.directory
@@ -373,7 +374,7 @@ def notebook_values(
     folder: Path, name: str, overrides: dict[str, dict[str, Any]], directory: Path, resumed: bool
 ) -> dict[str, Any]:
     """A notebook's parameters in a run: its file, the command line's, and the run's own folder and checkpoints."""
-    from mrilib.decoders import uses_tokens
+    from mrilib.model.decoders import uses_tokens
 
     path = folder / f"{name}.yaml"
     given = read_yaml(path)
@@ -412,7 +413,7 @@ def notebook_values(
 
 def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> Parameters:
     """A notebook's parameters, validated; the run's own checkpoints and `made`, its data, need not be there yet."""
-    from mrilib.decoders import uses_tokens
+    from mrilib.model.decoders import uses_tokens
 
     later = [
         key
@@ -432,8 +433,8 @@ def check_before_start(name: str, values: dict[str, Any], directory: Path, made:
 
 def check_resumed(name: str, config: Parameters, given: dict[str, Any], directory: Path) -> None:
     """Refuse to change what a run has already been made with."""
-    from mrilib.resume import check_folder
-    from mrilib.runs import read_record
+    from mrilib.runs.record import read_record
+    from mrilib.training.resume import check_folder
 
     section = read_record(directory)["notebooks"].get(name, {})
     if section.get("status") == "done":
@@ -534,7 +535,7 @@ class Notebook:
 
     def execute(self) -> int:
         """Run it, its log on the console; the exit status."""
-        from mrilib.runs import end_process, ends_with_this_process
+        from mrilib.processes import end_process, ends_with_this_process
 
         stem, directory = NOTEBOOKS[self.name][0], self.directory
         command = [sys.executable, "-m", "papermill", f"notebooks/{stem}.ipynb"]
@@ -582,20 +583,20 @@ def _follow(folder: Path, before: set[Path], ended: threading.Event) -> None:
 
 def train_stage(options: argparse.Namespace) -> int:
     """Train one stage without its notebook."""
-    from mrilib import train
-    from mrilib.distributed import TrainingStopped
+    from mrilib.runs import train as train_module
+    from mrilib.training.distributed import TrainingStopped
 
     values = parse_values(options.parameter)
     if options.resume:
         values["resume"] = True
-    config = train.read_config(options.params, options.stage, values)
+    config = train_module.read_config(options.params, options.stage, values)
     if options.dry_run:
-        from mrilib import dry_run
+        from mrilib.training import dry_run
 
         print(dry_run.report(config).text())
         return 0
     try:
-        directory = train.train(config, options.only)
+        directory = train_module.train(config, options.only)
     except TrainingStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return STOPPED
@@ -605,16 +606,16 @@ def train_stage(options: argparse.Namespace) -> int:
 
 def measure_costs(options: argparse.Namespace) -> int:
     """Measure params files in turn and print what they cost."""
-    from mrilib import cost
+    from mrilib.training import cost as cost_module
 
-    costs = cost.measure(options.params, options.rounds, options.steps)
-    print(cost.table(costs, options.reference).to_string(index=False))
+    costs = cost_module.measure(options.params, options.rounds, options.steps)
+    print(cost_module.table(costs, options.reference).to_string(index=False))
     return 0
 
 
 def make_data(options: argparse.Namespace) -> int:
     """Write a phantom data set."""
-    from mrilib.phantom import make_dataset
+    from mrilib.phantom.dataset import make_dataset
 
     path = make_dataset(
         options.directory, options.volumes, options.slices, options.img_size, options.coils, options.seed
@@ -625,7 +626,7 @@ def make_data(options: argparse.Namespace) -> int:
 
 def check_data(options: argparse.Namespace) -> int:
     """Print what is wrong with the files of a folder, and what is in it; 1 if any has a problem."""
-    from mrilib.check import check_directory
+    from mrilib.data.check import check_directory
 
     report, fine = check_directory(options.directory.resolve(), options.processes)
     print(report)
@@ -634,7 +635,7 @@ def check_data(options: argparse.Namespace) -> int:
 
 def reconstruct_file(options: argparse.Namespace) -> int:
     """One h5 file to ``OUT/<file>.h5`` (fastMRI's submission format), ``OUT/<file>.jsonl`` and ``OUT/<file>.png``."""
-    from mrilib.reconstruct import reconstruct
+    from mrilib.runs.reconstruct import reconstruct
 
     for line in reconstruct(options.run, options.file, options.out, options.acceleration):
         print(printable(line))
@@ -643,7 +644,7 @@ def reconstruct_file(options: argparse.Namespace) -> int:
 
 def sweep_runs(options: argparse.Namespace) -> int:
     """A grid of runs and their comparison."""
-    from mrilib.sweep import Stopped, sweep
+    from mrilib.runs.sweep import Stopped, sweep
 
     try:
         return sweep(options)
@@ -654,7 +655,7 @@ def sweep_runs(options: argparse.Namespace) -> int:
 
 def list_runs(options: argparse.Namespace) -> int:
     """Print the table of run records."""
-    from mrilib.tables import runs_text
+    from mrilib.display.tables import runs_text
 
     if not options.directory.is_dir():
         raise ParameterError(f"'{options.directory}' is no folder; give one that holds run folders, such as outputs")

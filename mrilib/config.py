@@ -557,7 +557,7 @@ class Stage2Parameters(TrainingParameters):
     decoder: str = P(
         "unet_dc",
         "what makes the image: unet_dc, no_token_decoder, varnet, varnet_measured_lines, varnet_combined, "
-        "fastmri_unet, or your own (mrilib/decoders.py)",
+        "fastmri_unet, or your own (mrilib/model/decoders.py)",
         min_length=1,
     )
     decoder_type: Literal["full", "lightweight", "small"] = P(

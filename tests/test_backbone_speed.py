@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
-from mrilib import backbone_speed
+from mrilib.comparison import backbone_speed
 from mrilib.config import ROOT, BenchmarkParameters
+from mrilib.display import speeds
 
 CPU = torch.device("cpu")
 TINY = {
@@ -99,7 +100,7 @@ def test_table_and_chart(config, found):
     judged = table[table["kept"] != ""]
     assert len(judged) == 6 and set(judged["kept"]) <= {"yes", "no"}
     assert found["decoding"]["speed_up"] < 20 and "no" in set(judged["kept"])  # a model this small gains little
-    assert len(backbone_speed.chart(found, config).axes) == 3
+    assert len(speeds.chart(found, config).axes) == 3
 
 
 def test_notebook(tmp_path):

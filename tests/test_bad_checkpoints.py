@@ -15,12 +15,13 @@ import pytest
 import systems
 import torch
 
-from mrilib.checkpoint import CheckpointError, load_checkpoint
 from mrilib.config import ParameterError
-from mrilib.inference import load_stage1
-from mrilib.model import build_backbone
-from mrilib.trainer import Trainer
-from mrilib.training import AnalysisStage, prepare
+from mrilib.evaluation.inference import load_stage1
+from mrilib.model.two_stage import build_backbone
+from mrilib.training.checkpoint import CheckpointError, load_checkpoint
+from mrilib.training.device import prepare
+from mrilib.training.loop import Trainer
+from mrilib.training.stages import AnalysisStage
 
 FILE = "stage1_checkpoints/stage1_resume.pt"
 

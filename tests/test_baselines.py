@@ -7,10 +7,11 @@ import torch
 from fastmri.data.transforms import center_crop
 from fastmri.models import VarNet
 
-from mrilib import kspace as physics
-from mrilib.baselines import CombinedVarNet, UNetBaseline, VarNetBaseline
-from mrilib.data import Batch, FastMRIDataset, make_loader
-from mrilib.encoder import KSpaceEncoder
+from mrilib.data.dataset import Batch, FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.model.baselines import CombinedVarNet, UNetBaseline, VarNetBaseline
+from mrilib.model.encoder import KSpaceEncoder
+from mrilib.physics import coils, fourier, sense
 
 SMALL = {"num_cascades": 2, "chans": 4, "pools": 2, "sens_chans": 4, "sens_pools": 2}
 
@@ -66,8 +67,8 @@ def test_measured_lines_are_put_back(batches):
     baseline, kept = VarNetBaseline(**SMALL), VarNetBaseline(**SMALL, measured_lines=True)
     kept.load_state_dict(baseline.state_dict())
     everything = torch.ones_like(batch.mask)
-    full = physics.rss(physics.ifft2c(batch.kspace))
-    wanted = physics.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
+    full = fourier.rss(fourier.ifft2c(batch.kspace))
+    wanted = fourier.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
     image = kept(None, batch.kspace, everything, batch.scale, batch.recon)
     torch.testing.assert_close(image, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
     assert not torch.allclose(call(kept, batch), call(baseline, batch), rtol=1e-3)
@@ -80,8 +81,8 @@ def test_measured_lines_are_put_back(batches):
     assert not torch.allclose(told, kept(None, data, *arguments), rtol=1e-3)
     nothing_missing = acquired & (batch.mask | ~acquired)
     same = kept(None, data * 1, nothing_missing, batch.scale, batch.recon, nothing_missing)
-    full = physics.rss(physics.ifft2c(data))
-    wanted = physics.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
+    full = fourier.rss(fourier.ifft2c(data))
+    wanted = fourier.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
     torch.testing.assert_close(same, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
 
 
@@ -92,14 +93,14 @@ def test_the_combined_varnet_is_the_encoders_cascades_and_keeps_the_measured_lin
     encoder = KSpaceEncoder(8, 32, 8, 1, 1, 2, 4, 2, map_network=False).eval()
     encoder.varnet.cascades = baseline.cascades
     with torch.no_grad():
-        maps = physics.center_coil_maps(batch.kspace, batch.mask)
+        maps = coils.center_coil_maps(batch.kspace, batch.mask)
         monkeypatch.setattr(encoder, "_maps", lambda *_: torch.view_as_real(maps))
         refined = encoder.refined_image(batch.kspace, batch.mask)
-        coil_images = physics.data_consistency(refined, maps, batch.kspace, batch.mask)
-        wanted = physics.center_crop_or_pad(physics.rss(coil_images), batch.recon) * batch.scale[:, None, None]
+        coil_images = sense.data_consistency(refined, maps, batch.kspace, batch.mask)
+        wanted = fourier.center_crop_or_pad(fourier.rss(coil_images), batch.recon) * batch.scale[:, None, None]
         torch.testing.assert_close(call(baseline, batch), wanted, rtol=1e-3, atol=1e-4 * float(wanted.max()))
         everything = torch.ones_like(batch.mask)
-        full = physics.center_crop_or_pad(physics.rss(physics.ifft2c(batch.kspace)), batch.recon)
+        full = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(batch.kspace)), batch.recon)
         image = baseline(None, batch.kspace, everything, batch.scale, batch.recon)
     torch.testing.assert_close(image, full * batch.scale[:, None, None], rtol=1e-4, atol=1e-5 * float(wanted.max()))
 

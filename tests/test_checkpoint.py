@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mrilib import checkpoint
-from mrilib.checkpoint import (
+from mrilib.training import checkpoint
+from mrilib.training.checkpoint import (
     ENTRIES,
     CheckpointError,
     load_checkpoint,

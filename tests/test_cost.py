@@ -4,9 +4,9 @@ import pytest
 import systems
 import yaml
 
-from mrilib import cost
 from mrilib.__main__ import main
 from mrilib.config import ParameterError, Stage1Parameters, Stage2Parameters
+from mrilib.training import cost
 
 
 @pytest.fixture

@@ -15,19 +15,15 @@ import torch
 from fastmri.data.mri_data import SliceDataset
 from fastmri.data.transforms import VarNetDataTransform
 
-from mrilib import kspace
 from mrilib.config import MASK_TYPES, DataParameters, ParameterError
-from mrilib.data import (
-    FastMRIDataset,
-    ShapeBatchSampler,
-    collate,
-    index_volumes,
-    load_annotations,
-    make_loader,
-    split_volumes,
-)
-from mrilib.encoder import KSpaceEncoder
-from mrilib.volume import DataError, Volume, read_volume
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.fastmri_file import DataError, Volume, read_volume
+from mrilib.data.sampler import ShapeBatchSampler, collate, make_loader
+from mrilib.data.splits import index_volumes, load_annotations, split_volumes
+from mrilib.model.encoder import KSpaceEncoder
+from mrilib.physics import coils as coils_module
+from mrilib.physics import fourier
+from mrilib.physics import masks as masks_module
 
 SIZE = 64
 
@@ -101,7 +97,7 @@ def test_nothing_of_the_answer_reaches_the_input(
     assert torch.equal(changed.kspace, original.kspace)
     assert torch.equal(changed.mask, original.mask)
     assert changed.scale == original.scale
-    maps = [kspace.center_coil_maps(s.kspace[None], s.mask[None]) for s in (original, changed)]
+    maps = [coils_module.center_coil_maps(s.kspace[None], s.mask[None]) for s in (original, changed)]
     assert torch.equal(*maps)
     model = encoder()
     with torch.no_grad():
@@ -134,7 +130,7 @@ def test_validation_masks_are_those_of_varnetdatatransform(
     for volume in few:  # SliceDataset opens every file of a folder
         shutil.copy(volume.path, tmp_path)
     dataset = FastMRIDataset(index_volumes(tmp_path), parameters(tmp_path, mask_type=mask_type))
-    mask_func = kspace.make_mask_func(mask_type, [0.08, 0.04], [4, 8])
+    mask_func = masks_module.make_mask_func(mask_type, [0.08, 0.04], [4, 8])
     theirs = SliceDataset(tmp_path, "multicoil", VarNetDataTransform(mask_func, use_seed=True))
     expected = {(sample.fname, sample.slice_num): sample for sample in theirs}
     assert len(expected) == len(dataset) == 6
@@ -146,7 +142,7 @@ def test_validation_masks_are_those_of_varnetdatatransform(
         assert ours.maximum == sample.max_value
         # back in file units, and before the readout oversampling is taken off, it is fastMRI's masked k-space
         masked = torch.view_as_complex(sample.masked_kspace)
-        cropped = kspace.remove_readout_oversampling(masked, ours.kspace.shape[-2])
+        cropped = fourier.remove_readout_oversampling(masked, ours.kspace.shape[-2])
         torch.testing.assert_close(ours.kspace * ours.scale, cropped, rtol=1e-4, atol=1e-6 * cropped.abs().max().item())
 
 
@@ -158,10 +154,10 @@ def test_normalised_kspace_has_unit_rms_and_its_scale_restores_it(volumes: list[
         assert (sample.kspace[..., ~sample.mask] == 0).all()
         with h5py.File(volume.path) as h5:
             raw = torch.from_numpy(h5["kspace"][2])
-        raw = kspace.remove_readout_oversampling(raw, volume.readout)
+        raw = fourier.remove_readout_oversampling(raw, volume.readout)
         torch.testing.assert_close(sample.kspace[..., sample.mask] * sample.scale, raw[..., sample.mask])
         # with all lines, the image is the target
-        image = kspace.center_crop_or_pad(kspace.rss(kspace.ifft2c(raw)), volume.recon)
+        image = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(raw)), volume.recon)
         torch.testing.assert_close(image, sample.target, rtol=1e-4, atol=1e-5 * volume.maximum)
 
 
@@ -219,9 +215,9 @@ def test_more_coils_than_num_coils_are_compressed_from_the_masked_data(volumes: 
     assert volume.coils > 5
     few, all_coils = (FastMRIDataset([volume], parameters(tmp_path, num_coils=n))[0] for n in (5, 16))
     assert few.kspace.shape[0] == 5 and all_coils.kspace.shape[0] == volume.coils
-    before, after = (kspace.rss(kspace.ifft2c(s.kspace * s.scale)) for s in (all_coils, few))
+    before, after = (fourier.rss(fourier.ifft2c(s.kspace * s.scale)) for s in (all_coils, few))
     assert (before - after).norm() / before.norm() < 0.05
-    expected = kspace.compress_coils(all_coils.kspace * all_coils.scale, 5)
+    expected = coils_module.compress_coils(all_coils.kspace * all_coils.scale, 5)
     torch.testing.assert_close(few.kspace * few.scale, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
@@ -232,9 +228,9 @@ def test_crop_image_is_the_crop_of_the_fully_sampled_image(volumes: list[Volume]
             sample = FastMRIDataset([volume], config)[1]
             assert sample.kspace.shape[1:] == (img_size, img_size) and sample.recon == (img_size, img_size)
             assert sample.mask.all()
-            image = kspace.rss(kspace.ifft2c(sample.kspace)) * sample.scale
-            expected = kspace.center_crop_or_pad(sample.target, volume.recon)
-            image = kspace.center_crop_or_pad(image, volume.recon)
+            image = fourier.rss(fourier.ifft2c(sample.kspace)) * sample.scale
+            expected = fourier.center_crop_or_pad(sample.target, volume.recon)
+            image = fourier.center_crop_or_pad(image, volume.recon)
             inside = expected > 0
             torch.testing.assert_close(image[inside], expected[inside], rtol=1e-3, atol=1e-4 * volume.maximum)
 
@@ -341,7 +337,7 @@ def test_a_width_that_the_mask_cannot_be_made_for_is_refused_at_once(volumes: li
     failing = []
     for volume in volumes:
         try:
-            kspace.check_mask(config.mask_type, 0.056, 16, volume.matrix[1])
+            masks_module.check_mask(config.mask_type, 0.056, 16, volume.matrix[1])
         except ValueError:
             failing.append(volume)
     for volume in volumes:

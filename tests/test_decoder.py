@@ -9,16 +9,13 @@ import torch
 from fastmri.losses import SSIMLoss
 from torch import Tensor, nn
 
-from mrilib import kspace
-from mrilib.decoder import (
-    SENSE_ITERATIONS,
-    SENSE_START,
-    SENSE_WEIGHT,
-    ImageDecoder,
-    VolumeSSIMLoss,
-    zero_filled,
-)
-from mrilib.unet import ChannelNorm
+from mrilib.model.baselines import zero_filled
+from mrilib.model.decoder import SENSE_ITERATIONS, SENSE_START, SENSE_WEIGHT, ImageDecoder
+from mrilib.model.unet import ChannelNorm
+from mrilib.physics import coils as coils_module
+from mrilib.physics import fourier
+from mrilib.physics import sense as sense_module
+from mrilib.training.losses import VolumeSSIMLoss
 
 
 def decoder(decoder_type: str = "lightweight", trained: bool = True, **changes: Any) -> ImageDecoder:
@@ -48,14 +45,14 @@ def some_tokens(batch: int = 2, count: int = 4, width: int = 12) -> Tensor:
 def coil_images_before_rss(call: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What the decoder hands to the root sum of squares."""
     kept: list[Tensor] = []
-    original = kspace.data_consistency
+    original = sense_module.data_consistency
 
     def keep(*inputs: Tensor) -> Tensor:
         kept.append(original(*inputs))
         return kept[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(kspace, "data_consistency", keep)
+        patch.setattr(sense_module, "data_consistency", keep)
         call()
     return kept[0]
 
@@ -83,10 +80,10 @@ def test_the_output_is_the_evaluated_crop(decoder_type: str, height: int, width:
 def test_a_new_decoder_gives_data_consistency_of_the_zero_filled_image(width: int) -> None:
     model = decoder(trained=False).eval()
     data = measured(width=width)
-    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    combined = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
-    coil_images = kspace.data_consistency(combined, maps, data["kspace"], data["mask"])
-    expected = kspace.center_crop_or_pad(kspace.rss(coil_images), (30, 25)) * data["scale"][:, None, None]
+    maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
+    combined = coils_module.combine(fourier.ifft2c(data["kspace"]), maps)
+    coil_images = sense_module.data_consistency(combined, maps, data["kspace"], data["mask"])
+    expected = fourier.center_crop_or_pad(fourier.rss(coil_images), (30, 25)) * data["scale"][:, None, None]
     with torch.no_grad():
         torch.testing.assert_close(model(some_tokens(), **data, recon=(30, 25)), expected, rtol=1e-4, atol=1e-8)
 
@@ -96,7 +93,7 @@ def test_measured_lines_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         images = coil_images_before_rss(lambda: model(some_tokens(), **data, recon=(32, 45)), monkeypatch)
         plain = coil_images_before_rss(lambda: decoder(trained=False)(None, **data, recon=(32, 45)), monkeypatch)
-    found = kspace.fft2c(images)
+    found = fourier.fft2c(images)
     for one in range(2):
         mask = data["mask"][one]
         torch.testing.assert_close(found[one][..., mask], data["kspace"][one][..., mask], rtol=1e-4, atol=1e-4)
@@ -146,7 +143,7 @@ def unet_output(model: ImageDecoder, tokens: Tensor, data: dict[str, Tensor]) ->
     handle = model.unet.register_forward_hook(lambda module, inputs, output: kept.append(output))
     model(tokens, **data, recon=(height, width))
     handle.remove()
-    return kspace.center_crop_or_pad(kept[0], (height, width))
+    return fourier.center_crop_or_pad(kept[0], (height, width))
 
 
 def test_file_units_follow_the_scale_alone() -> None:
@@ -178,24 +175,24 @@ def test_slices_of_a_batch_do_not_matter_to_each_other() -> None:
 def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch: pytest.MonkeyPatch) -> None:
     """Untrained, the decoder is SENSE twice; trained, its image is what the last one makes of the U-Net's."""
     data = measured(height=33, width=45)
-    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    start = kspace.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
+    maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
+    start = sense_module.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
     calls: list[Tensor | None] = []
-    original = kspace.sense
+    original = sense_module.sense
 
     def keep(*inputs: Any, prior: Tensor | None = None, **steps: Any) -> Tensor:
         calls.append(prior)
         return original(*inputs, prior=prior, **steps)
 
-    monkeypatch.setattr(kspace, "sense", keep)
+    monkeypatch.setattr(sense_module, "sense", keep)
     model = decoder(sense=True, trained=False).eval()
     assert model.unet.stem.in_channels == 4 * 4
     with torch.no_grad():
         image = model(some_tokens(), **data, recon=(33, 45))
         torch.testing.assert_close(calls[1], start, rtol=1e-4, atol=1e-5)
         again = original(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=start)
-        coils = kspace.data_consistency(again, maps, data["kspace"], data["mask"])
-        torch.testing.assert_close(image, kspace.rss(coils) * data["scale"][:, None, None], rtol=1e-4, atol=1e-8)
+        coils = sense_module.data_consistency(again, maps, data["kspace"], data["mask"])
+        torch.testing.assert_close(image, fourier.rss(coils) * data["scale"][:, None, None], rtol=1e-4, atol=1e-8)
         trained = decoder(sense=True).eval()
         together = trained(some_tokens(), **data, recon=(32, 32))
         one = trained(some_tokens()[1:], **{name: value[1:] for name, value in data.items()}, recon=(32, 32))
@@ -215,8 +212,8 @@ def test_noise_power_is_added_under_the_root(sense: bool) -> None:
     """In units of the measured image's mean power, wherever it lies; what is less than nothing is zero."""
     data = measured(height=33, width=45)
     plain, noisy = (decoder(sense=sense, trained=False).eval() for _ in range(2))
-    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    zero = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
+    maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
+    zero = coils_module.combine(fourier.ifft2c(data["kspace"]), maps)
     power = zero.abs().square().mean((-2, -1)) * data["scale"].square()
     recon = (30, 40)
     for added in (0.7, -1e6):
@@ -297,7 +294,7 @@ def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_zero_filled_is_the_rss_of_the_masked_data_in_file_units() -> None:
     data = measured(width=45)
     in_file_units = data["kspace"] * data["scale"][:, None, None, None]
-    expected = kspace.center_crop_or_pad(kspace.rss(kspace.ifft2c(in_file_units)), (30, 45))
+    expected = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(in_file_units)), (30, 45))
     torch.testing.assert_close(zero_filled(data["kspace"], data["scale"], (30, 45)), expected)
 
 

@@ -9,11 +9,13 @@ import systems
 import torch
 import yaml
 
-from mrilib import dry_run, full_size, setup, train, training
 from mrilib.__main__ import main
+from mrilib.backbone.nirvana import load_backbone
+from mrilib.comparison import full_size
 from mrilib.config import ROOT
-from mrilib.data import FastMRIDataset
-from mrilib.nirvana import load_backbone
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.runs import train
+from mrilib.training import dry_run, loop, setup
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_it_tells_what_a_run_takes_and_leaves_nothing(stage1, tmp_path):
     assert list(directory.iterdir()) == []
     stage = setup.build_stage(config, setup.prepare(config))
     loaders = setup.make_loaders(config)
-    history = training.fit(stage, config, loaders.train, loaders.val, tmp_path)
+    history = loop.fit(stage, config, loaders.train, loaders.val, tmp_path)
     assert report.steps_per_epoch == len(history.steps) / 2 and report.epochs == 2
     (final,) = tmp_path.glob("*/stage1_final_model.pt")
     assert report.checkpoint_bytes == pytest.approx(final.stat().st_size, rel=0.02)

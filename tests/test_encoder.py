@@ -8,8 +8,9 @@ import torch
 from fastmri.models import VarNet
 from torch import Tensor
 
-from mrilib import kspace
-from mrilib.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
+from mrilib.model.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
+from mrilib.physics import coils as coils_module
+from mrilib.physics import fourier
 
 SMALL = {
     "output_dim": 24, "img_size": 32, "vit_embed_dim": 16, "vit_num_layers": 2, "vit_num_heads": 2,
@@ -70,9 +71,9 @@ def test_the_refined_image_is_that_of_fastmris_varnet(width: int) -> None:
         steps = torch.view_as_real(data)
         for cascade in model.varnet.cascades:
             steps = cascade(steps, torch.view_as_real(data), mask[:, None, None, :, None], maps)
-        coil_images = kspace.ifft2c(torch.view_as_complex(steps))
-        torch.testing.assert_close(kspace.rss(coil_images), expected)
-        combined = kspace.combine(coil_images, torch.view_as_complex(maps))
+        coil_images = fourier.ifft2c(torch.view_as_complex(steps))
+        torch.testing.assert_close(fourier.rss(coil_images), expected)
+        combined = coils_module.combine(coil_images, torch.view_as_complex(maps))
         torch.testing.assert_close(model.refined_image(data, mask), combined)
 
 
@@ -164,7 +165,7 @@ def test_compression_beyond_the_rank_makes_no_nan() -> None:
     model = encoder().eval()
     data, mask = measured(1, 2)
     mixed = torch.cat([data[0], data[0] * 0.5, torch.zeros(16, 32, 32), data[0] * 1j])
-    compressed = kspace.compress_coils(mixed, 16)
+    compressed = coils_module.compress_coils(mixed, 16)
     with torch.no_grad():
         assert model(compressed[None], mask).isfinite().all()
 
@@ -226,10 +227,10 @@ def test_the_published_layout_loads_strictly_and_gives_what_fastmris_varnet_give
         refined = real
         for cascade in published.cascades:
             refined = cascade(refined, real, line, torch.view_as_real(maps))
-        coil_images = kspace.ifft2c(torch.view_as_complex(refined))
+        coil_images = fourier.ifft2c(torch.view_as_complex(refined))
         torch.testing.assert_close(fastmri.rss(fastmri.complex_abs(torch.view_as_real(coil_images)), dim=1), theirs)
         # 12 cascades of random weights pass rounding on, grown
-        combined = kspace.combine(coil_images, maps)
+        combined = coils_module.combine(coil_images, maps)
         torch.testing.assert_close(model.refined_image(data, mask), combined, rtol=1e-4, atol=1e-3)
 
 
@@ -263,8 +264,8 @@ def test_sensitivity_maps_start_as_the_images_of_the_centre_lines(map_network: b
     with torch.no_grad():
         maps = model.varnet.sens_net(torch.view_as_real(data), mask[:, None, None, :, None])
     maps = torch.view_as_complex(maps.contiguous())
-    images = kspace.ifft2c(data)
-    expected = images / kspace.rss(images).unsqueeze(-3)
+    images = fourier.ifft2c(data)
+    expected = images / fourier.rss(images).unsqueeze(-3)
     if not map_network:
         torch.testing.assert_close(maps, expected)
     # NormUnet takes each part's mean off and puts it back; the instance norms inside find it gone already.

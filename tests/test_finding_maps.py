@@ -6,12 +6,23 @@ import pytest
 import systems
 import torch
 
-from mrilib import kspace, setup, training
-from mrilib.analysis import REGIONS, SIDES, Box, box_finding
-from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.config import ParameterError, Stage1Parameters
-from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_boxes
-from mrilib.finding_maps import SURE, FindingMaps, FindingWords, ellipses, finding_map_losses, findings_of
+from mrilib.data.annotations import Box
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.findings import REGIONS, SIDES, box_finding
+from mrilib.data.findings import mirrored as mirrored_facts
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import index_volumes, load_annotations, require_boxes
+from mrilib.model.finding_maps import (
+    SURE,
+    FindingMaps,
+    FindingWords,
+    ellipses,
+    finding_map_losses,
+    findings_of,
+)
+from mrilib.physics import fourier
+from mrilib.training import setup, stages
 
 LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion")
 
@@ -57,9 +68,9 @@ def test_maps_lie_where_the_encoder_sees_the_finding(matrix, recon, size, datase
     box = Box(recon[1] // 3, recon[0] // 2, 3, 3, "Mass")
     evaluated = torch.zeros(recon)
     evaluated[int(box.y) + 1, int(box.x) + 1] = 1
-    image = kspace.center_crop_or_pad(evaluated, matrix)  # what the evaluated image is cropped or padded from
-    assert torch.equal(kspace.center_crop_or_pad(image, recon), evaluated)
-    seen = kspace.center_crop_or_pad(image, (size, size))
+    image = fourier.center_crop_or_pad(evaluated, matrix)  # what the evaluated image is cropped or padded from
+    assert torch.equal(fourier.center_crop_or_pad(image, recon), evaluated)
+    seen = fourier.center_crop_or_pad(image, (size, size))
     one = dataset[0]._replace(boxes=(box,), recon=recon)
     # Logits that are right at the spot alone: the loss of a marked pixel is there if the map is, and only there.
     logits = torch.full((1, len(LABELS), size, size), -20.0)
@@ -109,7 +120,7 @@ def test_boxes_go_with_a_crop_of_the_image(config, dataset, img_size):
         one, other = dataset[index], cropped[index]
         for whole, part in zip(one.boxes or (), other.boxes or (), strict=True):
             spot = ellipses([whole], LABELS, one.recon).amax(0)
-            expected = kspace.center_crop_or_pad(spot, (img_size, img_size))
+            expected = fourier.center_crop_or_pad(spot, (img_size, img_size))
             assert torch.equal(ellipses([part], LABELS, other.recon).amax(0), expected)
             seen += int(expected.any())
         assert (one.boxes is None) == (other.boxes is None) and one.facts == other.facts
@@ -178,7 +189,7 @@ def test_a_stage_trains_on_mirrored_slices_and_judges_on_none(config, dataset):
     system = systems.build(config)
     system.encoder.train()  # maps that do not learn look both ways
     torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)  # it starts by finding nothing, flipped or not
-    stage = training.AnalysisStage(system, map_weight=1.0)
+    stage = stages.AnalysisStage(system, map_weight=1.0)
     batch = next(b for b in batches(dataset) if len(b.slices) == 3)
     flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
     assert not torch.allclose(stage.loss(batch).total, stage.loss(flipped).total)
@@ -229,12 +240,12 @@ def test_the_vit_sees_what_the_maps_unet_makes_of_each_patch(config, dataset):
 
 def test_the_loss_of_parts_adds_up_to_the_batchs(config, dataset):
     system = systems.build(config)
-    stage = training.AnalysisStage(system, map_weight=2.0)
+    stage = stages.AnalysisStage(system, map_weight=2.0)
     batch = next(b for b in batches(dataset) if len(b.slices) == 3)
     whole = stage.loss(batch)
     parts = [stage.loss(part) for part in batch.chunks(1)]
     torch.testing.assert_close(whole.total, torch.stack([part.total for part in parts]).sum(), rtol=1e-4, atol=1e-4)
-    text = training.AnalysisStage(system).loss(batch)
+    text = stages.AnalysisStage(system).loss(batch)
     tokens = stage.weight(batch)
     added = float((whole.total - text.total) / tokens)
     assert added == pytest.approx(2 * whole.statistics["finding_map_loss"], rel=1e-4)
@@ -266,7 +277,7 @@ def test_activation_checkpointing_changes_no_gradient_of_maps_and_text(config, d
         system = systems.build(config.model_copy(update={"activation_checkpointing": checkpointing}))
         system.freeze("encoder")
         system.train()
-        training.AnalysisStage(system, map_weight=3.0).loss(batch).total.backward()
+        stages.AnalysisStage(system, map_weight=3.0).loss(batch).total.backward()
         system.check_gradients()
         gradients.append({name: value.grad for name, value in system.encoder.named_parameters()})
     for name, value in gradients[1].items():
@@ -278,7 +289,7 @@ def test_activation_checkpointing_changes_no_gradient_of_maps_and_text(config, d
 def test_maps_learn_where_findings_are(config, dataset):
     """After some steps a map is higher inside its boxes than outside of them, on the slices it learned from."""
     system = systems.build(config)
-    stage = training.AnalysisStage(system, map_weight=10.0)
+    stage = stages.AnalysisStage(system, map_weight=10.0)
     parameters = system.freeze("encoder")
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
     found = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
@@ -287,7 +298,7 @@ def test_maps_learn_where_findings_are(config, dataset):
         with torch.no_grad():
             maps = system.encoder.tokens_and_maps(found.kspace, found.mask)[1]
         wanted = torch.stack([ellipses(one.boxes or (), LABELS, one.recon) for one in found.slices])
-        maps = kspace.center_crop_or_pad(maps, found.slices[0].recon)
+        maps = fourier.center_crop_or_pad(maps, found.slices[0].recon)
         return float(maps[wanted > 0].mean() - maps[wanted == 0].mean())
 
     before = gap()
@@ -326,7 +337,7 @@ def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
         edges = [abs(across - 0.45), abs(across - 0.55), abs(down - 1 / 3), abs(down - 2 / 3)]
         if min(edges) < 0.02:  # at a boundary rounding decides, and an odd width lies half a pixel beside its crop
             continue
-        marked = kspace.center_crop_or_pad(ellipses([box], LABELS, recon), (size, size))
+        marked = fourier.center_crop_or_pad(ellipses([box], LABELS, recon), (size, size))
         said = words((20 * marked - 10)[None])[0]
         left = (size - columns) // 2
         patch = (int(down * rows) // 16) * (size // 16) + int(across * columns + left) // 16
@@ -367,7 +378,7 @@ def test_words_learn_from_the_text(config, dataset):
     batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
     torch.nn.init.constant_(system.encoder.finding_maps.unet.head.bias, SURE)
     torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)
-    training.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
+    stages.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
     for parameter in system.encoder.finding_words.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
     for parameter in system.encoder.finding_maps.parameters():

@@ -4,9 +4,10 @@ import h5py
 import numpy as np
 import pytest
 
-from mrilib import lesions
-from mrilib.analysis import Box, read_annotations
-from mrilib.evaluation import head_mask, write_reconstruction
+from mrilib.data.annotations import Box, read_annotations
+from mrilib.evaluation.reconstructions import write_reconstruction
+from mrilib.metrics import lesions
+from mrilib.metrics.image import head_mask
 
 BOX = Box(x=30, y=24, width=7, height=6, label="Mass")
 OTHER = Box(x=39, y=24, width=5, height=6, label="Edema")

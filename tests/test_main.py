@@ -22,10 +22,10 @@ from test_stop import processes_of
 
 from mrilib.__main__ import COMMANDS, claim_folder, main, make_parser, parse_overrides
 from mrilib.config import ROOT, EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters
-from mrilib.data import index_volumes
-from mrilib.evaluation import evaluate_volumes
-from mrilib.reconstruct import load_run
-from mrilib.setup import check_same_input, make_loaders
+from mrilib.data.splits import index_volumes
+from mrilib.evaluation.reconstructions import evaluate_volumes
+from mrilib.runs.reconstruct import load_run
+from mrilib.training.setup import check_same_input, make_loaders
 
 NAME = "test-run"
 

@@ -14,10 +14,10 @@ import yaml
 from nbconvert import HTMLExporter
 from papermill.inspection import inspect_notebook
 
-from mrilib import reference
 from mrilib.__main__ import COMMANDS, main
 from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
-from mrilib.decoders import find_decoder
+from mrilib.model.decoders import find_decoder
+from mrilib.runs import parameter_reference
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
 METHODS = sorted(ROOT.glob("params/*/methods/*.yaml"))
@@ -52,11 +52,13 @@ def test_parameters_cell_is_the_config(key):
     stem, cls = NOTEBOOKS[key]
     source = parameters_cell(stem)
     assert source.startswith(PARAMETERS_HEADER)
-    assigned = reference.cell_values(source)
+    assigned = parameter_reference.cell_values(source)
     assert list(assigned) == list(cls.model_fields)
     assert assigned["interactive"] is True
     cls(**assigned)
-    assert source == reference.parameters_cell(cls, assigned), "python -m mrilib.reference writes it anew"
+    assert source == parameter_reference.parameters_cell(cls, assigned), (
+        "python -m mrilib.runs.record.parameter_reference writes it anew"
+    )
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -189,7 +191,7 @@ def test_documented_mrilib_commands_are_right(capsys):
 
 
 def test_parameter_reference_is_current():
-    page = reference.PATH.read_text()
-    assert page == reference.reference(), "python -m mrilib.reference makes it anew"
+    page = parameter_reference.PATH.read_text()
+    assert page == parameter_reference.reference(), "python -m mrilib.runs.record.parameter_reference makes it anew"
     for _, cls in NOTEBOOKS.values():
         assert all(f"`{name}`" in page for name in cls.model_fields)

@@ -7,11 +7,14 @@ import pytest
 import systems
 import torch
 
-from mrilib import model, setup, tables, train, training
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
-from mrilib.decoders import DECODERS, DecoderEntry
-from mrilib.history import History
-from mrilib.trainer import Trainer
+from mrilib.display import tables
+from mrilib.model import two_stage
+from mrilib.model.decoders import DECODERS, DecoderEntry
+from mrilib.runs import train
+from mrilib.training import loop, setup, stages
+from mrilib.training.history import History
+from mrilib.training.loop import Trainer
 
 FAST = {"finding_share": 0.5, "mirror_share": 0.5, "epochs": 2, "train_control": True, "test_fraction": 0.25}
 TINY = {"baseline_cascades": 1, "baseline_chans": 2, "baseline_pools": 2}
@@ -34,7 +37,7 @@ class RecordedTraining:
         self.batches: dict[str, list] = {}
 
     def __getattr__(self, name):
-        return getattr(training, name)
+        return getattr(stages, name)
 
     def fit(self, stage, config, train_loader, *_, **__):
         self.batches[stage.name] = batches_of(config.epochs, train_loader)
@@ -49,7 +52,7 @@ def run_notebook_cells(config: Stage1Parameters, recorded: RecordedTraining, dir
     watch = SimpleNamespace(
         Watch=lambda *_: SimpleNamespace(step=None, epoch=None), text_progress=None, texts_in=lambda _: None
     )
-    names = {"config": config, "setup": setup, "training": recorded, "run": run, "live": watch, "model": model}
+    names = {"config": config, "setup": setup, "training": recorded, "run": run, "live": watch, "model": two_stage}
     names |= {"display": lambda _: None, "tables": tables, "device": setup.prepare(config)}
     for start in ("loaders = ", "stage = ", "watch = ", "control_history = "):
         (cell,) = (cell for cell in cells if cell.startswith(start))
@@ -76,7 +79,7 @@ def test_stage_1s_control_reads_no_kspace(phantom_dir, backbone_dir, monkeypatch
     loaders = setup.make_loaders(config)
     control = setup.build_control_stage(config, stage)
     own = setup.stage_loaders(config, control, loaders)
-    monkeypatch.setattr("mrilib.data.h5py.File", lambda *_: pytest.fail("a file is read"))
+    monkeypatch.setattr("mrilib.data.dataset.h5py.File", lambda *_: pytest.fail("a file is read"))
     assert all(batch.kspace.numel() == 0 for loader in (own.train, own.val) for batch in loader)
     assert setup.stage_loaders(config, stage, loaders) is loaders
 
@@ -94,10 +97,10 @@ def test_decoders_without_tokens_train_without_stage_1(stage2, name, tmp_path, m
     stage = setup.build_stage(config, setup.prepare(config))
     loaders = setup.make_loaders(config)
     assert setup.stage_loaders(config.model_copy(update={"token_cache_dir": str(tmp_path)}), stage, loaders) is loaders
-    history = training.fit(stage, config, loaders.train, loaders.val, tmp_path)
+    history = loop.fit(stage, config, loaders.train, loaders.val, tmp_path)
     assert len(history.steps) == 2 and 0 < history.epochs[0]["val_ssim"] < 1
-    assert model.fingerprint(stage.model) == {}
-    again = model.TwoStageModel()
+    assert two_stage.fingerprint(stage.model) == {}
+    again = two_stage.TwoStageModel()
     assert setup.load_stage2(tmp_path / "stage2_checkpoints" / "stage2_final_model.pt", again) == config
     batch = next(iter(loaders.val))
     with torch.no_grad():
@@ -121,7 +124,7 @@ def test_a_decoder_of_ones_own_is_an_entry(stage2, tmp_path, monkeypatch):
     config = stage2.model_copy(update={"decoder": "mine", "max_steps": 1})
     loaders = setup.make_loaders(config)
     stage = setup.build_stage(config, setup.prepare(config))
-    assert len(training.fit(stage, config, loaders.train, loaders.val, tmp_path).steps) == 1
+    assert len(loop.fit(stage, config, loaders.train, loaders.val, tmp_path).steps) == 1
 
 
 @pytest.mark.parametrize(("given", "epochs"), [(0, 2), (0.5, 1), (1.5, 2), (99, 2)])
@@ -152,4 +155,4 @@ def test_max_steps_ends_a_training_and_it_resumes(stage2, tmp_path, given, epoch
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "b", stop_after=total - 1)
     _, resumed = trained(tmp_path / "b", resume=True)
-    assert model.tensor_hash(resumed.part) == model.tensor_hash(stage.part)
+    assert two_stage.tensor_hash(resumed.part) == two_stage.tensor_hash(stage.part)

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from mrilib import shifts
+from mrilib.comparison import shifts
 from mrilib.config import EvaluateParameters, ParameterError
-from mrilib.data import index_volumes
-from mrilib.kspace import ifft2c, rss
-from mrilib.scanner import object_rms, simulate_volume
+from mrilib.data.splits import index_volumes
+from mrilib.phantom.scanner import object_rms, simulate_volume
+from mrilib.physics.fourier import ifft2c, rss
 
 
 def disc(size: int = 64) -> np.ndarray:

@@ -11,8 +11,9 @@ import systems
 import torch
 
 from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters
-from mrilib.data import FastMRIDataset, index_volumes
-from mrilib.tables import model_card, parameter_table
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.splits import index_volumes
+from mrilib.display.tables import model_card, parameter_table
 
 
 def test_each_part_of_the_encoder_has_its_own_row(phantom_dir, tmp_path):

@@ -15,12 +15,18 @@ import systems
 import torch
 from safetensors import safe_open
 
-from mrilib import checkpoint, kernels, model, runs, setup, token_cache, token_cache_speed, training
+from mrilib import processes
+from mrilib.backbone import kernels
+from mrilib.comparison import token_cache_speed
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
-from mrilib.data import FastMRIDataset, make_loader, split_volumes
-from mrilib.decoders import build_decoder
-from mrilib.distributed import TrainingStopped
-from mrilib.token_cache import TokenCache, read_entry
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import split_volumes
+from mrilib.model import two_stage
+from mrilib.model.decoders import build_decoder
+from mrilib.training import checkpoint, device, loop, setup, stages, token_cache
+from mrilib.training.distributed import TrainingStopped
+from mrilib.training.token_cache import TokenCache, read_entry
 
 
 def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
@@ -29,11 +35,11 @@ def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Pa
     return Stage2Parameters.create(values | others)
 
 
-def system_of(config: Stage2Parameters) -> model.TwoStageModel:
+def system_of(config: Stage2Parameters) -> two_stage.TwoStageModel:
     stage1 = systems.stage1_config(Path(config.data_dir), Path(config.backbone_path))
     system = systems.build(stage1)
     torch.manual_seed(2)
-    system.decoder = build_decoder(config, model.hidden_size(system.backbone))
+    system.decoder = build_decoder(config, two_stage.hidden_size(system.backbone))
     return system
 
 
@@ -105,19 +111,19 @@ def test_a_resumed_training_with_the_cache_equals_one_that_was_not_stopped(fille
             config = filled[0].model_copy(
                 update={"token_cache_dir": str(tmp_path / "cache"), "epochs": 2, "resume": True}
             )
-            training.prepare(config)
+            device.prepare(config)
             system = system_of(config)
-            stage = training.ReconstructionStage(system)
+            stage = stages.ReconstructionStage(system)
             loaders = setup.stage_loaders(config, stage, setup.make_loaders(config))
             assert loaders.cache is not None
 
             def stop(entry, name=name, stopped=stopped):
                 if stopped and entry["step"] == 2:
-                    runs.request_stop(tmp_path / name, "SIGTERM")
+                    processes.request_stop(tmp_path / name, "SIGTERM")
 
             with contextlib.suppress(TrainingStopped):
-                training.fit(stage, config, loaders.train, loaders.val, tmp_path / name, on_step=stop)
-            runs.withdraw_stop(tmp_path / name)
+                loop.fit(stage, config, loaders.train, loaders.val, tmp_path / name, on_step=stop)
+            processes.withdraw_stop(tmp_path / name)
         path = tmp_path / name / "stage2_checkpoints" / "stage2_final_model.pt"
         ended.append(checkpoint.load_checkpoint(path, "stage2"))
     whole, resumed = ended
@@ -144,8 +150,14 @@ def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):
 def test_all_code_that_computes_tokens_is_in_the_key():
     """Every module that the passes of encoder and backbone go through."""
     names = {module.__name__ for module in token_cache.COMPUTING_CODE}
-    assert {"mrilib.finding_maps", "mrilib.unet"} <= names
-    assert {"mrilib.nirvana_cache", "mrilib.delta_rule", "mrilib.kernels", "mrilib.trigger", "mrilib.model"} <= names
+    assert {"mrilib.model.finding_maps", "mrilib.model.unet"} <= names
+    assert {
+        "mrilib.backbone.cache",
+        "mrilib.backbone.delta_rule",
+        "mrilib.backbone.kernels",
+        "mrilib.backbone.trigger",
+        "mrilib.model.two_stage",
+    } <= names
 
 
 def test_masks_take_turns_and_validation_keeps_its_own(filled):
@@ -166,17 +178,17 @@ def test_training_has_the_same_losses_as_without(filled, tmp_path, monkeypatch, 
     config = filled[0].model_copy(update={"num_workers": workers})
     histories = []
     for cached in (False, True):
-        training.prepare(config)
+        device.prepare(config)
         system = system_of(config)
         pair = datasets(config)
-        stage = training.ReconstructionStage(system)
+        stage = stages.ReconstructionStage(system)
         if cached:
             refuse_to_compute(monkeypatch)
             cache = TokenCache(system, config)
             pair, stage.image_tokens = cache.hold(*pair), cache.image_tokens
-            monkeypatch.setattr(model.TwoStageModel, "image_tokens", lambda *_: pytest.fail("the backbone ran"))
+            monkeypatch.setattr(two_stage.TwoStageModel, "image_tokens", lambda *_: pytest.fail("the backbone ran"))
         loaders = make_loader(pair[0], config.batch_size, 0, shuffle=True), make_loader(pair[1], config.batch_size)
-        histories.append(training.fit(stage, config, *loaders, tmp_path / str(cached)))
+        histories.append(loop.fit(stage, config, *loaders, tmp_path / str(cached)))
     plain, cached = histories
     assert [s["loss"] for s in cached.steps] == pytest.approx([s["loss"] for s in plain.steps], rel=1e-5)
     for a, b in zip(plain.epochs, cached.epochs, strict=True):
@@ -424,12 +436,12 @@ def test_a_stop_while_it_is_filled_keeps_what_is_computed(filled, tmp_path):
     config, system, _, _ = filled
     config = config.model_copy(update={"token_cache_dir": str(tmp_path / "cache"), "epochs": 1})
     cache = TokenCache(system, config)
-    runs.hold(tmp_path)
-    runs.request_stop(tmp_path, "SIGTERM")
+    processes.hold(tmp_path)
+    processes.request_stop(tmp_path, "SIGTERM")
     with pytest.raises(TrainingStopped, match="while filling the token cache"):
         cache.hold(*datasets(config))
     (first,) = files(tmp_path).items()
-    runs.withdraw_stop(tmp_path)
+    processes.withdraw_stop(tmp_path)
     cache.hold(*datasets(config))
     assert len(files(tmp_path)) > 1 and first in files(tmp_path).items()
 

@@ -7,15 +7,13 @@ import pytest
 import systems
 import torch
 
-from mrilib import model, setup, training
-from mrilib.checkpoint import CheckpointError, load_checkpoint
-from mrilib.data import (
-    FastMRIDataset,
-    load_annotations,
-    make_loader,
-    split_volumes,
-)
-from mrilib.decoders import build_decoder
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import load_annotations, split_volumes
+from mrilib.model import two_stage
+from mrilib.model.decoders import build_decoder
+from mrilib.training import device, loop, setup, stages
+from mrilib.training.checkpoint import CheckpointError, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +30,10 @@ def loaders(config):
 
 
 def train_stage1(config, directory):
-    training.prepare(config)
+    device.prepare(config)
     system = systems.build(config)
-    stage = training.AnalysisStage(system, "stage1", config.label_smoothing)
-    return system, training.fit(stage, config, *loaders(config), directory)
+    stage = stages.AnalysisStage(system, "stage1", config.label_smoothing)
+    return system, loop.fit(stage, config, *loaders(config), directory)
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +76,20 @@ def test_learning_rate_warms_up_and_falls(stage1):
 
 def test_backbone_is_the_same_bit_by_bit(stage1):
     config, _, system, _ = stage1
-    fresh, tokenizer = model.build_backbone(config, "cpu")
-    assert model.fingerprint(system) == model.fingerprint(model.TwoStageModel(None, fresh, tokenizer))
+    fresh, tokenizer = two_stage.build_backbone(config, "cpu")
+    assert two_stage.fingerprint(system) == two_stage.fingerprint(two_stage.TwoStageModel(None, fresh, tokenizer))
 
 
 def test_the_same_seed_gives_the_same_weights(stage1, tmp_path):
     config, _, system, history = stage1
     again, history_again = train_stage1(config, tmp_path)
     assert [s["loss"] for s in history.steps] == [s["loss"] for s in history_again.steps]
-    assert model.tensor_hash(again.encoder) == model.tensor_hash(system.encoder)
+    assert two_stage.tensor_hash(again.encoder) == two_stage.tensor_hash(system.encoder)
 
 
 def test_loaded_encoder_gives_the_same_tokens(stage1):
     config, directory, system, _ = stage1
-    backbone, tokenizer = model.build_backbone(config, "cpu")
+    backbone, tokenizer = two_stage.build_backbone(config, "cpu")
     loaded, loaded_config = setup.load_stage1(
         directory / "stage1_checkpoints" / "stage1_final_model.pt", backbone, tokenizer
     )
@@ -102,7 +100,7 @@ def test_loaded_encoder_gives_the_same_tokens(stage1):
 
 def test_checkpoint_of_another_backbone_is_refused(stage1):
     config, directory, _, _ = stage1
-    backbone, tokenizer = model.build_backbone(config, "cpu")
+    backbone, tokenizer = two_stage.build_backbone(config, "cpu")
     with torch.no_grad():
         next(backbone.parameters()).add_(1)
     with pytest.raises(CheckpointError, match="another backbone"):
@@ -113,18 +111,18 @@ def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir
     _, directory, _, _ = stage1
     checkpoint = directory / "stage1_checkpoints" / "stage1_best_model.pt"
     config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, epochs=4, learning_rate=5e-3)
-    training.prepare(config)
-    backbone, tokenizer = model.build_backbone(config, "cpu")
+    device.prepare(config)
+    backbone, tokenizer = two_stage.build_backbone(config, "cpu")
     system, _ = setup.load_stage1(checkpoint, backbone, tokenizer)
-    encoder_before = model.tensor_hash(system.encoder)
-    system.decoder = build_decoder(config, model.hidden_size(backbone))
+    encoder_before = two_stage.tensor_hash(system.encoder)
+    system.decoder = build_decoder(config, two_stage.hidden_size(backbone))
     train_loader, val_loader = loaders(config)
-    stage = training.ReconstructionStage(system)
+    stage = stages.ReconstructionStage(system)
     with torch.no_grad():
         before = stage.validate(iter(val_loader))
-    history = training.fit(stage, config, train_loader, val_loader, tmp_path)
+    history = loop.fit(stage, config, train_loader, val_loader, tmp_path)
     assert history.best_loss < before["loss"]
-    assert model.tensor_hash(system.encoder) == encoder_before
+    assert two_stage.tensor_hash(system.encoder) == encoder_before
     assert {"ssim", "psnr", "nmse", "loss"} == {name[4:] for name in history.epochs[0] if name.startswith("val_")}
     assert {"reconstruction_mean", "reconstruction_max", "target_mean"} <= set(history.steps[0])
     config_back = setup.load_stage2(tmp_path / "stage2_checkpoints" / "stage2_final_model.pt", system)
@@ -140,7 +138,7 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(stage1):
     """Cross-entropy is normalised over the tokens of the whole effective batch, not batch by batch."""
     config, _, system, _ = stage1
     batches = list(loaders(config)[1])[:3]
-    stage = training.AnalysisStage(system, "stage1", 0.1)
+    stage = stages.AnalysisStage(system, "stage1", 0.1)
     system.freeze("encoder")
     total = sum(stage.weight(batch) for batch in batches)
     for batch in batches:
@@ -158,21 +156,21 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(stage1):
 def test_a_loss_that_is_not_finite_stops_with_names(stage1, tmp_path, monkeypatch):
     config, _, _, _ = stage1
     system = systems.build(config)
-    stage = training.AnalysisStage(system)
+    stage = stages.AnalysisStage(system)
     real = stage.loss
     monkeypatch.setattr(stage, "loss", lambda batch: real(batch)._replace(total=real(batch).total * float("nan")))
     with pytest.raises(FloatingPointError, match=r"epoch 1, step 1.*file_brain_AX.* slice \d"):
-        training.fit(stage, config, *loaders(config), tmp_path)
+        loop.fit(stage, config, *loaders(config), tmp_path)
 
 
 def test_early_stopping(stage1, tmp_path, monkeypatch):
     config, _, _, _ = stage1
     patient = config.model_copy(update={"epochs": 6, "early_stopping_patience": 1})
     system = systems.build(config)
-    stage = training.AnalysisStage(system)
+    stage = stages.AnalysisStage(system)
     losses = iter([3.0, 2.0, 2.5, 1.0, 1.0, 1.0])
     monkeypatch.setattr(stage, "metrics", lambda scores: {"loss": next(losses)})
-    history = training.fit(stage, patient, *loaders(config), tmp_path)
+    history = loop.fit(stage, patient, *loaders(config), tmp_path)
     assert len(history.epochs) == 3 and history.best_epoch == 2
 
 
@@ -183,16 +181,16 @@ def test_bf16_autocast_trains_both_stages_close_to_float32(stage1, phantom_dir, 
     assert history_half.steps[0]["loss"] == pytest.approx(history.steps[0]["loss"], rel=0.02)
     checkpoint = directory / "stage1_checkpoints" / "stage1_best_model.pt"
     stage2 = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, epochs=1, mixed_precision="bf16")
-    backbone, tokenizer = model.build_backbone(stage2, "cpu")
+    backbone, tokenizer = two_stage.build_backbone(stage2, "cpu")
     system, _ = setup.load_stage1(checkpoint, backbone, tokenizer)
-    system.decoder = build_decoder(stage2, model.hidden_size(backbone))
-    history2 = training.fit(training.ReconstructionStage(system), stage2, *loaders(stage2), tmp_path)
+    system.decoder = build_decoder(stage2, two_stage.hidden_size(backbone))
+    history2 = loop.fit(stages.ReconstructionStage(system), stage2, *loaders(stage2), tmp_path)
     assert 0 < history2.epochs[0]["val_ssim"] < 1
 
 
 def test_a_backbone_kept_in_bfloat16_has_a_checkpoint_of_its_own(stage1, backbone_dir):
     config, directory, _, _ = stage1
-    backbone, tokenizer = model.build_backbone(config.model_copy(update={"backbone_dtype": "bfloat16"}), "cpu")
+    backbone, tokenizer = two_stage.build_backbone(config.model_copy(update={"backbone_dtype": "bfloat16"}), "cpu")
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.bfloat16}
     with pytest.raises(CheckpointError, match="backbone_dtype"):
         setup.load_stage1(directory / "stage1_checkpoints" / "stage1_best_model.pt", backbone, tokenizer)
