@@ -1,7 +1,5 @@
 """fastMRI+ annotations and users' own reports, read from CSV and JSON lines."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import logging

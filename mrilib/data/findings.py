@@ -13,8 +13,6 @@ Sides and regions are those of the *displayed* image, which is the h5's array fl
 - level, from the slice number: "lower", "middle" or "upper" third of the stack; slice 0 is the lowest.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Scores of generated texts: findings by label, side and region, and contrast or level accuracy."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Sequence

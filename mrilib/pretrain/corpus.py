@@ -10,8 +10,6 @@ most usual thing.
 Contrast, level and findings are drawn independently, so a model has no prior that would tell one from another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -126,7 +124,7 @@ class Steering(NamedTuple):
     scale: float = 3.0
     rivals: float = 0.25
 
-    def at(self, progress: float) -> Steering:
+    def at(self, progress: float) -> "Steering":
         """Easier prefixes for the start of training, in proportion to `progress`, which counts up to 1."""
         ease = min(1.0, max(0.0, progress))
         return self._replace(

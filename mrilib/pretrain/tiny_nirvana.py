@@ -11,8 +11,6 @@ model easy to steer: a small step towards a fact makes its words a little more p
 `steering_test` asks whether that has worked.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
