@@ -31,7 +31,6 @@ lint: $(BIN)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check mrilib tests
 	$(BIN)/mypy
-	$(BIN)/lint-imports
 
 .venv: $(BIN)/installed
 

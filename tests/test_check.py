@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from test_volume import attribute, copy_of, header, linked, own_mask, replaced
 
+from mrilib import check
 from mrilib.__main__ import main
 from mrilib.config import DataParameters
-from mrilib.data import check
-from mrilib.data.fastmri_file import DataError, Volume
-from mrilib.data.splits import split_volumes
+from mrilib.data import split_volumes
+from mrilib.volume import DataError, Volume
 
 SPOILT = np.nan
 

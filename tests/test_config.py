@@ -87,7 +87,6 @@ def test_every_number_has_bounds(cls: type[Parameters], data: dict[str, Any]) ->
 def test_a_network_of_absurd_size_is_refused_before_it_is_built(data: dict[str, Any]) -> None:
     for cls, values, told in (
         (config.Stage1Parameters, {"varnet_sens_chans": 512, "varnet_sens_pools": 8}, "varnet_sens_chans"),
-        (config.Stage2Parameters, {"baseline_chans": 512, "baseline_pools": 8}, "baseline_chans"),
         (config.PretrainParameters, {"hidden_size": 16384, "num_hidden_layers": 100}, "num_hidden_layers"),
         (config.BenchmarkParameters, {"hidden_size": 4096, "vocab_size": 10**6}, "vocab_size"),
     ):
@@ -100,7 +99,7 @@ def test_a_params_file_of_another_notebook_is_told(data: dict[str, Any]) -> None
     with pytest.raises(ParameterError, match=r"these are the parameters of 03_train_stage2 .*, not of 02_train_stage1"):
         config.Stage1Parameters.create({**stage2, "stage1_checkpoint": "x", "sense": True})
     with pytest.raises(ParameterError, match=r"these are the parameters of 02_train_stage1 .*, not of 03_train_stage2"):
-        config.Stage2Parameters.create({**stage1, "vit_embed_dim": 8, "label_smoothing": 0.1})
+        config.Stage2Parameters.create({**stage1, "vit_embed_dim": 8, "recon_weight": 1})
     with pytest.raises(ParameterError, match=r"'sense' is not .*; it is one of 03_train_stage2$"):
         config.Stage1Parameters.create({**stage1, "sense": True})
 
@@ -136,6 +135,8 @@ def test_training_refuses_a_data_folder_that_is_not_there_and_explore_can_make_i
     [
         (DataParameters, "data_dir"),
         (TrainingParameters, "backbone_path"),
+        (config.Stage2Parameters, "stage1_checkpoint"),
+        (config.EvaluateParameters, "stage1_checkpoint"),
         (config.EvaluateParameters, "stage2_checkpoint"),
     ],
 )
@@ -217,9 +218,19 @@ def test_stages_check_what_belongs_together(data: dict[str, Any]) -> None:
         config.Stage1Parameters.create({**own(config.Stage1Parameters, data), "vit_num_heads": 5})
     with pytest.raises(ParameterError, match=r"train_control: .*image_skip"):
         config.Stage2Parameters.create({**own(config.Stage2Parameters, data), "image_skip": False})
-    with pytest.raises(ParameterError, match=r"sense: .*image_skip"):
-        changed = {"image_skip": False, "train_control": False, "sense": True}
-        config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **changed})
+    for name, value in (("sense", True), ("encoder_image", True), ("tokens_from", 0.5)):
+        with pytest.raises(ParameterError, match=rf"{name}: .*image_skip"):
+            changed = {"image_skip": False, "train_control": False, name: value}
+            config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **changed})
+    small = {"encoder_image": True, "encoder_weights": True, "decoder_type": "small"}
+    config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **small})
+    for changed, told in (
+        ({"encoder_image": False}, "set encoder_image: true"),
+        ({"decoder_type": "full"}, "decoder_type: small"),
+        ({"use_bilinear_upsample": False}, "use_bilinear_upsample: true"),
+    ):
+        with pytest.raises(ParameterError, match=f"encoder_weights: .*{told}"):
+            config.Stage2Parameters.create({**own(config.Stage2Parameters, data), **small, **changed})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

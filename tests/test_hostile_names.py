@@ -10,11 +10,9 @@ import pandas as pd
 import pytest
 from test_charts import history
 
+from mrilib import charts, compare, figures, live, tables
 from mrilib.config import ROOT, printable
-from mrilib.display import compare_runs, live, tables
-from mrilib.display import curves as charts
-from mrilib.display import images as figures
-from mrilib.evaluation.reconstructions import Comparison
+from mrilib.figures import Comparison
 
 NAMES = (
     "<img src=x onerror=alert(1)>",
@@ -61,9 +59,9 @@ def test_no_table_takes_a_name_for_html(name, run):
     assert_inert(live.text_progress({1: pd.DataFrame([row])}), name)
     assert_inert(tables.html_table((name,), [(name,)], caption=name), name)
     assert_inert(tables.shown(pd.DataFrame({name: {name: name}}), index=True, caption=name).data, name)
-    assert_inert(tables.shown(compare_runs.metrics_table(runs), index=True).data, name)
-    assert_inert(tables.shown(compare_runs.differing_parameters(runs), index=True).data, name)
-    states = [(run, path, compare_runs.states(runs)[run]) for run, path in runs.items()]
+    assert_inert(tables.shown(compare.metrics_table(runs), index=True).data, name)
+    assert_inert(tables.shown(compare.differing_parameters(runs), index=True).data, name)
+    states = [(run, path, compare.states(runs)[run]) for run, path in runs.items()]
     assert_inert(tables.html_table(("run", "folder", "state"), states), name)
 
 
@@ -107,19 +105,14 @@ def test_notebooks_make_their_tables_in_one_place():
 
 def test_the_log_says_what_failed(tmp_path, monkeypatch, caplog):
     """An error's text may begin with an empty line, as that of a formula does."""
-    from mrilib import progress
-    from mrilib.runs import record as record_module
+    from mrilib import runs
 
-    events = SimpleNamespace(
-        register=lambda name, function: monkeypatch.setattr(record_module, "after_cell", function, False)
-    )
-    monkeypatch.setattr(progress, "_ipython", lambda: SimpleNamespace(events=events))
+    events = SimpleNamespace(register=lambda name, function: monkeypatch.setattr(runs, "after_cell", function, False))
+    monkeypatch.setattr(runs, "_ipython", lambda: SimpleNamespace(events=events))
     run = SimpleNamespace(record={"notebooks": {"explore": {"status": "running"}}}, finish=lambda *a, **k: None)
-    record_module._mark_failures(run, "explore")
-    monkeypatch.setattr(record_module.logger, "propagate", True)
-    record_module.after_cell(
-        SimpleNamespace(error_in_exec=ValueError("\na$b\n  ^\nParseException"), error_before_exec=None)
-    )
+    runs._mark_failures(run, "explore")
+    monkeypatch.setattr(runs.logger, "propagate", True)
+    runs.after_cell(SimpleNamespace(error_in_exec=ValueError("\na$b\n  ^\nParseException"), error_before_exec=None))
     assert "explore failed: ValueError: a$b" in caplog.text
 
 

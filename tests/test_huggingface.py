@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
 
 import mrilib
-from mrilib.backbone.nirvana import NirvanaCache, NirvanaConfig, NirvanaForCausalLM
+from mrilib.nirvana import NirvanaCache, NirvanaConfig, NirvanaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "tiny_backbone"
@@ -74,7 +74,7 @@ def test_import_mrilib_registers_the_backbone(first):
     )
     loaded, name, module = out.split()
     assert loaded == str(first != "import mrilib")
-    assert (name, module) == ("NirvanaForCausalLM", "mrilib.backbone.nirvana")
+    assert (name, module) == ("NirvanaForCausalLM", "mrilib.nirvana")
 
 
 def test_model_card_says_to_import_mrilib():

@@ -14,13 +14,11 @@ import yaml
 from nbconvert import HTMLExporter
 from papermill.inspection import inspect_notebook
 
+from mrilib import reference
 from mrilib.__main__ import COMMANDS, main
 from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
-from mrilib.model.decoders import find_decoder
-from mrilib.runs import parameter_reference
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
-METHODS = sorted(ROOT.glob("params/*/methods/*.yaml"))
 
 
 def source_of(stem: str) -> dict:
@@ -52,13 +50,11 @@ def test_parameters_cell_is_the_config(key):
     stem, cls = NOTEBOOKS[key]
     source = parameters_cell(stem)
     assert source.startswith(PARAMETERS_HEADER)
-    assigned = parameter_reference.cell_values(source)
+    assigned = reference.cell_values(source)
     assert list(assigned) == list(cls.model_fields)
     assert assigned["interactive"] is True
     cls(**assigned)
-    assert source == parameter_reference.parameters_cell(cls, assigned), (
-        "python -m mrilib.runs.record.parameter_reference writes it anew"
-    )
+    assert source == reference.parameters_cell(cls, assigned), "python -m mrilib.reference writes it anew"
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -71,17 +67,10 @@ def test_params_files_fit_their_notebook(path):
     cls(**values)
 
 
-def test_demo_comparison_and_full_have_a_file_for_each_notebook():
-    for folder in ("demo", "comparison", "full"):
+def test_demo_bench_and_full_have_a_file_for_each_notebook():
+    for folder in ("demo", "bench", "full"):
         names = {path.stem for path in PARAMS if path.parent.name == folder}
         assert {"explore", "stage1", "stage2", "evaluate", "compare"} <= names
-
-
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
-def test_the_comparisons_methods_change_stage_2(path):
-    values, stage2 = yaml.safe_load(path.read_text()), yaml.safe_load((path.parent.parent / "stage2.yaml").read_text())
-    assert find_decoder(values["decoder"]) and values["max_steps"] > 0
-    NOTEBOOKS["stage2"][1](**{**stage2, **values})
 
 
 def papermill(notebook: str, out: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -191,7 +180,7 @@ def test_documented_mrilib_commands_are_right(capsys):
 
 
 def test_parameter_reference_is_current():
-    page = parameter_reference.PATH.read_text()
-    assert page == parameter_reference.reference(), "python -m mrilib.runs.record.parameter_reference makes it anew"
+    page = reference.PATH.read_text()
+    assert page == reference.reference(), "python -m mrilib.reference makes it anew"
     for _, cls in NOTEBOOKS.values():
         assert all(f"`{name}`" in page for name in cls.model_fields)

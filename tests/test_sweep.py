@@ -12,10 +12,10 @@ import pytest
 import systems
 import yaml
 
+from mrilib import sweep
 from mrilib.__main__ import main, parse_overrides
 from mrilib.config import ParameterError, Stage1Parameters
-from mrilib.runs import sweep
-from mrilib.runs.sweep import _flow, parse_grid, variants
+from mrilib.sweep import _flow, parse_grid, variants
 
 
 def test_values_are_separated_by_commas():

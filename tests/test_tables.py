@@ -11,20 +11,20 @@ import systems
 import torch
 
 from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters
-from mrilib.data.dataset import FastMRIDataset
-from mrilib.data.splits import index_volumes
-from mrilib.display.tables import model_card, parameter_table
+from mrilib.data import FastMRIDataset, index_volumes
+from mrilib.tables import model_card, parameter_table
 
 
 def test_each_part_of_the_encoder_has_its_own_row(phantom_dir, tmp_path):
     backbone = systems.write_backbone(tmp_path)
     config = systems.stage1_config(phantom_dir, backbone)
-    added = {"finding_labels": ["Mass"], "finding_chans": 2}
+    added = {"restore_chans": 4, "finding_labels": ["Mass"], "finding_chans": 2}
     plain, system = (systems.build(config.model_copy(update=update)) for update in ({}, added))
     table, short = (parameter_table(one)["parameters"].str.replace(",", "").astype(int) for one in (system, plain))
     parts = table[[name for name in table.index if name.startswith("encoder: ")]]
     assert parts.sum() == table["encoder"] == sum(p.numel() for p in system.encoder.parameters())
-    assert set(table.index) - set(short.index) == {"encoder: maps of findings"}
+    assert set(table.index) - set(short.index) == {"encoder: restoration", "encoder: maps of findings"}
+    assert parts["encoder: restoration"] == sum(p.numel() for p in system.encoder.restoration.parameters())
     assert short["encoder: VarNet"] == parts["encoder: VarNet"]
 
 
@@ -52,9 +52,14 @@ def heads_of_others(tmp_path_factory) -> Path:
     return folder
 
 
+def code(path):
+    """A path as the card shows it."""
+    return "<code>" + "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>()#+!|$&~\"'" else c for c in str(path)) + "</code>"
+
+
 def test_the_card_tells_a_split_of_one_folder(volumes, phantom_dir):
     data, not_for = card({"data_dir": str(phantom_dir), "split_seed": 3}, split_of(volumes))
-    assert f"training: 2 patients of `{phantom_dir}`" in data
+    assert f"training: 2 patients of {code(phantom_dir)}" in data
     apart = "of the same folder, set apart by patient (split_seed 3)"
     assert f"validation: 1 patient {apart}" in data and f"test: 1 patient {apart}" in data
     assert (
@@ -65,8 +70,8 @@ def test_the_card_tells_a_split_of_one_folder(volumes, phantom_dir):
 def test_the_card_names_the_folders_that_were_given(volumes, phantom_dir, heads_of_others):
     config = {"data_dir": str(phantom_dir), "test_dir": str(heads_of_others), "val_dir": "elsewhere"}
     data, not_for = card(config, split_of(volumes, test=index_volumes(heads_of_others)))
-    assert f"test: 1 patient of `{heads_of_others}` (test_dir, a folder of its own)" in data
-    assert "validation: 1 patient of `elsewhere` (val_dir, a folder of its own)" in data
+    assert f"test: 1 patient of {code(heads_of_others)} (test_dir, a folder of its own)" in data
+    assert "validation: 1 patient of <code>elsewhere</code> (val_dir, a folder of its own)" in data
     assert "set apart" not in data
     # the heads are real
     assert "The training and validation patients are a phantom" in not_for and "say nothing" not in not_for
@@ -85,7 +90,8 @@ def test_the_card_says_where_training_was_on_another_split(volumes, phantom_dir)
     config = {"data_dir": str(phantom_dir), "test_dir": "elsewhere"}
     stage1 = Stage1Parameters.model_construct(data_dir="first", split_seed=5)
     data, _ = card(config, split_of(volumes), stage1)
-    assert "stage 1 was trained with another split: data_dir `first`" in data and "split_seed `5`" in data
+    assert "stage 1 was trained with another split: data_dir <code>first</code>" in data
+    assert "split_seed <code>5</code>" in data
     assert "stage 2" not in data
 
 

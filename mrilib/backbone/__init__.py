@@ -1,1 +1,0 @@
-"""The Nirvana language model: architecture, kernels, cache, loading and tokenizer."""

@@ -1,1 +1,0 @@
-"""Other methods, distribution shifts and speed measurements."""

@@ -1,1 +1,0 @@
-"""fastMRI brain files: reading, checking, splitting, annotations, and batches of slices."""

@@ -1,1 +1,0 @@
-"""Figures, tables and JupyterLab browsers. The only package that imports matplotlib or ipywidgets."""

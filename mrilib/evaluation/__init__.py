@@ -1,1 +1,0 @@
-"""Trained models applied to test data: reconstructions, texts, scores and controls."""

@@ -1,1 +1,0 @@
-"""Networks: k-space encoder, image decoder, baselines, and the two-stage model."""

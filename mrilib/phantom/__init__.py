@@ -1,1 +1,0 @@
-"""Simulated multi-coil brain scans, written in fastMRI's format."""

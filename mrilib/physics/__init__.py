@@ -1,1 +1,0 @@
-"""Fourier transforms, sampling masks, coils and SENSE. Complex tensors have axes (..., coil, readout, phase)."""

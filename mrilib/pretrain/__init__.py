@@ -1,1 +1,0 @@
-"""Pretraining of the small Nirvana model in models/tiny_backbone."""

@@ -1,1 +1,0 @@
-"""Run folders: records, notebooks under papermill, sweeps."""

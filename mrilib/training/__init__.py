@@ -1,1 +1,0 @@
-"""Both stages, their losses, and the loop that trains them."""
