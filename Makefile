@@ -31,6 +31,7 @@ lint: $(BIN)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check mrilib tests
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 .venv: $(BIN)/installed
 

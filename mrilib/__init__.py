@@ -13,14 +13,14 @@ from types import ModuleType
 from typing import Any
 
 _MODULES = {
-    "FastMRIDataset": "data",
-    "ImageDecoder": "decoder",
-    "KSpaceEncoder": "encoder",
-    "NirvanaConfig": "nirvana",
-    "NirvanaForCausalLM": "nirvana",
-    "TwoStageModel": "model",
-    "evaluate_volumes": "evaluation",
-    "gated_delta_rule": "delta_rule",
+    "FastMRIDataset": "data.dataset",
+    "ImageDecoder": "model.decoder",
+    "KSpaceEncoder": "model.encoder",
+    "NirvanaConfig": "backbone.nirvana",
+    "NirvanaForCausalLM": "backbone.nirvana",
+    "TwoStageModel": "model.two_stage",
+    "evaluate_volumes": "evaluation.reconstructions",
+    "gated_delta_rule": "backbone.delta_rule",
 }
 _AUTO = "transformers.models.auto.configuration_auto"
 
@@ -37,14 +37,14 @@ def __dir__() -> list[str]:
 
 
 def _register_at_first_use(auto: ModuleType) -> None:
-    """Have AutoConfig import `mrilib.nirvana`, which registers the backbone, before it looks up its first config."""
+    """Have AutoConfig import `mrilib.backbone.nirvana`, which registers the backbone, before its first look-up."""
     methods = {name: auto.AutoConfig.__dict__[name] for name in ("from_pretrained", "for_model")}
 
     def wrap(name: str) -> Any:
         def first(cls: type, *args: Any, **kwargs: Any) -> Any:
             for each, method in methods.items():
                 setattr(auto.AutoConfig, each, method)
-            importlib.import_module("mrilib.nirvana")
+            importlib.import_module("mrilib.backbone.nirvana")
             return getattr(cls, name)(*args, **kwargs)
 
         return classmethod(first)

@@ -1,4 +1,4 @@
-"""The commands: python -m mrilib run | sweep | train | make-data | check | reconstruct | runs."""
+"""The commands: python -m mrilib run | sweep | train | cost | make-data | check | reconstruct | runs."""
 
 import argparse
 import json
@@ -20,6 +20,8 @@ from mrilib.config import (
     ROOT,
     ParameterError,
     Parameters,
+    Stage2Parameters,
+    TrainingParameters,
     display_path,
     parse_yaml,
     printable,
@@ -104,6 +106,10 @@ def make_parser() -> argparse.ArgumentParser:
         *("-p", "--parameter"), action="append", default=[], metavar="NOTEBOOK.NAME=VALUE,VALUE",
         help="values of a parameter, one run for each; may be given several times (default: none)",
     )  # fmt: skip
+    sweep.add_argument(
+        "--methods", help="files of the folder's methods/, e.g. varnet,unet; all: every one (default: none)"
+    )
+    sweep.add_argument("--seeds", help="seeds of both stages, e.g. 0,1 (default: those of the params files)")
     sweep_stages = sweep.add_mutually_exclusive_group()
     sweep_stages.add_argument("--stage1-only", action="store_true", help="train the k-space encoder alone")
     sweep_stages.add_argument("--stage2-only", action="store_true", help="train the image decoder alone; needs -c")
@@ -111,6 +117,21 @@ def make_parser() -> argparse.ArgumentParser:
     sweep_again = sweep.add_mutually_exclusive_group()
     sweep_again.add_argument("--resume", action="store_true", help="go on with runs that are not finished")
     sweep_again.add_argument("--overwrite", action="store_true", help="run all anew, finished ones too")
+
+    cost = commands.add_parser("cost", help="seconds and FLOPs of an optimizer step, and steps at equal compute")
+    cost.add_argument("params", type=Path, nargs="+", help="params files of stage 1 or 2, or of a methods/ folder")
+    cost.add_argument(
+        "--reference",
+        type=whole(1, 1000),
+        default=1,
+        help="the first so many files are the budget (default: %(default)s)",
+    )
+    cost.add_argument(
+        "--rounds", type=whole(1, 1000), default=3, help="measurements of each file, in turn (default: %(default)s)"
+    )
+    cost.add_argument(
+        "--steps", type=whole(1, 10**6), default=5, help="optimizer steps a measurement (default: %(default)s)"
+    )
 
     data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
     data.add_argument("directory", type=Path, help="folder to write to; it is made if it does not exist")
@@ -170,9 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder, one papermill process each, into one run folder."""
-    from mrilib import phantom
     from mrilib.config import ExploreParameters
-    from mrilib.runs import Run, hold, stop_on_signals
+    from mrilib.model.decoders import uses_tokens
+    from mrilib.phantom import dataset
+    from mrilib.processes import hold, stop_on_signals
+    from mrilib.runs.record import REFUSALS, Run
 
     folder: Path = options.params
     if not folder.is_dir():
@@ -207,6 +230,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
         if not names:
             raise ParameterError(f"'{folder}' holds no params file of a notebook ({', '.join(PIPELINE)})")
         overrides = given
+        if "stage2" in names and not uses_tokens({**read_yaml(folder / "stage2.yaml"), **given.get("stage2", {})}):
+            names = tuple(name for name in names if name != "stage1")  # nothing reads its tokens
         if options.checkpoint is not None:
             chosen = {"stage2": {"stage1_checkpoint": str(options.checkpoint.resolve())}}
             overrides = merge_overrides(chosen, given)
@@ -222,20 +247,22 @@ def run_notebooks(options: argparse.Namespace) -> int:
         phantom_of = ExploreParameters.from_yaml(explore)
     made = resolve(phantom_of.data_dir) if phantom_of is not None and phantom_of.phantom_volumes else None
     for name in names:
-        check_before_start(name, values[name], directory, made)
+        config = check_before_start(name, values[name], directory, made)
+        if resumed:
+            check_resumed(name, config, given.get(name, {}), directory)
     check_controls(values, directory)
     if phantom_of is not None:
-        phantom.make_if_absent(phantom_of)
+        dataset.make_if_absent(phantom_of)
 
     if not resumed:
         claim_folder(directory, options.overwrite)
         (directory / "params").mkdir()
         for name in names:
             shutil.copy(folder / f"{name}.yaml", directory / "params")
+    overrides_path = directory / "params" / "overrides.yaml"
+    before = overrides_path.read_text() if overrides_path.is_file() else ""
     if overrides:
-        written = directory / "params" / "overrides.yaml.part"
-        written.write_text(yaml.safe_dump(overrides))
-        written.replace(directory / "params" / "overrides.yaml")
+        write_text(overrides_path, yaml.safe_dump(overrides))
     if not resumed:  # last: a folder with a record has all that going on takes
         Run(directory, list(names)).save()
     record = Run(directory, [])
@@ -256,17 +283,27 @@ def run_notebooks(options: argparse.Namespace) -> int:
             notebook = Notebook(name, values[name], directory)
             status = run_one(notebook, came)
             if status:
+                error = str(Run(directory, []).record["notebooks"].get(name, {}).get("error"))
+                if resumed and given and error.startswith(REFUSALS):  # what is refused must not stick
+                    write_text(overrides_path, before)
                 return status
     if (directory / "metrics.json").is_file():
-        from mrilib.tables import metrics_text
+        from mrilib.display.tables import metrics_text
 
         print(metrics_text(directory / "metrics.json"))
     return 0
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it into place."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def claim_folder(directory: Path, overwrite: bool) -> None:
     """Hold a new run's folder; a run that is there already is deleted if that is asked for, and refused otherwise."""
-    from mrilib.runs import hold
+    from mrilib.processes import hold
 
     name = display_path(directory)
     begun = (directory / "run.json").exists()
@@ -304,7 +341,7 @@ def run_one(notebook: "Notebook", came: list[int]) -> int:
     came : list of int
         The signals that have come, as `runs.stop_on_signals` gives it.
     """
-    from mrilib.runs import Run
+    from mrilib.runs.record import Run
 
     start = time.monotonic()
     name, directory = notebook.name, notebook.directory
@@ -337,6 +374,8 @@ def notebook_values(
     folder: Path, name: str, overrides: dict[str, dict[str, Any]], directory: Path, resumed: bool
 ) -> dict[str, Any]:
     """A notebook's parameters in a run: its file, the command line's, and the run's own folder and checkpoints."""
+    from mrilib.model.decoders import uses_tokens
+
     path = folder / f"{name}.yaml"
     given = read_yaml(path)
     try:
@@ -358,6 +397,13 @@ def notebook_values(
     for key, relative in own.get(name, {}).items():
         if values.get(key, "x"):  # emptied in the file: left out on purpose
             values[key] = display_path(directory / relative)
+    stage2 = folder / "stage2.yaml"
+    if stage2.is_file() and not uses_tokens({**read_yaml(stage2), **overrides.get("stage2", {})}):
+        without: dict[str, dict[str, Any]] = {
+            "stage2": {"stage1_checkpoint": "", "train_control": False},
+            "evaluate": {"stage1_checkpoint": "", "control_checkpoint": "", "plain_checkpoint": ""},
+        }
+        values |= without.get(name, {})
     if name == "compare":
         values["runs"] = [display_path(directory)]
     if resumed and name in ("stage1", "stage2"):
@@ -365,8 +411,10 @@ def notebook_values(
     return {**values, **overrides.get(name, {})}
 
 
-def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> None:
-    """Validate a notebook's parameters; the run's own checkpoints and `made`, its data, need not be there yet."""
+def check_before_start(name: str, values: dict[str, Any], directory: Path, made: Path | None = None) -> Parameters:
+    """A notebook's parameters, validated; the run's own checkpoints and `made`, its data, need not be there yet."""
+    from mrilib.model.decoders import uses_tokens
+
     later = [
         key
         for key, value in values.items()
@@ -375,9 +423,30 @@ def check_before_start(name: str, values: dict[str, Any], directory: Path, made:
     ]
     cls: type[Parameters] = NOTEBOOKS[name][1]
     try:
-        cls.create(values, written_later=later)
+        config = cls.create(values, written_later=later)
+        if isinstance(config, Stage2Parameters) and uses_tokens(values) and "stage1_checkpoint" not in later:
+            config.require_path("stage1_checkpoint")
+        return config
     except ParameterError as error:
         raise ParameterError(f"{name}: {error}") from None
+
+
+def check_resumed(name: str, config: Parameters, given: dict[str, Any], directory: Path) -> None:
+    """Refuse to change what a run has already been made with."""
+    from mrilib.runs.record import read_record
+    from mrilib.training.resume import check_folder
+
+    section = read_record(directory)["notebooks"].get(name, {})
+    if section.get("status") == "done":
+        made = section.get("config", {})
+        for key in given:
+            if key in made and config.to_dict()[key] != made[key]:
+                raise ParameterError(
+                    f"-p {name}.{key}: {name} is done, with {key}: {made[key]}; leave it out, or choose another --name "
+                    "for a new run"
+                )
+    elif isinstance(config, TrainingParameters):
+        check_folder(directory, config)
 
 
 def check_controls(values: dict[str, dict[str, Any]], directory: Path) -> None:
@@ -466,7 +535,7 @@ class Notebook:
 
     def execute(self) -> int:
         """Run it, its log on the console; the exit status."""
-        from mrilib.runs import end_process, ends_with_this_process
+        from mrilib.processes import end_process, ends_with_this_process
 
         stem, directory = NOTEBOOKS[self.name][0], self.directory
         command = [sys.executable, "-m", "papermill", f"notebooks/{stem}.ipynb"]
@@ -514,20 +583,20 @@ def _follow(folder: Path, before: set[Path], ended: threading.Event) -> None:
 
 def train_stage(options: argparse.Namespace) -> int:
     """Train one stage without its notebook."""
-    from mrilib import train
-    from mrilib.distributed import TrainingStopped
+    from mrilib.runs import train as train_module
+    from mrilib.training.distributed import TrainingStopped
 
     values = parse_values(options.parameter)
     if options.resume:
         values["resume"] = True
-    config = train.read_config(options.params, options.stage, values)
+    config = train_module.read_config(options.params, options.stage, values)
     if options.dry_run:
-        from mrilib import dry_run
+        from mrilib.training import dry_run
 
         print(dry_run.report(config).text())
         return 0
     try:
-        directory = train.train(config, options.only)
+        directory = train_module.train(config, options.only)
     except TrainingStopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return STOPPED
@@ -535,9 +604,18 @@ def train_stage(options: argparse.Namespace) -> int:
     return 0
 
 
+def measure_costs(options: argparse.Namespace) -> int:
+    """Measure params files in turn and print what they cost."""
+    from mrilib.training import cost as cost_module
+
+    costs = cost_module.measure(options.params, options.rounds, options.steps)
+    print(cost_module.table(costs, options.reference).to_string(index=False))
+    return 0
+
+
 def make_data(options: argparse.Namespace) -> int:
     """Write a phantom data set."""
-    from mrilib.phantom import make_dataset
+    from mrilib.phantom.dataset import make_dataset
 
     path = make_dataset(
         options.directory, options.volumes, options.slices, options.img_size, options.coils, options.seed
@@ -548,7 +626,7 @@ def make_data(options: argparse.Namespace) -> int:
 
 def check_data(options: argparse.Namespace) -> int:
     """Print what is wrong with the files of a folder, and what is in it; 1 if any has a problem."""
-    from mrilib.check import check_directory
+    from mrilib.data.check import check_directory
 
     report, fine = check_directory(options.directory.resolve(), options.processes)
     print(report)
@@ -557,7 +635,7 @@ def check_data(options: argparse.Namespace) -> int:
 
 def reconstruct_file(options: argparse.Namespace) -> int:
     """One h5 file to ``OUT/<file>.h5`` (fastMRI's submission format), ``OUT/<file>.jsonl`` and ``OUT/<file>.png``."""
-    from mrilib.reconstruct import reconstruct
+    from mrilib.runs.reconstruct import reconstruct
 
     for line in reconstruct(options.run, options.file, options.out, options.acceleration):
         print(printable(line))
@@ -566,7 +644,7 @@ def reconstruct_file(options: argparse.Namespace) -> int:
 
 def sweep_runs(options: argparse.Namespace) -> int:
     """A grid of runs and their comparison."""
-    from mrilib.sweep import Stopped, sweep
+    from mrilib.runs.sweep import Stopped, sweep
 
     try:
         return sweep(options)
@@ -577,7 +655,7 @@ def sweep_runs(options: argparse.Namespace) -> int:
 
 def list_runs(options: argparse.Namespace) -> int:
     """Print the table of run records."""
-    from mrilib.tables import runs_text
+    from mrilib.display.tables import runs_text
 
     if not options.directory.is_dir():
         raise ParameterError(f"'{options.directory}' is no folder; give one that holds run folders, such as outputs")
@@ -589,6 +667,7 @@ COMMANDS = {
     "run": run_notebooks,
     "sweep": sweep_runs,
     "train": train_stage,
+    "cost": measure_costs,
     "make-data": make_data,
     "check": check_data,
     "reconstruct": reconstruct_file,

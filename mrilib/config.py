@@ -7,7 +7,7 @@ and truth values are converted; what cannot be converted, or is not known, is re
 
 import ast
 import difflib
-import importlib.util
+import os
 import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +21,7 @@ from mrilib import plain_yaml
 from mrilib.errors import shortened
 
 ROOT = Path(__file__).resolve().parent.parent
+MASK_TYPES = ("random", "equispaced", "equispaced_fraction", "magic", "magic_fraction")
 PARAMETERS_HEADER = "# Parameters of this notebook"
 
 
@@ -58,7 +59,8 @@ def resolve(path: str | Path) -> Path:
         For a loop of links, or the home folder of a user who does not exist.
     """
     try:
-        return (ROOT / Path(path).expanduser()).resolve()
+        # realpath, as Path.resolve raises on links in a circle: who opens the file tells what it is
+        return Path(os.path.realpath(ROOT / Path(path).expanduser()))
     except (RuntimeError, OSError, ValueError) as error:
         raise ParameterError(f"the path '{shortened(str(path))}' cannot be resolved: {error}") from None
 
@@ -135,17 +137,29 @@ class Parameters(BaseModel):
             path = getattr(config, name)
             if not path or name in written_later:
                 continue
-            try:
-                mode = resolve(path).stat().st_mode
-            except (FileNotFoundError, NotADirectoryError):
-                raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip(), [name]) from None
-            except (ParameterError, OSError) as error:
-                told = error.strerror if isinstance(error, OSError) else error
-                raise ParameterError(f"{name}: '{shortened(path)}' cannot be used: {told}", [name]) from None
-            if not stat.S_ISDIR(mode) and (name.endswith("_dir") or not stat.S_ISREG(mode)):
-                kind = "folder" if name.endswith("_dir") else "regular file"
-                raise ParameterError(f"{name}: '{path}' is no {kind}", [name])
+            config.require_path(name)
         return config
+
+    def require_path(self, name: str) -> None:
+        """Refuse a path parameter that names nothing, or a file where a folder is wanted, or the reverse.
+
+        Raises
+        ------
+        ParameterError
+        """
+        path = getattr(self, name)
+        if not path:
+            raise ParameterError(f"{name}: '' does not exist. {_hint(name)}".strip(), [name])
+        try:
+            mode = resolve(path).stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            raise ParameterError(f"{name}: '{path}' does not exist. {_hint(name)}".strip(), [name]) from None
+        except (ParameterError, OSError) as error:
+            told = error.strerror if isinstance(error, OSError) else error
+            raise ParameterError(f"{name}: '{shortened(path)}' cannot be used: {told}", [name]) from None
+        if not stat.S_ISDIR(mode) and (name.endswith("_dir") or not stat.S_ISREG(mode)):
+            kind = "folder" if name.endswith("_dir") else "regular file"
+            raise ParameterError(f"{name}: '{path}' is no {kind}", [name])
 
     @classmethod
     def check_replaced(cls, values: Mapping[str, Any], names: Collection[str]) -> None:
@@ -313,26 +327,24 @@ class DataParameters(OutputParameters):
     data_dir: str = P("data/demo", "folder of fastMRI brain multicoil h5 files (the training files)", min_length=1)
     val_dir: str = P("", "folder of validation files; empty: a part of data_dir, split by patient")
     test_dir: str = P("", "folder of test files; empty: a part of data_dir, split by patient")
-    val_fraction: float = P(0.1, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
-    test_fraction: float = P(0.1, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
+    val_fraction: float = P(0.06, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
+    test_fraction: float = P(0.12, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
     split_seed: int = P(0, "seed of the split by patient", ge=0, lt=2**32)
     on_bad_file: Literal["refuse", "skip"] = P("refuse", "unusable data files; skip: left out and listed in run.json")
     annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
     reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
-    num_coils: int = P(16, "coils after SVD compression; slices with fewer keep theirs", ge=1, le=1024)
-    img_size: int = P(320, "side of the ViT's input [pixels], a multiple of 16", ge=16, le=4096)
+    num_coils: int = P(4, "coils after SVD compression; slices with fewer keep theirs", ge=1, le=1024)
+    img_size: int = P(128, "side of the ViT's input [pixels], a multiple of 16", ge=16, le=4096)
     crop: Literal["readout", "image"] = P("readout", "readout: native phase encoding; image: both axes cropped first")
     mask_type: str = P(
         "equispaced_fraction", "fastMRI's masks: random, equispaced, equispaced_fraction, magic or magic_fraction"
     )
     accelerations: list[int] = P([4, 8], "accelerations", min_length=1)
-    center_fractions: list[float] = P([0.08, 0.04], "share of lines sampled at the centre, one per acceleration")
+    center_fractions: list[float] = P([0.08, 0.0625], "share of lines sampled at the centre, one per acceleration")
     num_workers: int = P(0, "processes that load data; 0: none", ge=0, le=256)
 
     @model_validator(mode="after")
     def _masks_and_size(self) -> Self:
-        from mrilib.kspace import MASK_TYPES
-
         if self.img_size % 16:
             raise ValueError(f"img_size: {self.img_size} is not a multiple of 16, the ViT's patch")
         if len(self.accelerations) != len(self.center_fractions):
@@ -371,10 +383,8 @@ class BackboneParameters(DataParameters):
         "tokenizer_path",
     )
 
-    config_path: str = P("models/nirvana_1_3B.json", "backbone configuration; unused if backbone_path is a folder")
-    backbone_path: str = P(
-        "models/model.safetensors", "backbone weights, or a Hugging Face causal-LM folder", min_length=1
-    )
+    config_path: str = P("", "backbone configuration; unused if backbone_path is a folder")
+    backbone_path: str = P("models/tiny_backbone", "backbone weights, or a Hugging Face causal-LM folder", min_length=1)
     tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
     backbone_dtype: Literal["float32", "bfloat16"] = P(
         "float32", "type that the frozen backbone's weights are kept in; bfloat16 takes half the memory"
@@ -393,31 +403,29 @@ class BackboneParameters(DataParameters):
 class TrainingParameters(BackboneParameters):
     """The training loop, the same for both stages."""
 
-    epochs: int = P(
-        100, "passes over the training slices; in each of them a batch comes `data_echo` times", ge=1, le=10**6
+    epochs: int = P(6, "passes over the training slices", ge=1, le=10**6)
+    max_steps: int = P(
+        0, "optimizer steps after which training ends, if the epochs have not ended; 0: no limit", ge=0, le=10**8
     )
     batch_size: int = P(
-        4, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1, le=4096
+        16, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1, le=4096
     )
-    learning_rate: float = P(3e-4, "peak learning rate", gt=0, le=10)
+    learning_rate: float = P(2e-3, "peak learning rate", gt=0, le=10)
     optimizer: Literal["adamw", "muon"] = P(
-        "adamw", "muon: orthogonalised steps for matrices and kernels, AdamW for the rest; often learns in fewer steps"
+        "muon", "muon: orthogonalised steps for matrices and kernels, AdamW for the rest; often learns in fewer steps"
     )
     weight_decay: float = P(1e-4, "the optimizer's weight decay, decoupled", ge=0, le=100)
     max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
     warmup_ratio: float = P(0.1, "share of the steps with rising learning rate", ge=0, le=1)
     lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
     adam_beta1: float = P(0.9, "AdamW's decay of the mean gradient", ge=0, lt=1)
-    adam_beta2: float = P(0.999, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
+    adam_beta2: float = P(0.99, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
     gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1, le=4096)
     mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
     activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
-    masks_per_slice: int = P(
-        0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0, le=10**4
-    )
     max_train_slices: int = P(0, "use so many training slices an epoch at most; 0: all", ge=0, le=10**7)
     max_val_slices: int = P(0, "use so many validation slices at most, spread evenly; 0: all", ge=0, le=10**7)
-    save_interval: int = P(10, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1, le=10**6)
+    save_interval: int = P(5, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1, le=10**6)
     log_interval: int = P(10, "steps between the lines of the text log", ge=1, le=10**6)
     early_stopping_patience: int = P(
         0, "epochs without a better validation loss before stopping; 0: never", ge=0, le=10**6
@@ -428,23 +436,14 @@ class TrainingParameters(BackboneParameters):
     )
     max_checkpoints: int = P(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0, le=10**4)
     on_nan: Literal["stop", "skip"] = P("stop", "loss or gradient not finite: stop with the state saved, or skip")
-    auto_batch_size: bool = P(False, "halve the slices in memory at once when it runs out; steps stay the same")
     num_processes: int = P(
         1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1, le=1024
     )
-    log_with: Literal["", "tensorboard", "wandb", "trackio"] = P("", "tracker beside the run's logs; empty: none")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yamls_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
-
-    @field_validator("log_with")
-    @classmethod
-    def _tracker_is_there(cls, value: str) -> str:
-        if value and importlib.util.find_spec(value) is None:
-            raise ValueError(f"the package {value} is not installed: pip install {value}")
-        return value
 
 
 class ExploreParameters(DataParameters):
@@ -452,11 +451,13 @@ class ExploreParameters(DataParameters):
 
     existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path", "tokenizer_path")
 
-    tokenizer_path: str = P("", "tokenizer.json or its folder, to show a text's tokens; empty: Mistral 7B v0.1's")
-    phantom_volumes: int = P(
-        0, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0, le=10**5
+    tokenizer_path: str = P(
+        "models/tiny_backbone", "tokenizer.json or its folder, to show a text's tokens; empty: Mistral 7B v0.1's"
     )
-    phantom_slices: int = P(4, "slices a phantom volume", ge=1, le=256)
+    phantom_volumes: int = P(
+        300, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0, le=10**5
+    )
+    phantom_slices: int = P(3, "slices a phantom volume", ge=1, le=256)
     phantom_coils: int = P(8, "typical coil count of the phantom", ge=2, le=128)
     phantom_seed: int = P(0, "seed of the phantom", ge=0, lt=2**32)
     volume: str = P("", "file to look at; empty: the first with a finding")
@@ -489,35 +490,17 @@ class Stage1Parameters(TrainingParameters):
 
     existing_paths = (*TrainingParameters.existing_paths, "varnet_weights")
 
-    vit_embed_dim: int = P(768, "ViT embedding dimension", ge=1, le=16384)
-    vit_num_layers: int = P(6, "ViT layers", ge=1, le=256)
-    vit_num_heads: int = P(12, "ViT attention heads", ge=1, le=256)
-    varnet_num_cascades: int = P(12, "VarNet cascades", ge=1, le=64)
-    varnet_chans: int = P(18, "channels of the cascades' U-Nets", ge=1, le=512)
-    varnet_pools: int = P(4, "down-sampling levels of the cascades' U-Nets", ge=1, le=8)
-    varnet_sens_chans: int = P(8, "channels of the sensitivity U-Net", ge=1, le=512)
-    varnet_sens_pools: int = P(4, "down-sampling levels of the sensitivity U-Net", ge=1, le=8)
+    vit_embed_dim: int = P(256, "ViT embedding dimension", ge=1, le=16384)
+    vit_num_layers: int = P(2, "ViT layers", ge=1, le=256)
+    vit_num_heads: int = P(8, "ViT attention heads", ge=1, le=256)
+    varnet_num_cascades: int = P(1, "VarNet cascades", ge=1, le=64)
+    varnet_chans: int = P(8, "channels of the cascades' U-Nets", ge=1, le=512)
+    varnet_pools: int = P(3, "down-sampling levels of the cascades' U-Nets", ge=1, le=8)
+    varnet_sens_chans: int = P(4, "channels of the sensitivity U-Net", ge=1, le=512)
+    varnet_sens_pools: int = P(1, "down-sampling levels of the sensitivity U-Net", ge=1, le=8)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
-    varnet_sense: bool = P(
-        False, "VarNet starts from a regularised SENSE image instead of the measured lines beside zeros"
-    )
-    varnet_map_network: bool = P(True, "VarNet's network for the sensitivity maps; false: the centre lines' images")
-    varnet_keep: bool = P(False, "VarNet stays what varnet_weights made it; only what follows it is trained")
-    restore_chans: int = P(
-        0,
-        "width of a U-Net that restores VarNet's image before ViT and maps of findings look at it; 0: none",
-        ge=0,
-        le=512,
-    )
-    varnet_image_weight: float = P(
-        0.0,
-        "weight of the mean absolute difference and of 1 − SSIM between VarNet's (restored) image and the target, for "
-        "as long as VarNet or its restoration learns; 0: none",
-        ge=0,
-        le=10**6,
-    )
-    label_smoothing: float = P(0.1, "label smoothing of the cross-entropy", ge=0, lt=1)
-    group_by_length: bool = P(True, "batches of texts of about equal length: less padding")
+    varnet_map_network: bool = P(False, "VarNet's network for the sensitivity maps; false: the centre lines' images")
+    label_smoothing: float = P(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
     finding_share: float = P(
         0.0,
         "share of an epoch that random slices with a finding (of the same shape) replace; 0: every slice once",
@@ -531,40 +514,6 @@ class Stage1Parameters(TrainingParameters):
         [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
     )
     finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1, le=512)
-    finding_map_weight: float = P(3.0, "weight of the findings' maps' loss beside the text's", ge=0, le=10**6)
-    text_from: float = P(
-        0.0,
-        "share of the steps before the text joins; VarNet and the maps of findings learn until then, the rest after",
-        ge=0,
-        lt=1,
-    )
-    varnet_until: float = P(
-        1.0,
-        "share of the steps after which VarNet stands, if the text has not joined before; its restoration, the maps of "
-        "findings or, without text_from, the rest go on",
-        gt=0,
-        le=1,
-    )
-    data_echo: int = P(
-        1,
-        "times that each batch comes while VarNet stands (varnet_until, varnet_keep) and until the text joins, if it "
-        "joins late: VarNet runs for the first of them alone; all other steps have new ones",
-        ge=1,
-        le=1000,
-    )
-    teacher_forcing: float = P(
-        0.0,
-        "share of training slices whose text is learned from where their findings are, not from what the maps show: a "
-        "text says what it is shown then, and learns of doubt from the others",
-        ge=0,
-        le=1,
-    )
-    recon_weight: float = P(
-        0.0,
-        "weight of a reconstruction term: the image, read off the image tokens by a linear map; 0: none",
-        ge=0,
-        le=10**6,
-    )
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
@@ -592,115 +541,69 @@ class Stage1Parameters(TrainingParameters):
         return self
 
     @model_validator(mode="after")
-    def _restoration(self) -> Self:
-        if self.restore_chans and self.img_size < 32:
-            raise ValueError("restore_chans: its U-Net halves the image four times; img_size is below 32")
-        if self.restore_chans and not self.varnet_image_weight:
-            raise ValueError("restore_chans: only the target teaches to restore; set varnet_image_weight above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _maps_learn(self) -> Self:
-        if self.finding_labels and not self.finding_map_weight:
-            raise ValueError("finding_map_weight: nothing else teaches the maps of finding_labels; set it above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _text_waits_for_maps(self) -> Self:
-        if self.text_from and not self.finding_labels:
-            raise ValueError("text_from: until then nothing would learn; set finding_labels")
-        if self.teacher_forcing and not self.finding_labels:
-            raise ValueError("teacher_forcing: there are no maps that the text could be told of; set finding_labels")
-        return self
-
-    @model_validator(mode="after")
-    def _varnet_learns(self) -> Self:
-        if self.varnet_until < 1 and self.varnet_keep:
-            raise ValueError("varnet_until: with varnet_keep VarNet never learns; leave it at 1")
-        if self.varnet_until < 1 and 0 < self.text_from <= self.varnet_until:
-            raise ValueError("varnet_until: VarNet stands from text_from on; give less than that, or leave it at 1")
-        if self.data_echo > 1 and not (self.varnet_keep or self.varnet_until < 1):
-            raise ValueError("data_echo: while VarNet learns no batch comes again; leave it at 1, or set varnet_until")
-        return self
-
-    @model_validator(mode="after")
     def _weights(self) -> Self:
         if self.varnet_weights and not self.varnet_map_network:
             raise ValueError("varnet_weights: they hold a network for the maps; set varnet_map_network: true")
-        if self.varnet_keep and not self.varnet_weights:
-            raise ValueError("varnet_keep: there is no trained VarNet to keep; name its varnet_weights")
-        if self.varnet_keep and self.varnet_image_weight and not self.restore_chans:
-            raise ValueError("varnet_image_weight: a VarNet that is kept learns nothing; set it to 0")
         return self
 
 
 class Stage2Parameters(TrainingParameters):
     """03_train_stage2."""
 
-    existing_paths = (*TrainingParameters.existing_paths, "stage1_checkpoint")
-
-    learning_rate: float = P(1e-4, "peak learning rate", gt=0, le=10)
+    epochs: int = P(2, "passes over the training slices", ge=1, le=10**6)
+    batch_size: int = P(
+        8, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1, le=4096
+    )
+    learning_rate: float = P(5e-3, "peak learning rate", gt=0, le=10)
+    warmup_ratio: float = P(0.3, "share of the steps with rising learning rate", ge=0, le=1)
+    adam_beta2: float = P(0.999, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
     stage1_checkpoint: str = P(
-        "stage1_checkpoints/stage1_best_model.pt", "trained k-space encoder of stage 1", min_length=1
+        "outputs/demo/stage1_checkpoints/stage1_best_model.pt",
+        "trained k-space encoder; unused by a decoder without tokens",
+    )
+    decoder: str = P(
+        "unet_dc",
+        "what makes the image: unet_dc, no_token_decoder, varnet, varnet_measured_lines, varnet_combined, "
+        "fastmri_unet, or your own (mrilib/model/decoders.py)",
+        min_length=1,
     )
     decoder_type: Literal["full", "lightweight", "small"] = P(
-        "full", "full: 160M parameters at the defaults; lightweight: 80M; small: 35M"
+        "small", "full: 160M parameters at the defaults; lightweight: 80M; small: 35M"
     )
-    decoder_hidden_dim: int = P(512, "width of the image tokens' map in the decoder", ge=16, le=4096)
+    decoder_hidden_dim: int = P(128, "width of the image tokens' map in the decoder", ge=16, le=4096)
     use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
-    token_pixels: bool = P(False, "each image token is also mapped to its patch's pixels, an input beside the data")
-    token_modulation: bool = P(False, "image tokens also scale and shift every level of the U-Net's way up")
-    tokens_from: float = P(
-        0.0, "share of the steps before image tokens join; until then encoder and backbone need not run", ge=0, lt=1
+    sense: bool = P(True, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
+    baseline_cascades: int = P(12, "cascades of the VarNets", ge=1, le=64)
+    baseline_chans: int = P(18, "channels of the VarNets' and fastMRI's U-Nets", ge=1, le=512)
+    baseline_pools: int = P(4, "down-sampling levels of the VarNets' and fastMRI's U-Nets", ge=1, le=8)
+    masks_per_slice: int = P(
+        0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0, le=10**4
     )
-    sense: bool = P(False, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
-    encoder_image: bool = P(False, "the U-Net starts from the image of stage 1's encoder, VarNet's as it is restored")
-    encoder_weights: bool = P(
-        False,
-        "the U-Net starts with the weights of the one that restores the encoder's image "
-        "(restore_chans: decoder_hidden_dim / 4)",
+    token_cache_dir: str = P(
+        "", "folder of the token cache, shared by runs: image tokens and decoder inputs are computed once; empty: none"
     )
-    lesion_weight: float = P(
-        0.0,
-        "weight of the mean of 1 − SSIM over a slice's fastMRI+ boxes, beside that over the image; 0: none",
-        ge=0,
-        le=10**6,
-    )
-    data_echo: int = P(
-        1, "steps that each batch is decoded in; encoder and backbone run for the first of them alone", ge=1, le=1000
-    )
-    token_cache: bool = P(
-        False, "on: image tokens and decoder inputs are computed once per (slice, mask) and read from disk"
-    )
-    token_cache_dir: str = P("outputs/token_cache", "folder of the token cache, shared by runs", min_length=1)
-    train_control: bool = P(True, "also train the control: a decoder without image tokens, same steps")
+    train_control: bool = P(False, "also train the control: a decoder without image tokens, same steps")
+
+    @model_validator(mode="after")
+    def _size(self) -> Self:
+        cascades = self.baseline_cascades * _unet_size(self.baseline_chans, self.baseline_pools)
+        _check_size("baseline_cascades, baseline_chans, baseline_pools", cascades)
+        return self
 
     @model_validator(mode="after")
     def _cache_has_masks(self) -> Self:
-        if self.token_cache and not self.masks_per_slice:
+        if self.token_cache_dir and not self.masks_per_slice:
             raise ValueError(
-                "token_cache: with masks_per_slice 0 every epoch has new masks and nothing to read back; "
-                "set masks_per_slice to 1 or more, or token_cache: off"
+                "token_cache_dir: with masks_per_slice 0 every epoch has new masks and nothing to read back; "
+                "set masks_per_slice to 1 or more, or leave token_cache_dir empty"
             )
         return self
 
     @model_validator(mode="after")
     def _has_measured_data(self) -> Self:
-        for name in ("sense", "encoder_image", "tokens_from"):
-            if getattr(self, name) and not self.image_skip:
-                raise ValueError(f"{name}: there is nothing but tokens without the measured data; set image_skip: true")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> Self:
-        if self.encoder_weights and not self.encoder_image:
-            raise ValueError("encoder_weights: they were learned on the encoder's image; set encoder_image: true")
-        if self.encoder_weights and (self.decoder_type != "small" or not self.use_bilinear_upsample):
-            raise ValueError(
-                "encoder_weights: of a U-Net that is small and bilinear; set decoder_type: small and "
-                "use_bilinear_upsample: true"
-            )
+        if self.sense and not self.image_skip:
+            raise ValueError("sense: there is nothing but tokens without the measured data; set image_skip: true")
         return self
 
     @model_validator(mode="after")
@@ -708,24 +611,6 @@ class Stage2Parameters(TrainingParameters):
         if self.train_control and not self.image_skip:
             raise ValueError("train_control: a decoder without tokens needs the measured data; set image_skip: true")
         return self
-
-
-def with_defaults(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """What a training was made with, and what was added to the code since then at its default, which changes nothing.
-
-    Parameters
-    ----------
-    before, now : dict
-        Stage 1's or stage 2's parameters, then and now; also in dicts of dicts.
-    """
-    known = {**Stage1Parameters.model_fields, **Stage2Parameters.model_fields}
-    filled = dict(before)
-    for name, value in now.items():
-        if name not in before and name in known:
-            filled[name] = known[name].default
-        elif name in before and isinstance(value, dict):
-            filled[name] = with_defaults(before[name], value)
-    return filled
 
 
 class EvaluateParameters(BackboneParameters):
@@ -739,12 +624,24 @@ class EvaluateParameters(BackboneParameters):
         "plain_checkpoint",
     )
 
-    stage1_checkpoint: str = P("stage1_checkpoints/stage1_best_model.pt", "k-space encoder of stage 1", min_length=1)
-    control_checkpoint: str = P("", "stage 1's control without k-space; empty: the text is scored without it")
-    stage2_checkpoint: str = P("stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2", min_length=1)
+    stage1_checkpoint: str = P(
+        "outputs/demo/stage1_checkpoints/stage1_best_model.pt",
+        "k-space encoder of stage 1; empty: the decoder uses no tokens",
+    )
+    control_checkpoint: str = P(
+        "outputs/demo/stage1_checkpoints/control_best_model.pt",
+        "stage 1's control without k-space; empty: the text is scored without it",
+    )
+    stage2_checkpoint: str = P(
+        "outputs/demo/stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2", min_length=1
+    )
     plain_checkpoint: str = P("", "stage 2's control, a decoder trained without tokens; empty: left out")
-    batch_size: int = P(8, "slices a batch", ge=1, le=4096)
-    max_new_tokens: int = P(128, "longest generated analysis [tokens]", ge=1, le=4096)
+    batch_size: int = P(16, "slices a batch", ge=1, le=4096)
+    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1, le=4096)
+    shift: str = P("", "test under a shift: noise FACTOR, coils N, head nibabel or patients SEED; empty: none")
+    bart_slices: int = P(
+        0, "validation slices to choose the settings of BART's l1-wavelet on; 0: without BART", ge=0, le=10**4
+    )
     bootstrap_samples: int = P(1000, "bootstrap samples over patients for the intervals", ge=100, le=10**6)
     figure_slices: int = P(3, "slices shown in the figures", ge=1, le=100)
 
@@ -764,74 +661,13 @@ class CompareParameters(OutputParameters):
     runs: list[str] = P([], "run folders to compare; empty: every finished run under outputs/")
 
 
-class BenchParameters(OutputParameters):
-    """The comparison with other methods, in 06_benchmark."""
+class BenchmarkParameters(OutputParameters):
+    """06_benchmark: what the parts cost."""
 
     existing_paths = ("stage1_params", "stage2_params")
 
-    bench_parts: list[str] = P([], "parts of the comparison to run: costs, stage1, train, score, shifts; empty: none")
-    bench_seconds: int = P(
-        3000,
-        "after so many seconds no job of the comparison begins, and a training stops to be resumed; 0: no limit",
-        ge=0,
-        le=10**7,
-    )
-    stage1_params: str = P("params/bench/stage1.yaml", "params file of the comparison's stage 1", min_length=1)
-    stage2_params: str = P("params/bench/stage2.yaml", "params file of the comparison's stage 2: data, masks, decoder")
-    bench_seeds: list[int] = P([0, 1], "seeds of the trainings", min_length=1)
-    seeds_at_once: int = P(
-        1,
-        "seeds trained side by side, a process each with its share of the threads; they then log to seedN/train.log",
-        ge=1,
-        le=256,
-    )
-    varnet_cascades: int = P(
-        4, "cascades of the VarNets that the model is compared with; their width is stage 1's", ge=1, le=64
-    )
-    stage1_steps: int = P(600, "optimizer steps of stage 1", ge=1, le=10**7)
-    methods: list[str] = P(
-        ["model", "trained_without_tokens", "varnet", "unet"], "methods to train and score", min_length=1
-    )
-    steps: list[int] = P([300, 300, 300, 300], "optimizer steps, one number per method")
-    learning_rates: list[float] = P([1e-3, 1e-3, 1e-3, 1e-3], "peak learning rates, one per method")
-    validations: int = P(6, "validations during a training, evenly spread", ge=1, le=1000)
-    bart_slices: int = P(
-        12, "validation slices on which BART's settings are chosen, at each acceleration", ge=1, le=10**4
-    )
-    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1, le=4096)
-    shifts: list[str] = P(
-        [],
-        "conditions never trained on: acceleration N, mask TYPE, noise FACTOR, coils N, head nibabel, patients "
-        "SEED, folder DIR",
-    )
-
-    @model_validator(mode="after")
-    def _paired(self) -> Self:
-        if not len(self.methods) == len(self.steps) == len(self.learning_rates):
-            raise ValueError("steps and learning_rates: one value per method is wanted; they are paired by index")
-        if len(set(self.methods)) < len(self.methods):
-            raise ValueError("methods: one is named twice")
-        if any(count < 1 for count in self.steps) or any(rate <= 0 for rate in self.learning_rates):
-            raise ValueError("steps must be at least 1 and learning_rates above 0")
-        for name, most in (("steps", 10**7), ("learning_rates", 10), ("bench_seeds", 2**32 - 1)):
-            if max(getattr(self, name)) > most:
-                raise ValueError(f"{name}: {max(getattr(self, name)):g} is more than {most}")
-        if min(self.bench_seeds) < 0:
-            raise ValueError(f"bench_seeds: {min(self.bench_seeds)} is negative")
-        parts = ("costs", "stage1", "train", "score", "shifts")
-        unknown = set(self.bench_parts) - set(parts)
-        if unknown:
-            raise ValueError(f"bench_parts: {', '.join(sorted(unknown))} is not known; {', '.join(parts)} are")
-        for shift in self.shifts:
-            kind, _, value = shift.partition(" ")
-            if kind == "patients" and not value.isdigit():
-                raise ValueError(f"shifts: '{shift}': patients want a seed, a whole number")
-        return self
-
-
-class BenchmarkParameters(BenchParameters):
-    """06_benchmark: the comparison with other methods, then what the parts cost."""
-
+    stage1_params: str = P("params/demo/stage1.yaml", "stage 1 of the token cache's times", min_length=1)
+    stage2_params: str = P("params/demo/stage2.yaml", "stage 2 of the token cache's times", min_length=1)
     device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
     num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0, le=1024)
     backbone_speed: bool = P(True, "time the backbone: decoding, prefill, memory")

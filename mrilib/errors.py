@@ -30,7 +30,7 @@ def is_foreseen(error: BaseException) -> bool:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
-    return last is not None and Path(last.filename).parent == PACKAGE and (last.line or "").startswith("raise ")
+    return last is not None and Path(last.filename).is_relative_to(PACKAGE) and (last.line or "").startswith("raise ")
 
 
 def one_line(error: BaseException) -> str:

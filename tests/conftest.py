@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import systems
 
-from mrilib import runs
-from mrilib.data import Volume, index_volumes
-from mrilib.phantom import make_dataset
+from mrilib import processes
+from mrilib.data.dataset import Volume
+from mrilib.data.splits import index_volumes
+from mrilib.phantom.dataset import make_dataset
 
 IMG_SIZE = 64
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `mrilib.check` remembers of the tests' files stays out of the user's cache."""
+    """What `mrilib.data.check` remembers of the tests' files stays out of the user's cache."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
@@ -52,5 +53,5 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def free_folders() -> Iterator[None]:
     """A run folder that a test holds is given up with its end, as by the end of its process."""
     yield
-    for directory in list(runs._held):
-        runs.release(directory)
+    for directory in list(processes._held):
+        processes.release(directory)

@@ -5,9 +5,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mrilib import kspace
-from mrilib.scanner import SEQUENCES, simulate_volume, write_h5
-from mrilib.shifts import nibabel_head, write_head
+from mrilib.comparison.shifts import nibabel_head, write_head
+from mrilib.phantom.scanner import SEQUENCES, simulate_volume, write_h5
+from mrilib.physics import masks
 
 __all__ = ["as_test_file", "nibabel_head", "write_head", "write_shape"]
 
@@ -16,8 +16,8 @@ def as_test_file(path: Path, acceleration: int = 4) -> None:
     """Turn a volume into what fastMRI's test set has: masked, with its mask, without a target, max and norm."""
     with h5py.File(path, "r+") as h5:
         width = h5["kspace"].shape[-1]
-        func = kspace.make_mask_func("equispaced", [0.1], [acceleration])
-        mask = kspace.sample_mask(func, width, 7, (0, width))[0].numpy()
+        func = masks.make_mask_func("equispaced", [0.1], [acceleration])
+        mask = masks.sample_mask(func, width, 7, (0, width))[0].numpy()
         h5["kspace"][...] = np.where(mask, h5["kspace"][()], 0)
         h5["mask"] = mask
         for name in ("max", "norm"):

@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from mrilib import corpus, model, pretrain, train
+from mrilib.backbone.nirvana import NirvanaConfig, NirvanaForCausalLM
 from mrilib.config import Stage1Parameters, Stage2Parameters
-from mrilib.data import Batch, FastMRIDataset, collate
-from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
+from mrilib.data.dataset import Batch, FastMRIDataset
+from mrilib.data.sampler import collate
+from mrilib.model import two_stage
+from mrilib.pretrain import corpus, tiny_nirvana
+from mrilib.runs import train
+from mrilib.training import setup
 
 SIZE = 64
 
@@ -21,7 +25,7 @@ def write_backbone(directory: Path) -> Path:
     config = NirvanaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=3, num_heads=2, concept_dim=8, logit_dim=4
     )
-    pretrain.save(NirvanaForCausalLM(config), tokenizer, directory)
+    tiny_nirvana.save(NirvanaForCausalLM(config), tokenizer, directory)
     return directory
 
 
@@ -40,6 +44,10 @@ def values(data: Path, backbone: Path, **others: Any) -> dict[str, Any]:
         "epochs": 2,
         "batch_size": 3,
         "interactive": False,
+        "optimizer": "adamw",
+        "adam_beta2": 0.999,
+        "learning_rate": 3e-4,
+        "warmup_ratio": 0.1,
         **others,
     }
 
@@ -67,11 +75,11 @@ def stage2_config(data: Path, backbone: Path, checkpoint: Path, **others: Any) -
     return Stage2Parameters.create(values(data, backbone, stage1_checkpoint=str(checkpoint), **DECODER, **others))
 
 
-def build(config: Stage1Parameters) -> model.TwoStageModel:
+def build(config: Stage1Parameters) -> two_stage.TwoStageModel:
     """Encoder and backbone, seeded."""
     torch.manual_seed(1)
-    backbone, tokenizer = model.build_backbone(config, "cpu")
-    return model.TwoStageModel(model.build_encoder(config, backbone, tokenizer), backbone, tokenizer)
+    backbone, tokenizer = two_stage.build_backbone(config, "cpu")
+    return two_stage.TwoStageModel(two_stage.build_encoder(config, backbone, tokenizer), backbone, tokenizer)
 
 
 def batch_of(dataset: FastMRIDataset, count: int) -> Batch:
@@ -83,8 +91,8 @@ def batch_of(dataset: FastMRIDataset, count: int) -> Batch:
 
 def loaders(config: Stage1Parameters | Stage2Parameters) -> tuple[DataLoader, DataLoader]:
     """Training and validation loader, as the notebooks make them."""
-    _, train_loader, val_loader = train.make_loaders(config)
-    return train_loader, val_loader
+    loaders = setup.make_loaders(config)
+    return loaders.train, loaders.val
 
 
 def train_in(directory: Path, config: Stage1Parameters | Stage2Parameters) -> None:

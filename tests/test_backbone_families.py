@@ -11,8 +11,11 @@ import systems
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrilib import corpus, model, pretrain
-from mrilib.data import FastMRIDataset, load_annotations, split_volumes
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.splits import load_annotations, split_volumes
+from mrilib.model import two_stage
+from mrilib.model.decoders import build_decoder
+from mrilib.pretrain import corpus, tiny_nirvana
 
 VOCABULARY = 500
 WIDTH = 32
@@ -193,12 +196,12 @@ def run(family, tokenizer, phantom_dir, folder):
     torch.manual_seed(0)
     ends = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id}
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family], **ends))
-    pretrain.save(made, tokenizer, folder)
+    tiny_nirvana.save(made, tokenizer, folder)
     config = systems.stage1_config(phantom_dir, folder)
     system = systems.build(config)
     dataset = FastMRIDataset(split_volumes(config)["test"], config, load_annotations(config))
     batch = systems.batch_of(dataset, 2)
-    before = model.fingerprint(system.backbone, system.tokenizer)
+    before = two_stage.fingerprint(system)
 
     system.freeze("encoder")
     system.train()
@@ -210,9 +213,8 @@ def run(family, tokenizer, phantom_dir, folder):
     system.zero_grad()
 
     (folder / "checkpoint.pt").touch()
-    system.decoder = model.build_decoder(
-        systems.stage2_config(phantom_dir, folder, folder / "checkpoint.pt"), system.backbone
-    )
+    config2 = systems.stage2_config(phantom_dir, folder, folder / "checkpoint.pt")
+    system.decoder = build_decoder(config2, two_stage.hidden_size(system.backbone))
     system.freeze("decoder")
     system.train()
     with torch.no_grad():
@@ -225,4 +227,4 @@ def run(family, tokenizer, phantom_dir, folder):
     together = system.generate(prefix, prompts, 8)
     alone = [system.generate(prefix[i : i + 1], [prompts[i]], 8)[0] for i in range(2)]
     assert together == alone, "a row generated in a batch differs from the row alone"
-    assert model.fingerprint(system.backbone, system.tokenizer) == before
+    assert two_stage.fingerprint(system) == before

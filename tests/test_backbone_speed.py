@@ -8,8 +8,9 @@ import pytest
 import torch
 import yaml
 
-from mrilib import backbone_speed
+from mrilib.comparison import backbone_speed
 from mrilib.config import ROOT, BenchmarkParameters
+from mrilib.display import speeds
 
 CPU = torch.device("cpu")
 TINY = {
@@ -99,17 +100,15 @@ def test_table_and_chart(config, found):
     judged = table[table["kept"] != ""]
     assert len(judged) == 6 and set(judged["kept"]) <= {"yes", "no"}
     assert found["decoding"]["speed_up"] < 20 and "no" in set(judged["kept"])  # a model this small gains little
-    assert len(backbone_speed.chart(found, config).axes) == 3
+    assert len(speeds.chart(found, config).axes) == 3
 
 
 def test_notebook(tmp_path):
-    values = yaml.safe_load((ROOT / "params" / "bench" / "benchmark.yaml").read_text())
+    values = yaml.safe_load((ROOT / "params" / "demo" / "benchmark.yaml").read_text())
     off = {name: False for name, value in values.items() if value is True}  # the other sections have tests of their own
     params = tmp_path / "benchmark.yaml"
     params.write_text(
-        yaml.safe_dump(
-            {**values, **off, **TINY, "backbone_speed": True, "bench_parts": [], "output_dir": str(tmp_path / "run")}
-        )
+        yaml.safe_dump({**values, **off, **TINY, "backbone_speed": True, "output_dir": str(tmp_path / "run")})
     )
     command = [sys.executable, "-m", "papermill", "notebooks/06_benchmark.ipynb", str(tmp_path / "out.ipynb")]
     result = subprocess.run(

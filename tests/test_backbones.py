@@ -20,9 +20,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from mrilib import backbone_speed, corpus, model, pretrain
-from mrilib.data import FastMRIDataset, load_annotations, split_volumes
-from mrilib.nirvana import NirvanaConfig, load_backbone
+from mrilib.backbone.nirvana import NirvanaConfig, load_backbone
+from mrilib.comparison import backbone_speed
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.splits import load_annotations, split_volumes
+from mrilib.model import two_stage
+from mrilib.model.decoders import build_decoder
+from mrilib.pretrain import corpus, tiny_nirvana
 
 WIDTHS = {"llama": 48, "gpt2": 40, "qwen2": 56, "qwen3": 64, "nirvana": 32}
 VOCABULARY = 500
@@ -107,12 +111,12 @@ def test_folder_that_does_not_fit_lists_names(kind, shards, tmp_path):
 
 def test_both_stages_and_generation(kind, tokenizer, phantom_dir, tmp_path):
     """The encoder's width follows the backbone's; gradients reach the trained part alone; text comes out."""
-    pretrain.save(make(kind), tokenizer, tmp_path)
+    tiny_nirvana.save(make(kind), tokenizer, tmp_path)
     config = systems.stage1_config(phantom_dir, tmp_path, activation_checkpointing=True)
     system = systems.build(config)
     dataset = FastMRIDataset(split_volumes(config)["test"], config, load_annotations(config))
     batch = systems.batch_of(dataset, 2)
-    before = model.fingerprint(system.backbone, system.tokenizer)
+    before = two_stage.fingerprint(system)
 
     system.freeze("encoder")
     system.train()
@@ -124,7 +128,7 @@ def test_both_stages_and_generation(kind, tokenizer, phantom_dir, tmp_path):
 
     (tmp_path / "checkpoint.pt").touch()
     config2 = systems.stage2_config(phantom_dir, tmp_path, tmp_path / "checkpoint.pt")
-    system.decoder = model.build_decoder(config2, system.backbone)
+    system.decoder = build_decoder(config2, two_stage.hidden_size(system.backbone))
     system.freeze("decoder")
     system.train()
     with torch.no_grad():
@@ -137,7 +141,7 @@ def test_both_stages_and_generation(kind, tokenizer, phantom_dir, tmp_path):
     together = system.generate(prefix, prompts, 8)
     alone = [system.generate(prefix[i : i + 1], [prompts[i]], 8)[0] for i in range(2)]
     assert together == alone and len(together) == 2
-    assert model.fingerprint(system.backbone, system.tokenizer) == before
+    assert two_stage.fingerprint(system) == before
 
 
 def test_frozen_layers_recompute_in_eval_mode(kind):
@@ -157,7 +161,7 @@ def test_frozen_layers_recompute_in_eval_mode(kind):
         return leaf.grad, saved.bytes, len(runs)
 
     plain, plain_bytes, plain_runs = gradient()
-    assert model.checkpoint_layers(language_model) == 3
+    assert two_stage.checkpoint_layers(language_model) == 3
     assert not any(module.training for module in language_model.modules())
     recomputed, recomputed_bytes, recomputed_runs = gradient()
     torch.testing.assert_close(recomputed, plain)
@@ -206,16 +210,16 @@ def test_another_models_tokenizer_is_never_put_in_its_place(kind, phantom_dir, t
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     parameters = systems.stage1_config(phantom_dir, tmp_path)
     if kind == "nirvana":
-        assert len(model.build_backbone(parameters, "cpu")[1]) == 32000
+        assert len(two_stage.build_backbone(parameters, "cpu")[1]) == 32000
     else:
         with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json.*tokenizer_path"):
-            model.build_backbone(parameters, "cpu")
+            two_stage.build_backbone(parameters, "cpu")
 
 
 def test_sequences_beyond_the_backbones_positions_are_refused(phantom_dir, tmp_path, tokenizer):
     """Learned positions end: on a CPU an index error, on a GPU a failed assertion that ends the process."""
     short = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=24)
-    pretrain.save(AutoModelForCausalLM.from_config(short), tokenizer, tmp_path)
+    tiny_nirvana.save(AutoModelForCausalLM.from_config(short), tokenizer, tmp_path)
     config = systems.stage1_config(phantom_dir, tmp_path)
     system = systems.build(config)
     dataset = FastMRIDataset(split_volumes(config)["test"], config, load_annotations(config))
@@ -235,12 +239,12 @@ def test_a_model_that_names_no_layers_is_refused():
     language_model = make("nirvana")
     language_model._no_split_modules = None
     with pytest.raises(ValueError, match="activation_checkpointing"):
-        model.checkpoint_layers(language_model)
+        two_stage.checkpoint_layers(language_model)
 
 
 def test_delta_rule_is_told_for_the_record(kind, phantom_dir):
     config = systems.stage1_config(phantom_dir, Path(__file__).parent, mixed_precision="bf16")
-    told = model.delta_rule_path(make(kind), config)
+    told = two_stage.delta_rule_path(make(kind), config)
     assert told["path"] == ("plain" if kind == "nirvana" else "none")
 
 
@@ -254,9 +258,9 @@ def test_embeddings_are_measured_as_the_backbone_uses_them(family, tokenizer):
     backbone = AutoModelForCausalLM.from_config(config).eval()
     used = backbone.get_input_embeddings()(torch.arange(VOCABULARY))
     factor = 1 if family == "llama" else 8
-    assert torch.allclose(used, factor * model.word_embeddings(backbone))
-    assert model.embedding_rms(backbone) == used.square().mean().sqrt().item()
+    assert torch.allclose(used, factor * two_stage.word_embeddings(backbone))
+    assert two_stage.embedding_rms(backbone) == used.square().mean().sqrt().item()
     ids = tokenizer(" brain", add_special_tokens=False)["input_ids"]
-    words = model.word_vectors(["brain"], backbone, tokenizer)
+    words = two_stage.word_vectors(["brain"], backbone, tokenizer)
     if "<brain>" not in tokenizer.get_vocab():
         torch.testing.assert_close(words[0], used[torch.tensor(ids)].mean(0))

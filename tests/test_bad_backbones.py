@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mrilib import corpus, model, pretrain
-from mrilib.nirvana import load_backbone
+from mrilib.backbone.nirvana import load_backbone
+from mrilib.model import two_stage
+from mrilib.pretrain import corpus, tiny_nirvana
 
 DEEP = '{"model_type": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
@@ -24,7 +25,7 @@ def originals(tmp_path_factory):
     config = LlamaConfig(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4)  # fmt: skip
     torch.manual_seed(0)
-    pretrain.save(LlamaForCausalLM(config), corpus.make_tokenizer(vocab_size=500, texts=50), made / "llama")
+    tiny_nirvana.save(LlamaForCausalLM(config), corpus.make_tokenizer(vocab_size=500, texts=50), made / "llama")
     systems.write_backbone(made / "nirvana")
     for folder in made.iterdir():
         load_backbone("", folder)
@@ -183,6 +184,6 @@ def refuse(original, prepare, words, phantom_dir, folder, single=False):
     own = {"config_path": str(folder / CONFIG), "backbone_path": str(folder / "model.safetensors")} if single else {}
     parameters = systems.stage1_config(phantom_dir, original).model_copy(update={"backbone_path": str(folder), **own})
     with pytest.raises((ValueError, OSError)) as caught:
-        model.build_backbone(parameters, "cpu")
+        two_stage.build_backbone(parameters, "cpu")
     message = str(caught.value)
     assert message.isprintable() and str(folder) in message and all(word in message for word in words), message

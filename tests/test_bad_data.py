@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from test_volume import attribute, copy_of, header, linked, own_mask, replaced
 
-from mrilib import analysis, check
 from mrilib.__main__ import main
 from mrilib.config import DataParameters
-from mrilib.data import FastMRIDataset, load_annotations
-from mrilib.volume import DataError, Volume, read_volume
+from mrilib.data import annotations, check, findings
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.fastmri_file import DataError, Volume, read_volume
+from mrilib.data.splits import load_annotations
 
 GROWTH = 256 * 2**20  # bytes that refusing a file may take
 Change = Callable[[h5py.File], None]
@@ -297,7 +298,7 @@ def test_reports(bad: Any, words: str, tmp_path: Path) -> None:
     path = tmp_path / "reports.jsonl"
     path.write_bytes(bad) if isinstance(bad, bytes) else bad(path)
     with pytest.raises((ValueError, OSError), match=words) as refused:
-        analysis.read_reports(path)
+        annotations.read_reports(path)
     text = str(refused.value)
     assert "reports.jsonl" in text and len(text.splitlines()) == 1 and len(text) < 1000 and text.isprintable()
 
@@ -337,9 +338,9 @@ def test_a_box_without_area_is_told(
     width: str, height: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fastMRI+ has two of them, so they are not refused."""
-    monkeypatch.setattr(analysis.logger, "propagate", True)
+    monkeypatch.setattr(findings.logger, "propagate", True)
     (tmp_path / "list.csv").write_text("a\n")
     box(width=width, height=height)(tmp_path, "a")
     with caplog.at_level("WARNING", "mrilib"):
-        analysis.read_annotations(tmp_path / "brain.csv", tmp_path / "list.csv")
+        annotations.read_annotations(tmp_path / "brain.csv", tmp_path / "list.csv")
     assert "brain.csv, line 2" in caplog.text and "a box without area" in caplog.text

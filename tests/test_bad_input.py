@@ -191,7 +191,7 @@ FILES = [
     Refusal("FIFO as file of a run", in_place(os.mkfifo, of_run()), ("stage1.yaml", "no regular file")),
     Refusal("FIFO as file of a sweep", in_place(os.mkfifo, of_sweep("-p", "stage1.epochs=1,2")), ("no regular file",)),
     Refusal("device as file", lambda _: ["train", "/dev/zero", "--stage", "1"], ("/dev/zero", "no regular file")),
-    Refusal("link loop as file", in_place(symlink_loop, option()), ("stage1.yaml", "loop")),
+    Refusal("link loop as file", in_place(symlink_loop, option()), ("stage1.yaml", "symbolic links")),
     Refusal("link to nothing", in_place(lambda path: path.symlink_to("nowhere"), of_run()), ("nowhere", "not exist")),
     Refusal("unknown key", line("epochz: 3"), ("stage1.yaml", "'epochz'", "did you mean 'epochs'?")),
     Refusal(
@@ -216,7 +216,9 @@ def damaged_overrides(text: str) -> Callable[[Path], list[str]]:
         (folder / "run" / "params").mkdir(parents=True)
         (folder / "run" / "params" / "stage1.yaml").write_text((folder / "stage1.yaml").read_text())
         (folder / "run" / "params" / "overrides.yaml").write_text(text)
-        (folder / "run" / "run.json").write_text('{"planned": ["stage1"], "notebooks": {}, "status": "failed"}')
+        (folder / "run" / "run.json").write_text(
+            '{"planned": ["stage1"], "notebooks": {}, "status": "failed", "started": "2026-01-01T00:00:00+0000"}'
+        )
         return of_run("--resume")(folder)
 
     return prepare

@@ -5,11 +5,11 @@ import pytest
 import systems
 import torch
 
-from mrilib import bart
-from mrilib import kspace as physics
+from mrilib.comparison import bart
 from mrilib.config import DataParameters
-from mrilib.data import FastMRIDataset
-from mrilib.evaluation import score_volume
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.metrics.image import score_volume
+from mrilib.physics import fourier
 
 installed = pytest.mark.skipif(not bart.version(), reason=bart.MISSING)
 
@@ -41,8 +41,8 @@ def test_fully_sampled_data_comes_back(batch):
     corners = [(-1, -1), (1, -1), (-1, 1), (1, 1.3)]
     near = [np.exp(-((x - 0.6 * a) ** 2 + (y - 0.6 * b) ** 2)) * np.exp(1j * (a + b * x)) for a, b in corners]
     maps = torch.from_numpy(np.stack(near)).to(torch.complex64)
-    maps = maps / physics.rss(maps)
-    kspace = physics.fft2c(maps * head)
+    maps = maps / fourier.rss(maps)
+    kspace = fourier.fft2c(maps * head)
     full = batch._replace(
         kspace=kspace[None],
         mask=torch.ones(1, 63, dtype=torch.bool),
@@ -72,7 +72,7 @@ def test_slices_side_by_side_are_what_each_is_alone(batch):
 
 @installed
 def test_undersampled_slices_get_better_than_zero_filled(batch):
-    from mrilib.decoder import zero_filled
+    from mrilib.model.baselines import zero_filled
 
     assert batch.target is not None
     image = bart.reconstruct(batch, bart.Settings(kernel=4, strength=0.002))
@@ -89,8 +89,8 @@ def test_measured_lines_stay_measured(batch):
     mask = torch.ones_like(batch.mask)
     mask[:, 3] = False
     full = batch._replace(mask=mask, kspace=torch.where(mask[:, None, None], batch.kspace + 1e-9, 0))
-    wanted = physics.rss(physics.ifft2c(full.kspace))
-    wanted = physics.center_crop_or_pad(wanted, batch.recon) * batch.scale[:, None, None]
+    wanted = fourier.rss(fourier.ifft2c(full.kspace))
+    wanted = fourier.center_crop_or_pad(wanted, batch.recon) * batch.scale[:, None, None]
     image = bart.reconstruct(full, bart.Settings(kernel=4))
     assert float((image - wanted).norm() / wanted.norm()) < 0.02
 

@@ -7,12 +7,11 @@ import torch
 from fastmri.data.transforms import center_crop
 from fastmri.models import VarNet
 
-from mrilib import kspace as physics
-from mrilib import model, training
-from mrilib.baselines import UNetBaseline, VarNetBaseline, chans_for
-from mrilib.checkpoint import load_checkpoint
-from mrilib.data import Batch, FastMRIDataset, make_loader, split_volumes
-from mrilib.model import TwoStageModel, build_control, count_parameters
+from mrilib.data.dataset import Batch, FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.model.baselines import CombinedVarNet, UNetBaseline, VarNetBaseline
+from mrilib.model.encoder import KSpaceEncoder
+from mrilib.physics import coils, fourier, sense
 
 SMALL = {"num_cascades": 2, "chans": 4, "pools": 2, "sens_chans": 4, "sens_pools": 2}
 
@@ -32,7 +31,10 @@ def call(baseline, batch: Batch):
     return baseline(None, batch.kspace, batch.mask, batch.scale, batch.recon)
 
 
-@pytest.mark.parametrize("make", [lambda: UNetBaseline(4, 2), lambda: VarNetBaseline(**SMALL)])
+VARNETS = [lambda: VarNetBaseline(**SMALL), lambda: CombinedVarNet(2, 4, 2)]
+
+
+@pytest.mark.parametrize("make", [lambda: UNetBaseline(4, 2), *VARNETS])
 def test_every_shape_gives_an_image_in_file_units(make, batches):
     torch.manual_seed(0)
     baseline = make()
@@ -65,8 +67,8 @@ def test_measured_lines_are_put_back(batches):
     baseline, kept = VarNetBaseline(**SMALL), VarNetBaseline(**SMALL, measured_lines=True)
     kept.load_state_dict(baseline.state_dict())
     everything = torch.ones_like(batch.mask)
-    full = physics.rss(physics.ifft2c(batch.kspace))
-    wanted = physics.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
+    full = fourier.rss(fourier.ifft2c(batch.kspace))
+    wanted = fourier.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
     image = kept(None, batch.kspace, everything, batch.scale, batch.recon)
     torch.testing.assert_close(image, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
     assert not torch.allclose(call(kept, batch), call(baseline, batch), rtol=1e-3)
@@ -79,14 +81,34 @@ def test_measured_lines_are_put_back(batches):
     assert not torch.allclose(told, kept(None, data, *arguments), rtol=1e-3)
     nothing_missing = acquired & (batch.mask | ~acquired)
     same = kept(None, data * 1, nothing_missing, batch.scale, batch.recon, nothing_missing)
-    full = physics.rss(physics.ifft2c(data))
-    wanted = physics.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
+    full = fourier.rss(fourier.ifft2c(data))
+    wanted = fourier.center_crop_or_pad(full, batch.recon) * batch.scale[:, None, None]
     torch.testing.assert_close(same, wanted, rtol=1e-4, atol=1e-5 * float(wanted.max()))
 
 
-def test_empty_coils_and_slices_give_no_nan(batches):
+def test_the_combined_varnet_is_the_encoders_cascades_and_keeps_the_measured_lines(batches, monkeypatch):
+    """Its last combined image is the one that an encoder with the same cascades and maps makes."""
     torch.manual_seed(0)
-    baseline, batch = VarNetBaseline(**SMALL), batches[0]
+    baseline, batch = CombinedVarNet(2, 4, 2).eval(), batches[0]
+    encoder = KSpaceEncoder(8, 32, 8, 1, 1, 2, 4, 2, map_network=False).eval()
+    encoder.varnet.cascades = baseline.cascades
+    with torch.no_grad():
+        maps = coils.center_coil_maps(batch.kspace, batch.mask)
+        monkeypatch.setattr(encoder, "_maps", lambda *_: torch.view_as_real(maps))
+        refined = encoder.refined_image(batch.kspace, batch.mask)
+        coil_images = sense.data_consistency(refined, maps, batch.kspace, batch.mask)
+        wanted = fourier.center_crop_or_pad(fourier.rss(coil_images), batch.recon) * batch.scale[:, None, None]
+        torch.testing.assert_close(call(baseline, batch), wanted, rtol=1e-3, atol=1e-4 * float(wanted.max()))
+        everything = torch.ones_like(batch.mask)
+        full = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(batch.kspace)), batch.recon)
+        image = baseline(None, batch.kspace, everything, batch.scale, batch.recon)
+    torch.testing.assert_close(image, full * batch.scale[:, None, None], rtol=1e-4, atol=1e-5 * float(wanted.max()))
+
+
+@pytest.mark.parametrize("make", VARNETS)
+def test_empty_coils_and_slices_give_no_nan(batches, make):
+    torch.manual_seed(0)
+    baseline, batch = make(), batches[0]
     data, mask, scale = (torch.cat([one[:1], one[:1]]) for one in (batch.kspace, batch.mask, batch.scale))
     data[0, 1] = 0
     data[1] = 0
@@ -107,32 +129,3 @@ def test_unet_normalises_as_fastmri_does(batches):
         normal, mean, deviation = normalize_instance(one, eps=1e-11)
         output = baseline.unet(normal.clamp(-6, 6)[None, None])[0, 0] * deviation + mean
         torch.testing.assert_close(call(baseline, batch)[number], output * batch.scale[number])
-
-
-@pytest.mark.parametrize("wanted", [200_000, 1_000_000])
-def test_width_for_a_number_of_parameters(wanted):
-    chans = chans_for(wanted, num_cascades=3, pools=3, sens_chans=4, sens_pools=3)
-    counts = [count_parameters(VarNet(3, 4, 3, c, 3)) for c in (chans - 1, chans, chans + 1)]
-    assert min(counts, key=lambda count: abs(count - wanted)) == counts[1]
-
-
-def test_width_for_too_few_parameters_is_refused():
-    with pytest.raises(ValueError, match="more than 10 parameters"):
-        chans_for(10, num_cascades=3, pools=3, sens_chans=4, sens_pools=3)
-
-
-def test_the_loop_trains_a_baseline_in_the_decoders_place(phantom_dir, backbone_dir, tmp_path):
-    config = systems.stage2_config(phantom_dir, backbone_dir, phantom_dir, epochs=3, learning_rate=3e-3)
-    training.prepare(config)
-    backbone, tokenizer = model.build_backbone(config, "cpu")
-    prefix = build_control(systems.stage1_config(phantom_dir, backbone_dir), backbone)
-    system = TwoStageModel(prefix, backbone, tokenizer, VarNetBaseline(**SMALL))
-    volumes = split_volumes(config)
-    train = FastMRIDataset(volumes["train"], config, training=True)
-    val = FastMRIDataset(volumes["val"], config)
-    stage = training.ReconstructionStage(system, "varnet")
-    loaders = make_loader(train, 3, 0, shuffle=True), make_loader(val, 3)
-    history = training.fit(stage, config, *loaders, tmp_path)
-    assert history.epochs[-1]["val_loss"] < history.epochs[0]["val_loss"]
-    saved = load_checkpoint(tmp_path / "stage2_checkpoints" / "varnet_best_model.pt", "varnet")
-    assert set(saved["weights"]) == set(VarNetBaseline(**SMALL).state_dict())

@@ -12,9 +12,13 @@ import lab
 import pytest
 import systems
 
-from mrilib import inference, model, training
 from mrilib.config import ROOT
-from mrilib.data import FastMRIDataset, make_loader, split_volumes
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import split_volumes
+from mrilib.model import two_stage
+from mrilib.model.decoders import build_decoder
+from mrilib.training import loop, setup, stages
 
 pytestmark = pytest.mark.skipif(bool(lab.ABSENT), reason=f"the notebooks were not tried in a browser: {lab.ABSENT}")
 READ = (".widget-slider .widget-label", ".widget-slider .widget-readout", ".widget-html-content [role=status]")
@@ -45,16 +49,16 @@ def trained(phantom_dir, tmp_path_factory) -> dict[str, Any]:
     volumes = split_volumes(config)
     val = make_loader(FastMRIDataset(volumes["val"], config, max_slices=3), 3)
     train = make_loader(FastMRIDataset(volumes["train"], config, training=True, max_slices=6), 3, shuffle=True)
-    training.fit(training.AnalysisStage(systems.build(config)), config, train, val, directory)
+    loop.fit(stages.AnalysisStage(systems.build(config)), config, train, val, directory)
     checkpoints = {
         "stage1_checkpoint": str(directory / "stage1_checkpoints" / "stage1_best_model.pt"),
         "stage2_checkpoint": str(directory / "stage2_checkpoints" / "stage2_best_model.pt"),
     }
     stage2 = systems.stage2_config(phantom_dir, backbone, Path(checkpoints["stage1_checkpoint"]), epochs=1)
-    language_model, tokenizer = model.build_backbone(stage2, "cpu")
-    system, _ = inference.load_stage1(Path(checkpoints["stage1_checkpoint"]), language_model, tokenizer)
-    system.decoder = model.build_decoder(stage2, language_model)
-    training.fit(training.ReconstructionStage(system), stage2, train, val, directory)
+    language_model, tokenizer = two_stage.build_backbone(stage2, "cpu")
+    system, _ = setup.load_stage1(Path(checkpoints["stage1_checkpoint"]), language_model, tokenizer)
+    system.decoder = build_decoder(stage2, two_stage.hidden_size(language_model))
+    loop.fit(stages.ReconstructionStage(system), stage2, train, val, directory)
     values = systems.values(phantom_dir, backbone)
     common = {name: values[name] for name in COMMON}
     return {

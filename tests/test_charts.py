@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from mrilib import charts, evaluation, style
-from mrilib.evaluation import VolumeScore
-from mrilib.training import History
+from mrilib.display import curves, style
+from mrilib.metrics import image
+from mrilib.metrics.image import VolumeScore
+from mrilib.training.history import History
 
 
 def history(steps: int = 12, epochs: int = 3, text: bool = True) -> History:
@@ -35,7 +36,7 @@ def titles(figure):
 
 
 def test_training_curves_of_text():
-    figure = charts.training_curves({"stage 1": history(), "control": history(7, 1)}, "stage 1")
+    figure = curves.training_curves({"stage 1": history(), "control": history(7, 1)}, "stage 1")
     loss = figure.axes[0]
     labels = loss.get_legend_handles_labels()[1]
     assert labels == ["stage 1 training", "stage 1 validation", "control training", "control validation"]
@@ -52,27 +53,27 @@ def test_training_curves_of_text():
 
 
 def test_training_curves_of_images_have_image_statistics():
-    figure = charts.training_curves(history(text=False))
+    figure = curves.training_curves(history(text=False))
     assert figure.axes[0].get_ylabel() == "1 − SSIM"
     assert {"validation SSIM", "validation PSNR [dB]", "images in a batch [volume maximum]"} <= set(titles(figure))
 
 
 def test_training_curves_of_a_single_step():
-    charts.training_curves(history(1, 1))._repr_png_()
+    curves.training_curves(history(1, 1))._repr_png_()
 
 
 def test_running_mean_is_a_mean_of_the_last():
     values = np.arange(400.0)
-    mean = charts._running_mean(values)
+    mean = curves._running_mean(values)
     assert mean.shape == values.shape
     assert mean[0] == 0 and mean[3] == pytest.approx(1.5)
     assert mean[-1] == pytest.approx(values[-10:].mean())
-    assert charts._running_mean([2.0]) == pytest.approx([2.0])
+    assert curves._running_mean([2.0]) == pytest.approx([2.0])
 
 
 def test_compare_curves_by_stage():
     runs = {"a": {"stage1": history(), "stage2": history(text=False)}, "b": {"stage2": history(5, 1, text=False)}}
-    figure = charts.compare_curves(runs)
+    figure = curves.compare_curves(runs)
     assert titles(figure) == ["stage 1", "stage 2"]
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[1].lines) == 4
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -82,7 +83,7 @@ def test_compare_curves_by_stage():
     markers = {line.get_label(): line.get_marker() for line in figure.axes[1].lines}
     assert markers["a validation"] != markers["b validation"]  # in grey print too
     with pytest.raises(ValueError, match="none of these runs"):
-        charts.compare_curves({"a": {}})
+        curves.compare_curves({"a": {}})
 
 
 def test_metrics_bars_numbers_and_intervals():
@@ -94,7 +95,7 @@ def test_metrics_bars_numbers_and_intervals():
             "no_tokens": {"ssim": 0.1, "psnr": 1.0},
         },
     }
-    figure = charts.metrics_bars(section)
+    figure = curves.metrics_bars(section)
     ssim, psnr = figure.axes
     assert [label.get_text() for label in ssim.get_xticklabels()] == ["4x", "8x"]
     assert [text.get_text() for text in ssim.texts] == ["0.800", "0.700", "0.500"]
@@ -108,14 +109,14 @@ def test_methods_come_in_one_order_everywhere():
     names = ["zero_filled", "mine", "nearest_training_slice", "model"]  # as folders are listed, say
     wanted = ["two-stage model", "nearest training slice (oracle)", "zero-filled", "mine"]
     section = {"4": dict.fromkeys(names, scores)}
-    assert [text.get_text() for text in charts.metrics_bars(section).legends[0].get_texts()] == wanted
+    assert [text.get_text() for text in curves.metrics_bars(section).legends[0].get_texts()] == wanted
     volumes = {"4": {name: volume_scores(0.5) for name in names}}
-    assert [text.get_text() for text in charts.metrics_by_contrast(volumes).legends[0].get_texts()] == wanted
+    assert [text.get_text() for text in curves.metrics_by_contrast(volumes).legends[0].get_texts()] == wanted
 
 
 def test_metrics_by_contrast_shows_every_volume():
     scores = {"4": {"model": volume_scores(0.8), "zero_filled": volume_scores(0.5)}}
-    axis = charts.metrics_by_contrast(scores).axes[0]
+    axis = curves.metrics_by_contrast(scores).axes[0]
     dots = [line for line in axis.lines if line.get_marker() != "None"]
     assert len({line.get_marker() for line in dots}) == 2, "methods told apart in grey print"
     assert sum(len(line.get_ydata()) for line in dots) == 16
@@ -132,7 +133,7 @@ def test_analysis_comparison_leaves_out_what_is_not_there():
         "finding_f1": 0.4,
         "finding_f1_best_constant": 0.1,
     }
-    figure = charts.analysis_comparison(section, (0.34, 0.03))
+    figure = curves.analysis_comparison(section, (0.34, 0.03))
     entropy, contrast, findings = figure.axes
     assert [text.get_text() for text in entropy.texts] == ["0.300", "0.900"]
     assert [text.get_text() for text in contrast.texts] == ["1.000"]
@@ -144,19 +145,19 @@ def test_analysis_comparison_leaves_out_what_is_not_there():
 
 def test_analysis_comparison_survives_a_single_patient():
     section = {"cross_entropy": 0.3, "cross_entropy_se": float("inf"), "contrast_accuracy": 1.0, "finding_f1": 0.0}
-    charts.analysis_comparison(section)._repr_png_()
+    curves.analysis_comparison(section)._repr_png_()
 
 
 def test_token_swap_is_paired():
     own, other = volume_scores(0.8), volume_scores(0.79)
-    figure = charts.token_swap({"4": {"own tokens": own, "another patient's": other, "none": own}})
+    figure = curves.token_swap({"4": {"own tokens": own, "another patient's": other, "none": own}})
     means, differences = figure.axes
     assert [text.get_text() for text in differences.texts] == ["−0.0100", "+0.0000"]
     interval = differences.lines[0].get_ydata()
     # the volumes differ by far more than that, but the difference is the same for each
     assert interval == pytest.approx([-0.01, -0.01])
     assert len(means.patches) == 3
-    assert means.patches[0].get_height() == pytest.approx(evaluation.summarize(own)["ssim"])
+    assert means.patches[0].get_height() == pytest.approx(image.summarize(own)["ssim"])
 
 
 @pytest.mark.parametrize("sick", [[5], [1, 2, 3], range(1, 12), range(1, 13)], ids=["one", "first", "most", "all"])
@@ -167,7 +168,7 @@ def test_skipped_steps_leave_gaps_and_marks(text, sick):
     for number in sick:
         broken = {name: np.nan for name in told.steps[0] if name not in ("epoch", "step", "learning_rate", "seconds")}
         told.steps[number - 1] |= broken | {"gradient_norm": np.inf if number % 2 else np.nan}
-    figure = charts.training_curves(told)
+    figure = curves.training_curves(told)
     style.png_bytes(figure)
     for place in (0, -1 if text else -2):  # loss and gradient norms; of text the last panel, of images the one before
         axis = next(axis for axis in figure.axes if axis.get_title().startswith(("loss", "gradient")[place != 0]))
@@ -180,5 +181,5 @@ def test_skipped_steps_leave_gaps_and_marks(text, sick):
 
 
 def test_curves_without_skipped_steps_mark_none():
-    for axis in charts.training_curves(history()).axes:
+    for axis in curves.training_curves(history()).axes:
         assert "skipped step" not in [line.get_label() for line in axis.lines]

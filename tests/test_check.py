@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from test_volume import attribute, copy_of, header, linked, own_mask, replaced
 
-from mrilib import check
 from mrilib.__main__ import main
 from mrilib.config import DataParameters
-from mrilib.data import split_volumes
-from mrilib.volume import DataError, Volume
+from mrilib.data import check
+from mrilib.data.fastmri_file import DataError, Volume
+from mrilib.data.splits import split_volumes
 
 SPOILT = np.nan
 
@@ -225,7 +225,7 @@ def test_files_are_read_once_and_again_when_they_change(
     with pytest.raises(DataError, match="NaN"):
         check.usable_volumes(tmp_path)
     assert read[3:] == [volumes[1].path.name]
-    for remembered in (Path(os.environ["XDG_CACHE_HOME"]) / "mrilib").iterdir():
+    for remembered in (Path(os.environ["XDG_CACHE_HOME"]) / "mrilib").glob("*.json*"):
         remembered.write_text("{damaged")
     check.usable_volumes(tmp_path, "skip")
     assert len(read) == 4 + 3

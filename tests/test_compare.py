@@ -8,9 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
-from mrilib import compare, evaluation, figures
 from mrilib.config import CompareParameters, ParameterError
-from mrilib.runs import write_json
+from mrilib.display import compare_runs
+from mrilib.display import images as figures
+from mrilib.evaluation import reconstructions
+from mrilib.files import write_json
 
 
 def make_run(folder, volumes, *, learning_rate=1e-3, factor=0.9, accelerations=("4", "8"), status="done"):
@@ -29,9 +31,9 @@ def make_run(folder, volumes, *, learning_rate=1e-3, factor=0.9, accelerations=(
     for acceleration in accelerations:
         for method, scale in (("model", factor), ("zero_filled", 0.5)):
             for volume in volumes[:2]:
-                images = np.stack([scale * evaluation.read_target(volume, n) for n in range(volume.slices)])
+                images = np.stack([scale * reconstructions.read_target(volume, n) for n in range(volume.slices)])
                 path = folder / "reconstructions" / method / acceleration / volume.path.name
-                evaluation.write_reconstruction(path, images)
+                reconstructions.write_reconstruction(path, images)
     logs = folder / "logs"
     logs.mkdir()
     attempts = [(1, 9.0), (2, 9.0), (1, 3.0), (2, 2.0), (3, 1.0)]  # the first was broken off
@@ -54,13 +56,13 @@ def config_of(*paths):
 
 
 def test_named_runs(two_runs, tmp_path, volumes):
-    assert compare.chosen_runs(config_of(*two_runs.values()), tmp_path / "own") == two_runs
+    assert compare_runs.chosen_runs(config_of(*two_runs.values()), tmp_path / "own") == two_runs
     (tmp_path / "other").mkdir()
     twin = make_run(tmp_path / "other" / "a", volumes[:2])
-    chosen = compare.chosen_runs(config_of(two_runs["a"], twin), tmp_path / "own")
+    chosen = compare_runs.chosen_runs(config_of(two_runs["a"], twin), tmp_path / "own")
     assert len(chosen) == 2, "two runs of one name are two runs"
     with pytest.raises(ParameterError, match=r"'.*nothing' is no run folder"):
-        compare.chosen_runs(config_of(tmp_path / "nothing"), tmp_path / "own")
+        compare_runs.chosen_runs(config_of(tmp_path / "nothing"), tmp_path / "own")
 
 
 def test_all_finished_runs(tmp_path, volumes, monkeypatch):
@@ -68,19 +70,19 @@ def test_all_finished_runs(tmp_path, volumes, monkeypatch):
     own = make_run(tmp_path / "outputs" / "own", volumes, status="running")
     make_run(tmp_path / "outputs" / "failed", volumes, status="failed")
     done = make_run(tmp_path / "outputs" / "finished", volumes)
-    chosen = compare.chosen_runs(CompareParameters.create({}), own)
+    chosen = compare_runs.chosen_runs(CompareParameters.create({}), own)
     assert set(chosen.values()) == {own, done}
-    assert set(compare.chosen_runs(CompareParameters.create({}), tmp_path / "elsewhere").values()) == {done}
+    assert set(compare_runs.chosen_runs(CompareParameters.create({}), tmp_path / "elsewhere").values()) == {done}
 
 
 def test_nothing_to_compare(tmp_path, monkeypatch):
     monkeypatch.setattr("mrilib.config.ROOT", tmp_path)
     with pytest.raises(ParameterError, match="no finished run"):
-        compare.chosen_runs(CompareParameters.create({}), tmp_path / "own")
+        compare_runs.chosen_runs(CompareParameters.create({}), tmp_path / "own")
 
 
 def test_only_differing_parameters(two_runs):
-    table = compare.differing_parameters(two_runs)
+    table = compare_runs.differing_parameters(two_runs)
     assert list(table.index) == ["stage1.learning_rate", "evaluate.learning_rate"]
     assert table.loc["stage1.learning_rate"].to_dict() == {"a": "0.001", "bb": "0.002"}
 
@@ -89,45 +91,45 @@ def test_notebook_that_one_run_lacks(two_runs):
     record = json.loads((two_runs["bb"] / "run.json").read_text())
     del record["notebooks"]["stage1"]
     write_json(two_runs["bb"] / "run.json", record)
-    table = compare.differing_parameters(two_runs)
+    table = compare_runs.differing_parameters(two_runs)
     assert table.loc["stage1"].to_dict() == {"a": "run", "bb": "not run"}
     assert list(table.index) == ["stage1", "evaluate.learning_rate"]  # not every parameter of the missing notebook
 
 
 def test_metrics_table(two_runs):
-    table = compare.metrics_table(two_runs)
+    table = compare_runs.metrics_table(two_runs)
     assert table.loc["4x two-stage model SSIM"].to_dict() == {"a": "0.900", "bb": "0.800"}
     assert table.loc["8x two-stage model PSNR [dB]"].to_dict() == {"a": "27.00", "bb": "–"}
     assert table.loc["stage1 [s]", "a"] == "62"
 
 
 def test_history_is_that_of_the_last_attempt(two_runs):
-    history = compare.read_history(two_runs["a"], "stage1")
+    history = compare_runs.read_history(two_runs["a"], "stage1")
     assert [step["loss"] for step in history.steps] == [3.0, 2.0, 1.0]
     assert (history.best_epoch, history.best_loss) == (2, 1.5)
-    assert compare.read_history(two_runs["a"], "stage2") is None
-    assert {run: list(stages) for run, stages in compare.read_histories(two_runs).items()} == {
+    assert compare_runs.read_history(two_runs["a"], "stage2") is None
+    assert {run: list(stages) for run, stages in compare_runs.read_histories(two_runs).items()} == {
         "a": ["stage1"],
         "bb": ["stage1"],
     }
 
 
 def test_same_slice_at_the_common_acceleration(two_runs, volumes):
-    (shown,), left_out = compare.same_slice(two_runs)  # 8x was evaluated by one of them alone
+    (shown,), left_out = compare_runs.same_slice(two_runs)  # 8x was evaluated by one of them alone
     volume = min(volumes[:2], key=lambda one: one.path.name)
     assert list(shown.images) == ["zero_filled", "a", "bb"] and left_out == []
-    assert np.array_equal(shown.target, evaluation.read_target(volume, volume.slices // 2))
+    assert np.array_equal(shown.target, reconstructions.read_target(volume, volume.slices // 2))
     assert np.allclose(shown.images["bb"], 0.8 * shown.target)
     assert "4x" in shown.title
     figures.reconstruction_comparison([shown])
-    assert len(compare.same_slice({"a": two_runs["a"]})[0]) == 2
+    assert len(compare_runs.same_slice({"a": two_runs["a"]})[0]) == 2
 
 
 def test_runs_whose_test_files_are_others_are_left_out(two_runs, tmp_path):
     evaluated = read_config(two_runs["a"])
     evaluated["notebooks"]["evaluate"]["config"]["data_dir"] = str(tmp_path / "moved")
     write_json(two_runs["a"] / "run.json", evaluated)
-    shown, left_out = compare.same_slice(two_runs)
+    shown, left_out = compare_runs.same_slice(two_runs)
     assert left_out == ["a"] and [list(one.images) for one in shown] == [["zero_filled", "bb"]]
     # the same name, another scan
     (tmp_path / "moved").mkdir()
@@ -136,12 +138,12 @@ def test_runs_whose_test_files_are_others_are_left_out(two_runs, tmp_path):
         shutil.copy(source, tmp_path / "moved")
         with h5py.File(tmp_path / "moved" / path.name, "r+") as h5:
             h5["reconstruction_rss"][...] *= 2
-    shown, left_out = compare.same_slice(two_runs)
+    shown, left_out = compare_runs.same_slice(two_runs)
     assert len(left_out) == 1 and all(left_out[0] not in one.images for one in shown)
     for path in (two_runs["bb"] / "reconstructions" / "model").glob("*/*.h5"):
         path.rename(path.with_name(f"other_{path.name}"))
-    assert len(compare.same_slice(two_runs)[1]) == 1
-    assert compare.same_slice({"x": tmp_path}) == ([], [])
+    assert len(compare_runs.same_slice(two_runs)[1]) == 1
+    assert compare_runs.same_slice({"x": tmp_path}) == ([], [])
 
 
 def read_config(run):
@@ -158,10 +160,10 @@ def test_states_name_what_failed_and_what_is_missing(volumes, tmp_path):
     records["unfinished"]["notebooks"]["evaluate"]["status"] = "running"
     for name, record in records.items():
         write_json(folders[name] / "run.json", record)
-    assert compare.states({"failed": folders["failed"]})["failed"] == "failed in 04_evaluate: ValueError: odd"
+    assert compare_runs.states({"failed": folders["failed"]})["failed"] == "failed in 04_evaluate: ValueError: odd"
     records["failed"]["notebooks"]["evaluate"]["error"] = ""
     write_json(folders["failed"] / "run.json", records["failed"])
-    assert compare.states(folders) == {
+    assert compare_runs.states(folders) == {
         "fine": "done",
         "failed": "failed in 04_evaluate: no error is recorded",
         "unfinished": "running, without 04_evaluate",

@@ -15,19 +15,15 @@ import torch
 from fastmri.data.mri_data import SliceDataset
 from fastmri.data.transforms import VarNetDataTransform
 
-from mrilib import kspace
-from mrilib.config import DataParameters, ParameterError
-from mrilib.data import (
-    FastMRIDataset,
-    ShapeBatchSampler,
-    collate,
-    index_volumes,
-    load_annotations,
-    make_loader,
-    split_volumes,
-)
-from mrilib.encoder import KSpaceEncoder
-from mrilib.volume import DataError, Volume, read_volume
+from mrilib.config import MASK_TYPES, DataParameters, ParameterError
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.fastmri_file import DataError, Volume, read_volume
+from mrilib.data.sampler import ShapeBatchSampler, collate, make_loader
+from mrilib.data.splits import index_volumes, load_annotations, split_volumes
+from mrilib.model.encoder import KSpaceEncoder
+from mrilib.physics import coils as coils_module
+from mrilib.physics import fourier
+from mrilib.physics import masks as masks_module
 
 SIZE = 64
 
@@ -101,7 +97,7 @@ def test_nothing_of_the_answer_reaches_the_input(
     assert torch.equal(changed.kspace, original.kspace)
     assert torch.equal(changed.mask, original.mask)
     assert changed.scale == original.scale
-    maps = [kspace.center_coil_maps(s.kspace[None], s.mask[None]) for s in (original, changed)]
+    maps = [coils_module.center_coil_maps(s.kspace[None], s.mask[None]) for s in (original, changed)]
     assert torch.equal(*maps)
     model = encoder()
     with torch.no_grad():
@@ -126,7 +122,7 @@ def test_unmeasured_nan_does_not_spread(volumes: list[Volume], tmp_path: Path) -
 # ------------------------------------------------------------------------------------------------- masks and units
 
 
-@pytest.mark.parametrize("mask_type", kspace.MASK_TYPES)
+@pytest.mark.parametrize("mask_type", MASK_TYPES)
 def test_validation_masks_are_those_of_varnetdatatransform(
     volumes: list[Volume], tmp_path: Path, mask_type: str
 ) -> None:
@@ -134,7 +130,7 @@ def test_validation_masks_are_those_of_varnetdatatransform(
     for volume in few:  # SliceDataset opens every file of a folder
         shutil.copy(volume.path, tmp_path)
     dataset = FastMRIDataset(index_volumes(tmp_path), parameters(tmp_path, mask_type=mask_type))
-    mask_func = kspace.make_mask_func(mask_type, [0.08, 0.04], [4, 8])
+    mask_func = masks_module.make_mask_func(mask_type, [0.08, 0.04], [4, 8])
     theirs = SliceDataset(tmp_path, "multicoil", VarNetDataTransform(mask_func, use_seed=True))
     expected = {(sample.fname, sample.slice_num): sample for sample in theirs}
     assert len(expected) == len(dataset) == 6
@@ -146,7 +142,7 @@ def test_validation_masks_are_those_of_varnetdatatransform(
         assert ours.maximum == sample.max_value
         # back in file units, and before the readout oversampling is taken off, it is fastMRI's masked k-space
         masked = torch.view_as_complex(sample.masked_kspace)
-        cropped = kspace.remove_readout_oversampling(masked, ours.kspace.shape[-2])
+        cropped = fourier.remove_readout_oversampling(masked, ours.kspace.shape[-2])
         torch.testing.assert_close(ours.kspace * ours.scale, cropped, rtol=1e-4, atol=1e-6 * cropped.abs().max().item())
 
 
@@ -158,10 +154,10 @@ def test_normalised_kspace_has_unit_rms_and_its_scale_restores_it(volumes: list[
         assert (sample.kspace[..., ~sample.mask] == 0).all()
         with h5py.File(volume.path) as h5:
             raw = torch.from_numpy(h5["kspace"][2])
-        raw = kspace.remove_readout_oversampling(raw, volume.readout)
+        raw = fourier.remove_readout_oversampling(raw, volume.readout)
         torch.testing.assert_close(sample.kspace[..., sample.mask] * sample.scale, raw[..., sample.mask])
         # with all lines, the image is the target
-        image = kspace.center_crop_or_pad(kspace.rss(kspace.ifft2c(raw)), volume.recon)
+        image = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(raw)), volume.recon)
         torch.testing.assert_close(image, sample.target, rtol=1e-4, atol=1e-5 * volume.maximum)
 
 
@@ -219,9 +215,9 @@ def test_more_coils_than_num_coils_are_compressed_from_the_masked_data(volumes: 
     assert volume.coils > 5
     few, all_coils = (FastMRIDataset([volume], parameters(tmp_path, num_coils=n))[0] for n in (5, 16))
     assert few.kspace.shape[0] == 5 and all_coils.kspace.shape[0] == volume.coils
-    before, after = (kspace.rss(kspace.ifft2c(s.kspace * s.scale)) for s in (all_coils, few))
+    before, after = (fourier.rss(fourier.ifft2c(s.kspace * s.scale)) for s in (all_coils, few))
     assert (before - after).norm() / before.norm() < 0.05
-    expected = kspace.compress_coils(all_coils.kspace * all_coils.scale, 5)
+    expected = coils_module.compress_coils(all_coils.kspace * all_coils.scale, 5)
     torch.testing.assert_close(few.kspace * few.scale, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
@@ -232,9 +228,9 @@ def test_crop_image_is_the_crop_of_the_fully_sampled_image(volumes: list[Volume]
             sample = FastMRIDataset([volume], config)[1]
             assert sample.kspace.shape[1:] == (img_size, img_size) and sample.recon == (img_size, img_size)
             assert sample.mask.all()
-            image = kspace.rss(kspace.ifft2c(sample.kspace)) * sample.scale
-            expected = kspace.center_crop_or_pad(sample.target, volume.recon)
-            image = kspace.center_crop_or_pad(image, volume.recon)
+            image = fourier.rss(fourier.ifft2c(sample.kspace)) * sample.scale
+            expected = fourier.center_crop_or_pad(sample.target, volume.recon)
+            image = fourier.center_crop_or_pad(image, volume.recon)
             inside = expected > 0
             torch.testing.assert_close(image[inside], expected[inside], rtol=1e-3, atol=1e-4 * volume.maximum)
 
@@ -341,7 +337,7 @@ def test_a_width_that_the_mask_cannot_be_made_for_is_refused_at_once(volumes: li
     failing = []
     for volume in volumes:
         try:
-            kspace.check_mask(config.mask_type, 0.056, 16, volume.matrix[1])
+            masks_module.check_mask(config.mask_type, 0.056, 16, volume.matrix[1])
         except ValueError:
             failing.append(volume)
     for volume in volumes:
@@ -598,35 +594,6 @@ def test_batches_are_shared_out_and_left_out_by_number_alone(volumes: list[Volum
     assert sorted(i for batch in sampler.plan() for i in batch) == list(range(len(dataset)))
 
 
-def test_echoes_are_the_same_slices_under_the_same_masks(volumes: list[Volume], phantom_dir: Path) -> None:
-    """A block of batches at a time, each process its own batches again; a resumed training goes on within the block."""
-    config = parameters(phantom_dir)
-    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
-    plan = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9).plan()
-    sampler = ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9, echo=2)
-    span = sampler.ECHO_SPAN = 4
-    sampler.step = 2
-    once = list(ShapeBatchSampler(dataset, 1, seed=3, shuffle=True, finding_share=0.9))
-    assert sampler.plan() == plan and sampler.total == len(sampler) == 2 * len(plan) and len(plan) > span
-    assert any(isinstance(batch[0], tuple) for batch in once)  # a slice that comes again in a new look has echoes too
-    blocks = sampler._blocks(once)
-    assert [batch for block in blocks for batch in block] == once and len(blocks) > 2
-    assert all(len(block) % 2 == 0 and span / 2 <= len(block) <= 2 * span for block in blocks[:-1])
-    whole = list(sampler)
-    looks = [[(index, 0) if isinstance(index, int) else index for index in batch] for batch in once]
-    again = {str(batch): [(*look, 1) for look in looked] for batch, looked in zip(once, looks, strict=True)}
-    assert whole == [batch for block in blocks for batch in (*block, *(again[str(one)] for one in block))]
-    sampler.skip, sampler.share = 6, (1, 2)
-    assert list(sampler) == whole[7::2] and len(sampler) == len(whole[7::2])
-    sampler.skip = 0
-    first = list(sampler)[:span]
-    own = first[: span // 2]
-    assert first[span // 2 :] == [again[str(batch)] for batch in own]  # of a block, this process's own
-    for batch, echo in zip(own, first[span // 2 :], strict=True):
-        for index, other in zip(batch, echo, strict=True):
-            assert torch.equal(dataset[index].mask, dataset[other].mask)
-
-
 def test_a_slice_seen_again_in_an_epoch_looks_different(volumes: list[Volume], phantom_dir: Path) -> None:
     """Another mask each time, flipped or not; the same again in a second pass over the epoch, and by any process."""
     config = parameters(phantom_dir, mask_type="random")
@@ -704,20 +671,6 @@ def test_batches_are_few_and_about_equally_large(volumes: list[Volume], phantom_
     for sizes in groups.values():
         assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
         assert len(sizes) == -(-sum(sizes) // batch_size)
-
-
-def test_batches_of_like_length(volumes: list[Volume], phantom_dir: Path) -> None:
-    config = parameters(phantom_dir)
-    dataset = FastMRIDataset(volumes, config, load_annotations(config), training=True)
-    padding = []
-    for group in (False, True):
-        sampler = ShapeBatchSampler(dataset, 3, seed=1, shuffle=True, group_by_length=group)
-        plan = sampler.plan()
-        assert sorted(i for batch in plan for i in batch) == list(range(len(dataset)))
-        assert all(len({dataset.shape_key(i) for i in batch}) == 1 for batch in plan)
-        lengths = [[dataset.text_length(i) for i in batch] for batch in plan]
-        padding.append(sum(max(batch) - one for batch in lengths for one in batch))
-    assert padding[1] < padding[0]
 
 
 def test_chunks_of_a_batch_are_the_batch(volumes: list[Volume], phantom_dir: Path) -> None:

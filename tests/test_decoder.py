@@ -8,20 +8,14 @@ import pytest
 import torch
 from fastmri.losses import SSIMLoss
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mrilib import kspace
-from mrilib.decoder import (
-    DEPTHS,
-    SENSE_ITERATIONS,
-    SENSE_WEIGHT,
-    ImageDecoder,
-    VolumeSSIMLoss,
-    from_patches,
-    zero_filled,
-)
-from mrilib.encoder import PATCH, SENSE_START
-from mrilib.unet import ChannelNorm, UNet
+from mrilib.model.baselines import zero_filled
+from mrilib.model.decoder import SENSE_ITERATIONS, SENSE_START, SENSE_WEIGHT, ImageDecoder
+from mrilib.model.unet import ChannelNorm
+from mrilib.physics import coils as coils_module
+from mrilib.physics import fourier
+from mrilib.physics import sense as sense_module
+from mrilib.training.losses import VolumeSSIMLoss
 
 
 def decoder(decoder_type: str = "lightweight", trained: bool = True, **changes: Any) -> ImageDecoder:
@@ -51,14 +45,14 @@ def some_tokens(batch: int = 2, count: int = 4, width: int = 12) -> Tensor:
 def coil_images_before_rss(call: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What the decoder hands to the root sum of squares."""
     kept: list[Tensor] = []
-    original = kspace.data_consistency
+    original = sense_module.data_consistency
 
     def keep(*inputs: Tensor) -> Tensor:
         kept.append(original(*inputs))
         return kept[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(kspace, "data_consistency", keep)
+        patch.setattr(sense_module, "data_consistency", keep)
         call()
     return kept[0]
 
@@ -86,10 +80,10 @@ def test_the_output_is_the_evaluated_crop(decoder_type: str, height: int, width:
 def test_a_new_decoder_gives_data_consistency_of_the_zero_filled_image(width: int) -> None:
     model = decoder(trained=False).eval()
     data = measured(width=width)
-    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    combined = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
-    coil_images = kspace.data_consistency(combined, maps, data["kspace"], data["mask"])
-    expected = kspace.center_crop_or_pad(kspace.rss(coil_images), (30, 25)) * data["scale"][:, None, None]
+    maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
+    combined = coils_module.combine(fourier.ifft2c(data["kspace"]), maps)
+    coil_images = sense_module.data_consistency(combined, maps, data["kspace"], data["mask"])
+    expected = fourier.center_crop_or_pad(fourier.rss(coil_images), (30, 25)) * data["scale"][:, None, None]
     with torch.no_grad():
         torch.testing.assert_close(model(some_tokens(), **data, recon=(30, 25)), expected, rtol=1e-4, atol=1e-8)
 
@@ -99,7 +93,7 @@ def test_measured_lines_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         images = coil_images_before_rss(lambda: model(some_tokens(), **data, recon=(32, 45)), monkeypatch)
         plain = coil_images_before_rss(lambda: decoder(trained=False)(None, **data, recon=(32, 45)), monkeypatch)
-    found = kspace.fft2c(images)
+    found = fourier.fft2c(images)
     for one in range(2):
         mask = data["mask"][one]
         torch.testing.assert_close(found[one][..., mask], data["kspace"][one][..., mask], rtol=1e-4, atol=1e-4)
@@ -149,7 +143,7 @@ def unet_output(model: ImageDecoder, tokens: Tensor, data: dict[str, Tensor]) ->
     handle = model.unet.register_forward_hook(lambda module, inputs, output: kept.append(output))
     model(tokens, **data, recon=(height, width))
     handle.remove()
-    return kspace.center_crop_or_pad(kept[0], (height, width))
+    return fourier.center_crop_or_pad(kept[0], (height, width))
 
 
 def test_file_units_follow_the_scale_alone() -> None:
@@ -181,24 +175,24 @@ def test_slices_of_a_batch_do_not_matter_to_each_other() -> None:
 def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch: pytest.MonkeyPatch) -> None:
     """Untrained, the decoder is SENSE twice; trained, its image is what the last one makes of the U-Net's."""
     data = measured(height=33, width=45)
-    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    start = kspace.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
+    maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
+    start = sense_module.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
     calls: list[Tensor | None] = []
-    original = kspace.sense
+    original = sense_module.sense
 
     def keep(*inputs: Any, prior: Tensor | None = None, **steps: Any) -> Tensor:
         calls.append(prior)
         return original(*inputs, prior=prior, **steps)
 
-    monkeypatch.setattr(kspace, "sense", keep)
+    monkeypatch.setattr(sense_module, "sense", keep)
     model = decoder(sense=True, trained=False).eval()
     assert model.unet.stem.in_channels == 4 * 4
     with torch.no_grad():
         image = model(some_tokens(), **data, recon=(33, 45))
         torch.testing.assert_close(calls[1], start, rtol=1e-4, atol=1e-5)
         again = original(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=start)
-        coils = kspace.data_consistency(again, maps, data["kspace"], data["mask"])
-        torch.testing.assert_close(image, kspace.rss(coils) * data["scale"][:, None, None], rtol=1e-4, atol=1e-8)
+        coils = sense_module.data_consistency(again, maps, data["kspace"], data["mask"])
+        torch.testing.assert_close(image, fourier.rss(coils) * data["scale"][:, None, None], rtol=1e-4, atol=1e-8)
         trained = decoder(sense=True).eval()
         together = trained(some_tokens(), **data, recon=(32, 32))
         one = trained(some_tokens()[1:], **{name: value[1:] for name, value in data.items()}, recon=(32, 32))
@@ -214,86 +208,12 @@ def test_sense_learns_through_its_steps() -> None:
 
 
 @pytest.mark.parametrize("sense", [False, True])
-def test_the_encoders_image_is_what_it_starts_from(sense: bool) -> None:
-    """In the background phase of these coil maps and of the measured data's size: the encoder's own do not matter."""
-    data = measured(height=33, width=45)
-    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    zero = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
-    upright = kspace.remove_background_phase(zero.roll(2, -1))
-    model = decoder(sense=sense, encoder_image=True, trained=False).eval()
-    assert model.unet.stem.in_channels == 6 * 4  # with SENSE's image or in its place
-    start = upright * kspace.background_phase(zero)
-    start = start * kspace.fitted_scale(start, data["mask"], maps, zero)
-
-    def consistent(image: Tensor) -> Tensor:
-        return kspace.sense(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image)
-
-    if sense:  # before the U-Net and behind it
-        start = consistent(consistent(start))
-    else:
-        filled = kspace.data_consistency(start, maps, data["kspace"], data["mask"])
-        start = kspace.combine(filled, maps)
-    coils = kspace.data_consistency(start, maps, data["kspace"], data["mask"])
-    expected = kspace.rss(coils) * data["scale"][:, None, None]
-    scan = data["kspace"], data["mask"]
-    with torch.no_grad():
-        for refined in (upright, 5 * upright):
-            found = model(some_tokens(), **data, recon=(33, 45), starts=model.start_images(*scan, refined))
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
-        other = model(some_tokens(), **data, recon=(33, 45), starts=model.start_images(*scan, upright.flip(-1)))
-        assert not torch.allclose(other, expected, rtol=1e-2)
-        trained = decoder(sense=sense, encoder_image=True).eval()
-        starts = trained.start_images(*scan, upright)
-        together = trained(some_tokens(), **data, recon=(32, 32), starts=starts)
-        one = trained(some_tokens()[1:], **{k: v[1:] for k, v in data.items()}, recon=(32, 32), starts=starts[1:])
-    torch.testing.assert_close(together[1:], one, rtol=1e-3, atol=1e-8)
-    with pytest.raises(ValueError, match="none was given"):
-        model(some_tokens(), **data, recon=(33, 45))
-
-
-@pytest.mark.parametrize("tokens", [False, True])
-def test_it_may_start_with_the_weights_of_what_restores_the_encoders_image(tokens: bool) -> None:
-    """At work on the image that it starts from, and on the rest of what it sees a little; tokens and noise are new."""
-    restoration = UNet(2, 2, 4, DEPTHS["small"])
-    changes = {"token_dim": 12 if tokens else 0, "encoder_image": True, "trained": False}
-    model = decoder("small", **changes)
-    other = model.unet.stem.weight[:, :16] / 10  # of zero-filled image and the encoder's as it is
-    model.start_with(restoration)
-    image = torch.randn(2, 2, 32, 48)
-    seen = torch.cat([torch.zeros(2, 4, 32, 48), image], dim=1)
-    with torch.no_grad():
-        expected = restoration(image)
-        if tokens:  # their map takes part in the norm before the bottleneck, as zeros too: nothing else differs
-            body, own = model.unet.bottleneck[0].body, restoration.bottleneck[0].body
-            assert torch.equal(body[0].weight[:24], own[0].weight) and torch.equal(body[0].bias[:24], own[0].bias)
-            body[0].forward = lambda x: F.pad(own[0](x[:, :24]), (0, 0, 0, 0, 0, 16), value=-30.0)  # silent after SiLU
-        found = model.unet(seen, torch.zeros(2, 16, 2, 3) if tokens else None)
-    torch.testing.assert_close(found[:, :2], expected)
-    assert expected.abs().max() > 0.01 and not found[:, 2].any()
-    torch.testing.assert_close(model.unet.stem.weight[:, :16], other)
-    with pytest.raises(ValueError, match="is 4 wide and the encoder's 8"):
-        model.start_with(UNet(2, 2, 8, DEPTHS["small"]))
-    with pytest.raises(ValueError, match="not as deep"):
-        decoder("lightweight", **changes).start_with(restoration)
-    with pytest.raises(ValueError, match="does not start from the encoder's image"):
-        decoder("small", **{**changes, "encoder_image": False}).start_with(restoration)
-
-
-def test_weights_of_the_encoder_meet_their_image_beside_a_token_image() -> None:
-    restoration = UNet(2, 2, 4, DEPTHS["small"])
-    model = decoder("small", encoder_image=True, token_pixels=True, token_modulation=True, trained=False)
-    model.start_with(restoration)
-    assert model.unet.stem.weight.shape[1] == 7 * 4
-    assert torch.equal(model.unet.stem.weight[:, 16:24], restoration.stem.weight)
-
-
-@pytest.mark.parametrize("sense", [False, True])
 def test_noise_power_is_added_under_the_root(sense: bool) -> None:
     """In units of the measured image's mean power, wherever it lies; what is less than nothing is zero."""
     data = measured(height=33, width=45)
     plain, noisy = (decoder(sense=sense, trained=False).eval() for _ in range(2))
-    maps = kspace.center_coil_maps(data["kspace"], data["mask"])
-    zero = kspace.combine(kspace.ifft2c(data["kspace"]), maps)
+    maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
+    zero = coils_module.combine(fourier.ifft2c(data["kspace"]), maps)
     power = zero.abs().square().mean((-2, -1)) * data["scale"].square()
     recon = (30, 40)
     for added in (0.7, -1e6):
@@ -312,54 +232,6 @@ def test_without_the_skip_only_tokens_matter() -> None:
         other = model(some_tokens(), **{**measured(width=45, seed=9), "scale": data["scale"]}, recon=(40, 30))
         assert image.shape == (2, 40, 30) and torch.equal(image, other) and (image >= 0).all()
         assert not torch.equal(image, model(some_tokens().flip(1), **data, recon=(40, 30)))
-
-
-def test_patches_lie_where_the_vit_took_them() -> None:
-    """The inverse of cutting an image into patches, as the ViT's embedding does: rows of patches, rows in each."""
-    image = torch.randn(2, 48, 48)
-    cut = torch.nn.functional.unfold(image[:, None], PATCH, stride=PATCH).mT  # (B, patches, 256)
-    assert torch.equal(from_patches(cut, 48), image)
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 45), (20, 70)])
-def test_pixels_of_the_tokens_meet_their_own_place(height: int, width: int) -> None:
-    """A token's pixels reach the U-Net where its patch lies on the measured image, cropped, padded, odd."""
-    model, data = decoder(token_pixels=True).eval(), measured(height=height, width=width)
-    assert model.token_pixels is not None and model.unet.stem.in_channels == 3 * 4
-    recon, seen = (16, 16), []
-    model.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        model(some_tokens(), **data, recon=recon)
-        model(None, **data, recon=recon)
-    plane = model.token_pixels(model.token_norm(some_tokens()))
-    padded = seen[0].shape[-2:]
-    expected = kspace.center_crop_or_pad(from_patches(plane, 32), padded)
-    torch.testing.assert_close(seen[0][:, 2], expected)
-    # the ViT's crop of the measured image is the same crop of what the U-Net sees
-    inner = kspace.center_crop_or_pad(seen[0][:, :2], (32, 32))
-    direct = kspace.center_crop_or_pad(seen[1][:, :2], (32, 32))
-    assert torch.equal(inner, direct) and not seen[1][:, 2].any()
-
-
-def test_without_tokens_what_reads_them_has_a_gradient_of_zeros() -> None:
-    model, data = decoder(token_pixels=True, token_modulation=True).train(), measured()
-    image = model(None, **data, recon=(32, 32))
-    image.sum().backward()
-    reading = [model.token_norm, model.token_projection, model.token_pixels]
-    for parameter in (p for module in reading for p in module.parameters()):  # type: ignore[union-attr]
-        assert parameter.grad is not None and not parameter.grad.any()
-    with torch.no_grad():
-        assert torch.equal(image, model.eval()(None, **data, recon=(32, 32)))
-
-
-def test_pixels_of_the_tokens_are_added_where_there_is_no_skip() -> None:
-    model, data = decoder(image_skip=False, token_pixels=True).eval(), measured()
-    with torch.no_grad():
-        before = model(some_tokens(), **data, recon=(32, 32))
-        model.token_pixels.bias[0] += 5  # the first pixel of every patch
-        after = model(some_tokens(), **data, recon=(32, 32))
-    changed = (after - before).abs() > 1e-12
-    assert changed[:, ::16, ::16].all() and changed.sum() == 2 * 4
 
 
 def test_without_tokens_the_measured_data_is_enough() -> None:
@@ -422,7 +294,7 @@ def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_zero_filled_is_the_rss_of_the_masked_data_in_file_units() -> None:
     data = measured(width=45)
     in_file_units = data["kspace"] * data["scale"][:, None, None, None]
-    expected = kspace.center_crop_or_pad(kspace.rss(kspace.ifft2c(in_file_units)), (30, 45))
+    expected = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(in_file_units)), (30, 45))
     torch.testing.assert_close(zero_filled(data["kspace"], data["scale"], (30, 45)), expected)
 
 
@@ -454,25 +326,6 @@ def test_the_loss_is_the_official_metrics_up_to_its_border() -> None:
     assert 1 - float(found) == pytest.approx(official, abs=1e-4)
 
 
-def test_weighted_windows_add_their_share_by_their_centre() -> None:
-    """What is wrong in one place counts once in the mean, and again by the weights that lie there."""
-    target = torch.rand(2, 24, 21, generator=torch.Generator().manual_seed(0))
-    image = target.clone()
-    image[:, 12, 10] += 0.5
-    loss, maximum = VolumeSSIMLoss(), torch.ones(2)
-    plain = loss(image, target, maximum)
-    assert torch.equal(loss(image, target, maximum, torch.zeros_like(target)), plain)
-    even = torch.ones_like(target) / (18 * 15)  # every window alike: the mean once more
-    torch.testing.assert_close(loss(image, target, maximum, even), 2 * plain)
-    here, elsewhere = torch.zeros_like(target), torch.zeros_like(target)
-    here[:, 15, 13] = 1  # the last window that holds the wrong pixel
-    elsewhere[:, 16, 13] = 1
-    elsewhere[:, :3] = elsewhere[:, :, -3:] = 7  # no window has its centre in the border
-    added = loss(image, target, maximum, here) - plain
-    assert (added > 0.01).all()
-    torch.testing.assert_close(loss(image, target, maximum, elsewhere), plain)
-
-
 def test_the_loss_stays_in_float32_under_autocast() -> None:
     target = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0))
     loss = VolumeSSIMLoss()
@@ -481,17 +334,12 @@ def test_the_loss_stays_in_float32_under_autocast() -> None:
     assert inside.dtype == torch.float32 and torch.equal(inside, loss(target * 1.01, target, torch.ones(1)))
 
 
-@pytest.mark.parametrize(
-    ("image_skip", "sense", "encoder_image"),
-    [(True, False, False), (True, True, False), (True, True, True), (False, False, False)],
-)
-def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool, encoder_image: bool) -> None:
-    model, data = decoder(image_skip=image_skip, sense=sense, encoder_image=encoder_image).train(), measured()
+@pytest.mark.parametrize(("image_skip", "sense"), [(True, False), (True, True), (False, False)])
+def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool) -> None:
+    model, data = decoder(image_skip=image_skip, sense=sense).train(), measured()
     data["kspace"][0] = 0
     data["scale"][0] = 1.0
-    refined = kspace.ifft2c(data["kspace"])[:, 0] if encoder_image else None  # of an empty slice it is empty
-    starts = None if refined is None else model.start_images(data["kspace"], data["mask"], refined)
-    image = model(some_tokens(), **data, recon=(32, 32), starts=starts)
+    image = model(some_tokens(), **data, recon=(32, 32))
     assert image.isfinite().all() and (not image_skip or image[0].max() < 1e-12)
     target = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0)) * 1e-4
     target[0] = 0
@@ -501,38 +349,11 @@ def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool, en
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_modulation_by_tokens_begins_as_nothing_and_reaches_every_level():
-    plain, modulated = decoder(), decoder(token_modulation=True)
-    state = plain.state_dict()
-    extra = set(modulated.state_dict()) - set(state)
-    assert extra and all(name.startswith("unet.modulate") for name in extra)
-    modulated.load_state_dict({**modulated.state_dict(), **state})
-    inputs = {**measured(height=40, width=37), "recon": (32, 32)}
-    torch.testing.assert_close(modulated(some_tokens(), **inputs), plain(some_tokens(), **inputs))
-    modulated(some_tokens(), **inputs).sum().backward()
-    for layer in modulated.unet.modulate:
-        assert layer.weight.grad.abs().sum() > 0
-    # alone, without the bottleneck: what the tokens say still reaches the image
-    with torch.no_grad():
-        for layer in modulated.unet.modulate:
-            layer.weight.normal_(std=0.3)
-    frozen = modulated.unet.bottleneck
-    modulated.unet.bottleneck = nn.Sequential(ConstantBottleneck())
-    one, other = modulated(some_tokens(), **inputs), modulated(-some_tokens(), **inputs)
-    modulated.unet.bottleneck = frozen
-    assert not torch.allclose(one, other, rtol=1e-3)
-
-
 class ConstantBottleneck(nn.Module):
     """Drops the tokens at the bottleneck: 24 channels of ones."""
 
     def forward(self, joined: Tensor) -> Tensor:
         return torch.ones_like(joined[:, :24])
-
-
-def test_a_decoder_without_tokens_has_nothing_to_modulate_with():
-    control = decoder(token_dim=0, token_modulation=True)
-    assert control.unet.modulate is None and set(control.state_dict()) == set(decoder(token_dim=0).state_dict())
 
 
 def test_a_volume_of_zeros_has_a_finite_loss() -> None:

@@ -7,7 +7,7 @@ with bfloat16 ones (which are rounded once more on the way out).
 import pytest
 import torch
 
-from mrilib.delta_rule import gated_delta_rule, naive_gated_delta_rule
+from mrilib.backbone.delta_rule import gated_delta_rule, naive_gated_delta_rule
 
 LENGTHS = (1, 2, 63, 64, 65, 130, 257)
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 5e-3}

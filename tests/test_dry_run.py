@@ -9,11 +9,13 @@ import systems
 import torch
 import yaml
 
-from mrilib import dry_run, full_size, model, train, training
 from mrilib.__main__ import main
+from mrilib.backbone.nirvana import load_backbone
+from mrilib.comparison import full_size
 from mrilib.config import ROOT
-from mrilib.data import FastMRIDataset
-from mrilib.nirvana import load_backbone
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.runs import train
+from mrilib.training import dry_run, loop, setup
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,9 @@ def test_it_tells_what_a_run_takes_and_leaves_nothing(stage1, tmp_path):
     config, _, directory = stage1
     report = dry_run.report(config)
     assert list(directory.iterdir()) == []
-    stage = next(train.make_stages(config, training.prepare(config)))
-    _, *loaders = train.make_loaders(config)
-    history = training.fit(stage, config, *loaders, tmp_path)
+    stage = setup.build_stage(config, setup.prepare(config))
+    loaders = setup.make_loaders(config)
+    history = loop.fit(stage, config, loaders.train, loaders.val, tmp_path)
     assert report.steps_per_epoch == len(history.steps) / 2 and report.epochs == 2
     (final,) = tmp_path.glob("*/stage1_final_model.pt")
     assert report.checkpoint_bytes == pytest.approx(final.stat().st_size, rel=0.02)
@@ -49,7 +51,7 @@ def test_stage2_with_its_token_cache(stage1, phantom_dir, tmp_path):
     checkpoint = tmp_path / "stage1" / "stage1_checkpoints" / "stage1_final_model.pt"
     stage2 = systems.stage2_config(
         phantom_dir, backbone, checkpoint, output_dir=str(tmp_path / "stage2"), train_control=False,
-        token_cache=True, masks_per_slice=2, token_cache_dir=str(tmp_path / "cache"),
+        masks_per_slice=2, token_cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     report = dry_run.report(stage2)
     assert not (tmp_path / "cache").exists() and list((tmp_path / "stage2").iterdir()) == []
@@ -59,26 +61,9 @@ def test_stage2_with_its_token_cache(stage1, phantom_dir, tmp_path):
     assert report.token_cache_seconds > 0 and "token cache" in report.text()
 
 
-def test_the_step_that_is_measured_has_the_tokens(stage1, phantom_dir, tmp_path, monkeypatch):
-    """Though the first steps of such a training have none yet."""
-    config, backbone, _ = stage1
-    dry_run.report(config, keep=tmp_path / "stage1")
-    checkpoint = tmp_path / "stage1" / "stage1_checkpoints" / "stage1_final_model.pt"
-    stage2 = systems.stage2_config(phantom_dir, backbone, checkpoint, output_dir=str(tmp_path), tokens_from=0.5)
-    graphs, original = [], model.TwoStageModel.image_tokens
-
-    def tokens(self, batch):
-        graphs.append(self.training or self.decoder.training)
-        return original(self, batch)
-
-    monkeypatch.setattr(model.TwoStageModel, "image_tokens", tokens)
-    dry_run.report(stage2)
-    assert graphs[0] and len(graphs) == 2  # one step, one batch of validation
-
-
 def test_the_largest_batch_is_taken(stage1):
     config, _, _ = stage1
-    _, loader, _ = train.make_loaders(config)
+    loader = setup.make_loaders(config).train
     dataset = loader.dataset
     assert isinstance(dataset, FastMRIDataset)
     sizes = {dataset[index].kspace.numel() for index in range(len(dataset))}

@@ -8,8 +8,9 @@ import torch
 from fastmri.models import VarNet
 from torch import Tensor
 
-from mrilib import kspace
-from mrilib.encoder import FIRST_TOKENS, SENSE_START, KSpaceEncoder, LearnedPrefix
+from mrilib.model.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
+from mrilib.physics import coils as coils_module
+from mrilib.physics import fourier
 
 SMALL = {
     "output_dim": 24, "img_size": 32, "vit_embed_dim": 16, "vit_num_layers": 2, "vit_num_heads": 2,
@@ -70,60 +71,10 @@ def test_the_refined_image_is_that_of_fastmris_varnet(width: int) -> None:
         steps = torch.view_as_real(data)
         for cascade in model.varnet.cascades:
             steps = cascade(steps, torch.view_as_real(data), mask[:, None, None, :, None], maps)
-        coil_images = kspace.ifft2c(torch.view_as_complex(steps))
-        torch.testing.assert_close(kspace.rss(coil_images), expected)
-        combined = kspace.combine(coil_images, torch.view_as_complex(maps))
+        coil_images = fourier.ifft2c(torch.view_as_complex(steps))
+        torch.testing.assert_close(fourier.rss(coil_images), expected)
+        combined = coils_module.combine(coil_images, torch.view_as_complex(maps))
         torch.testing.assert_close(model.refined_image(data, mask), combined)
-
-
-def test_a_start_from_sense_is_left_as_it_is_by_untrained_cascades() -> None:
-    """SENSE's image with the measured lines put back; of VarNet's normalisation its mean is taken off."""
-    kspace_, mask = measured(height=32, width=37)
-    model = encoder(sense=True, map_network=False, num_cascades=1).eval()
-    with torch.no_grad():
-        found = model.refined_image(kspace_, mask)
-        lines = mask[:, None, None, :, None]
-        own = torch.view_as_complex(model.varnet.sens_net(torch.view_as_real(kspace_), lines))
-        start = kspace.sense(kspace_, mask, own, iterations=SENSE_START)
-        torch.testing.assert_close(model._refine(kspace_, mask)[1], start)
-        kept = kspace.combine(kspace.data_consistency(start, own, kspace_, mask), own)
-    combined = (own.abs() ** 2).sum(1)  # 1 where fastMRI's maps are not zero
-    expected = kept - combined * (combined * start).mean((-2, -1), keepdim=True)
-    plain = encoder(map_network=False, num_cascades=1).refined_image(kspace_, mask)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(found, plain)
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 37), (20, 33)])
-def test_restoration_begins_as_nothing_and_reaches_where_the_vit_sees(height: int, width: int) -> None:
-    data, mask = measured(height=height, width=width)
-    plain, model = encoder().eval(), encoder(restore_chans=4).eval()
-    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
-    with torch.no_grad():
-        image = plain.restored_image(data, mask)
-        assert torch.equal(image, plain.upright_image(data, mask))
-        assert torch.equal(image.abs() > 0, plain.refined_image(data, mask).abs() > 0)
-        torch.testing.assert_close(model.restored_image(data, mask), image)
-        torch.testing.assert_close(model.pixels(data, mask), plain.pixels(data, mask))
-        torch.nn.init.normal_(model.restoration.head.weight, std=0.3)
-        restored, pixels = model.restored_image(data, mask), model.pixels(data, mask)
-        # what the ViT sees is the restored image, in units of the one before
-        size = kspace.center_crop_or_pad(image, (32, 32)).abs().square().mean((1, 2)).sqrt()[:, None, None]
-        seen = torch.view_as_real(kspace.center_crop_or_pad(restored, (32, 32)) / size).movedim(-1, 1)
-        inside = kspace.center_crop_or_pad(torch.ones(height, width), (32, 32)) > 0
-        torch.testing.assert_close(seen[..., inside], pixels[..., inside], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(pixels, plain.pixels(data, mask), atol=0.01)
-        beyond = kspace.center_crop_or_pad(torch.ones(32, 32), (height, width)) == 0
-        assert torch.equal(restored[..., beyond], image[..., beyond])
-        tokens, again = model.tokens_and_image(data, mask)
-        torch.testing.assert_close(tokens, model(data, mask))
-        torch.testing.assert_close(again, restored)
-        # a mirrored slice is mirrored before it is restored
-        flipped = model.pixels(data, mask, torch.tensor([True, False]))
-        torch.testing.assert_close(flipped[1], pixels[1])
-        assert not torch.allclose(flipped[0], pixels[0].flip(-1), atol=0.01)
-        nothing = model.restored_image(torch.zeros_like(data), mask)
-        assert nothing.abs().max() < 1e-12 and model.pixels(torch.zeros_like(data), mask).isfinite().all()
 
 
 def test_slices_of_a_batch_do_not_matter_to_each_other() -> None:
@@ -214,7 +165,7 @@ def test_compression_beyond_the_rank_makes_no_nan() -> None:
     model = encoder().eval()
     data, mask = measured(1, 2)
     mixed = torch.cat([data[0], data[0] * 0.5, torch.zeros(16, 32, 32), data[0] * 1j])
-    compressed = kspace.compress_coils(mixed, 16)
+    compressed = coils_module.compress_coils(mixed, 16)
     with torch.no_grad():
         assert model(compressed[None], mask).isfinite().all()
 
@@ -276,10 +227,10 @@ def test_the_published_layout_loads_strictly_and_gives_what_fastmris_varnet_give
         refined = real
         for cascade in published.cascades:
             refined = cascade(refined, real, line, torch.view_as_real(maps))
-        coil_images = kspace.ifft2c(torch.view_as_complex(refined))
+        coil_images = fourier.ifft2c(torch.view_as_complex(refined))
         torch.testing.assert_close(fastmri.rss(fastmri.complex_abs(torch.view_as_real(coil_images)), dim=1), theirs)
         # 12 cascades of random weights pass rounding on, grown
-        combined = kspace.combine(coil_images, maps)
+        combined = coils_module.combine(coil_images, maps)
         torch.testing.assert_close(model.refined_image(data, mask), combined, rtol=1e-4, atol=1e-3)
 
 
@@ -313,8 +264,8 @@ def test_sensitivity_maps_start_as_the_images_of_the_centre_lines(map_network: b
     with torch.no_grad():
         maps = model.varnet.sens_net(torch.view_as_real(data), mask[:, None, None, :, None])
     maps = torch.view_as_complex(maps.contiguous())
-    images = kspace.ifft2c(data)
-    expected = images / kspace.rss(images).unsqueeze(-3)
+    images = fourier.ifft2c(data)
+    expected = images / fourier.rss(images).unsqueeze(-3)
     if not map_network:
         torch.testing.assert_close(maps, expected)
     # NormUnet takes each part's mean off and puts it back; the instance norms inside find it gone already.

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from fastmri import evaluate as official
 
-from mrilib import evaluation
-from mrilib.data import Volume, read_volume
-from mrilib.evaluation import NearestTrainingSlice, VolumeScore, evaluate_volumes, write_reconstruction
+from mrilib.data.fastmri_file import Volume, read_volume
+from mrilib.evaluation import reconstructions
+from mrilib.evaluation.reconstructions import NearestTrainingSlice, evaluate_volumes, write_reconstruction
+from mrilib.metrics import image as image_module
+from mrilib.metrics.image import VolumeScore
 
 
 def score(patient: str, ssim: float, **others: Any) -> VolumeScore:
@@ -54,7 +56,7 @@ def test_means_are_those_of_fastmris_evaluate(volumes: list[Volume], tmp_path: P
     for number, volume in enumerate(volumes):
         write_reconstruction(folder / volume.path.name, disturbed(volume, number))
     scores = evaluate_volumes(volumes, folder)
-    ours = evaluation.summarize(scores, 100)
+    ours = image_module.summarize(scores, 100)
     theirs = official_means(volumes, folder, tmp_path)
     for name in ("ssim", "psnr", "nmse"):
         assert ours[name] == pytest.approx(float(np.squeeze(theirs[name.upper()])), rel=1e-6, abs=1e-9)
@@ -109,10 +111,10 @@ def test_inside_the_head_the_background_does_not_count(volumes: list[Volume]) ->
     size = min(target.shape[1:])
     target = target[:, (target.shape[1] - size) // 2 :][:, :size]
     target = target[:, :, (target.shape[2] - size) // 2 :][:, :, :size]
-    head = evaluation.head_mask(target)
+    head = image_module.head_mask(target)
     outside = np.random.default_rng(0).standard_normal(target.shape) * np.where(head, 1e-4, 0.05) * target.max()
-    noisy = evaluation.score_volume(target, np.abs(target + outside).astype(np.float32))
-    halved = evaluation.score_volume(target, 0.5 * target)
+    noisy = image_module.score_volume(target, np.abs(target + outside).astype(np.float32))
+    halved = image_module.score_volume(target, 0.5 * target)
     assert noisy["psnr"] < 40 and noisy["psnr_head"] == pytest.approx(80, abs=0.5)
     assert noisy["ssim"] < 0.9 and noisy["ssim_head"] > 0.98  # windows at its edge see the background
     assert halved["psnr_head"] == pytest.approx(
@@ -126,62 +128,62 @@ def test_head_mask_is_one_filled_part_of_each_slice(volumes: list[Volume]) -> No
     image = disc.copy()
     image[25:35, 20:30] = 0  # a dark ventricle
     image[2:5, 2:5] = 1  # a bright artefact
-    mask = evaluation.head_mask(np.stack([image, np.zeros_like(image), image[:, ::-1]]))
+    mask = image_module.head_mask(np.stack([image, np.zeros_like(image), image[:, ::-1]]))
     assert mask.dtype == bool and not mask[1].any() and mask[0][30, 25] and not mask[0][3, 3]
     assert (mask[0] != disc.astype(bool)).sum() <= 40
     border = np.zeros((1, 30, 30))
     border[0, :, :20] = 1  # cut by the field of view: the closing must not eat the border
-    assert np.array_equal(evaluation.head_mask(border), border.astype(bool))
+    assert np.array_equal(image_module.head_mask(border), border.astype(bool))
     for volume in volumes[::3]:
         target = target_of(volume)
-        head = evaluation.head_mask(target)
+        head = image_module.head_mask(target)
         assert 0.3 < head.mean() < 0.9
         assert target[head].mean() > 5 * target[~head].mean()
-        assert np.array_equal(evaluation.head_mask(target * 1e4), head)
+        assert np.array_equal(image_module.head_mask(target * 1e4), head)
 
 
 def test_bootstrap_resamples_patients() -> None:
     # Two patients, one with a volume at 1 and one with three at 0: means are 1, 1/4 (twice as often) and 0.
-    low, high = evaluation.bootstrap_interval([1, 0, 0, 0], ["a", "b", "b", "b"], 2000)
+    low, high = image_module.bootstrap_interval([1, 0, 0, 0], ["a", "b", "b", "b"], 2000)
     assert (low, high) == (0, 1)
     rng = np.random.default_rng(0)
     values = rng.standard_normal(400)
     patients = [str(i) for i in range(400)]
-    low, high = evaluation.bootstrap_interval(values, patients, 2000)
+    low, high = image_module.bootstrap_interval(values, patients, 2000)
     error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
     # Three copies of each patient's volume tell nothing new.
-    assert evaluation.bootstrap_interval(np.repeat(values, 3), np.repeat(patients, 3), 2000) == pytest.approx(
+    assert image_module.bootstrap_interval(np.repeat(values, 3), np.repeat(patients, 3), 2000) == pytest.approx(
         (low, high)
     )
-    assert evaluation.bootstrap_interval([0.3, 0.5], ["a", "a"]) is None  # one patient has no spread
+    assert image_module.bootstrap_interval([0.3, 0.5], ["a", "a"]) is None  # one patient has no spread
     # A patient with three volumes counts three times: 50 patients with one at 1 and 50 with three at 0 have mean 1/4.
-    low, high = evaluation.bootstrap_interval(
+    low, high = image_module.bootstrap_interval(
         [1] * 50 + [0] * 150, [f"a{i}" for i in range(50)] + [f"b{i // 3}" for i in range(150)]
     )
     assert 0.15 < low < 0.25 < high < 0.36
-    low, high = evaluation.bootstrap_interval(values, patients, 2000)
-    again = evaluation.bootstrap_interval(values, patients, 100, seed=1)
-    assert again == evaluation.bootstrap_interval(values, patients, 100, seed=1) != [low, high]
+    low, high = image_module.bootstrap_interval(values, patients, 2000)
+    again = image_module.bootstrap_interval(values, patients, 100, seed=1)
+    assert again == image_module.bootstrap_interval(values, patients, 100, seed=1) != [low, high]
 
 
 def test_clustered_standard_error() -> None:
     # One value a patient, weights 1: the plain standard error of a mean.
     values = [1.0, 2.0, 4.0, 9.0]
-    mean, error = evaluation.clustered_mean(values, [1] * 4, list("abcd"))
+    mean, error = image_module.clustered_mean(values, [1] * 4, list("abcd"))
     assert mean == 4 and error == pytest.approx(np.std(values, ddof=1) / 2)
     # Copies of a patient's slices do not make it smaller.
-    assert evaluation.clustered_mean(values * 5, [1] * 20, list("abcd") * 5) == pytest.approx((mean, error))
+    assert image_module.clustered_mean(values * 5, [1] * 20, list("abcd") * 5) == pytest.approx((mean, error))
     # By hand: sums 6 of 3 tokens and 10 of 7, mean 16/10 = 1.6, residuals 6 − 4.8 and 10 − 11.2, over 10 tokens
-    mean, error = evaluation.clustered_mean([2.0, 4.0, 10.0], [1, 2, 7], ["a", "a", "b"])
+    mean, error = image_module.clustered_mean([2.0, 4.0, 10.0], [1, 2, 7], ["a", "a", "b"])
     assert mean == pytest.approx(1.6) and error == pytest.approx(np.sqrt(2 * (0.12**2 + 0.12**2)))
-    assert evaluation.clustered_mean([3.0, 5.0], [1, 1], ["a", "a"]) == (4.0, float("inf"))
+    assert image_module.clustered_mean([3.0, 5.0], [1, 1], ["a", "a"]) == (4.0, float("inf"))
 
 
 def test_paired_difference_is_of_the_same_volumes() -> None:
     own, other = ([score(p, s) for p, s in zip("abc", values, strict=True)] for values in ([3, 5, 9], [2, 4, 8]))
-    mean, (low, high) = evaluation.paired_difference(own, other, "ssim")
+    mean, (low, high) = image_module.paired_difference(own, other, "ssim")
     assert mean == low == high == 1
 
 
@@ -206,7 +208,7 @@ def test_the_nearest_training_slice_is_scaled_to_the_target_and_fits_its_grid(vo
 
 
 def test_what_guessing_the_contrast_gives() -> None:
-    assert evaluation.contrast_floor({"T1": 30, "T2": 70}) == pytest.approx((0.7, np.sqrt(0.7 * 0.3 / 100)))
+    assert reconstructions.contrast_floor({"T1": 30, "T2": 70}) == pytest.approx((0.7, np.sqrt(0.7 * 0.3 / 100)))
 
 
 @pytest.mark.parametrize(
@@ -215,20 +217,20 @@ def test_what_guessing_the_contrast_gives() -> None:
 )
 def test_picked_slices_are_ranked(volumes: list[Volume], count: int, roles: list[str]) -> None:
     scores = [score(v.patient, i / 10, file=v.file) for i, v in enumerate(volumes[:5])]
-    picked = evaluation.pick_slices(scores, volumes, count)
+    picked = reconstructions.pick_slices(scores, volumes, count)
     assert [p.role for p in picked] == roles and picked[0].volume.file == volumes[4].file
     assert all(p.slice_num == 1 for p in picked)
-    assert [p.role for p in evaluation.pick_slices(scores[:1], volumes, count)] == ["best"]
+    assert [p.role for p in reconstructions.pick_slices(scores[:1], volumes, count)] == ["best"]
 
 
 def test_every_method_and_acceleration_is_scored(volumes: list[Volume], tmp_path: Path) -> None:
     for number, name in enumerate(("model/4", "model/8", "zero_filled/4")):
         write_reconstruction(tmp_path / name / volumes[0].path.name, disturbed(volumes[0], number))
-    scores = evaluation.score_reconstructions(tmp_path, volumes[:1])
+    scores = reconstructions.score_reconstructions(tmp_path, volumes[:1])
     assert {a: set(methods) for a, methods in scores.items()} == {"4": {"model", "zero_filled"}, "8": {"model"}}
     assert scores["4"]["model"][0].ssim > scores["8"]["model"][0].ssim
-    assert evaluation.read_slice(tmp_path, "model", 8, volumes[0], 2).shape == volumes[0].recon
-    assert np.array_equal(evaluation.read_target(volumes[0], 1), target_of(volumes[0])[1])
+    assert reconstructions.read_slice(tmp_path, "model", 8, volumes[0], 2).shape == volumes[0].recon
+    assert np.array_equal(reconstructions.read_target(volumes[0], 1), target_of(volumes[0])[1])
 
 
 def test_perfect_and_empty_volumes_have_defined_scores(
@@ -250,18 +252,18 @@ def test_perfect_and_empty_volumes_have_defined_scores(
         logging.getLogger("mrilib").propagate = True
         (found,) = evaluate_volumes([exact, zeros], tmp_path)
     assert f"{path.name}: its target is zero everywhere" in caplog.text
-    assert found.file == exact.file and found.psnr == found.psnr_head == evaluation.EXACT_PSNR
+    assert found.file == exact.file and found.psnr == found.psnr_head == image_module.EXACT_PSNR
     assert found.ssim == pytest.approx(1) and found.nmse == 0
-    json.dumps(evaluation.summarize([found], 100), allow_nan=False)
+    json.dumps(image_module.summarize([found], 100), allow_nan=False)
     with pytest.raises(ValueError, match="zero everywhere"):
-        evaluation.score_volume(target_of(zeros), target_of(zeros))
+        image_module.score_volume(target_of(zeros), target_of(zeros))
 
 
 def test_own_masks_are_evaluated_once_at_their_acceleration(volumes: list[Volume]) -> None:
     full, own4, own6 = volumes[0], *(v._replace(has_mask=True, acceleration=a) for v, a in zip(volumes[1:3], (4, 6)))  # noqa: B905
-    assert evaluation.by_acceleration([full, own4, own6], [8, 4]) == {4: [full, own4], 6: [own6], 8: [full]}
-    assert evaluation.by_acceleration([own6], [8, 4]) == {6: [own6]}
-    assert evaluation.by_acceleration([full], [8]) == {8: [full]}
+    assert reconstructions.by_acceleration([full, own4, own6], [8, 4]) == {4: [full, own4], 6: [own6], 8: [full]}
+    assert reconstructions.by_acceleration([own6], [8, 4]) == {6: [own6]}
+    assert reconstructions.by_acceleration([full], [8]) == {8: [full]}
 
 
 def test_the_nearest_slice_of_another_size_is_cropped_or_padded_not_stretched(
@@ -271,7 +273,7 @@ def test_the_nearest_slice_of_another_size_is_cropped_or_padded_not_stretched(
     oracle = NearestTrainingSlice([volume])
     target = target_of(volume)[1]
     for shape in ((50, 40), (64, 90), (100, 50)):
-        changed = evaluation._crop_or_pad(target, shape)
+        changed = reconstructions._crop_or_pad(target, shape)
         np.testing.assert_allclose(oracle.answer(changed), changed, rtol=1e-4, atol=1e-12)
 
 
@@ -288,7 +290,7 @@ def test_slice_scores_add_up_to_the_official_metrics_of_the_volume(shape: tuple[
     target = rng.random(shape, dtype=np.float32) * 1e-5
     target[0, 20, 20] = 2e-5  # the maximum lies in the square that is evaluated of a volume narrower than high
     image = target + 2e-6 * rng.standard_normal(shape, dtype=np.float32)
-    slices = [evaluation.score_slice(t, r, float(target.max())) for t, r in zip(target, image, strict=True)]
-    whole = evaluation.score_volume(target, image)
-    for name, value in evaluation.volume_metrics(slices).items():
+    slices = [image_module.score_slice(t, r, float(target.max())) for t, r in zip(target, image, strict=True)]
+    whole = image_module.score_volume(target, image)
+    for name, value in image_module.volume_metrics(slices).items():
         assert value == pytest.approx(whole[name], rel=1e-5)

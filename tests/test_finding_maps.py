@@ -6,14 +6,23 @@ import pytest
 import systems
 import torch
 
-from mrilib import charts, kspace, model, train, trainer, training
-from mrilib.analysis import REGIONS, SIDES, Box, box_finding
-from mrilib.analysis import mirrored as mirrored_facts
 from mrilib.config import ParameterError, Stage1Parameters
-from mrilib.data import FastMRIDataset, index_volumes, load_annotations, make_loader, require_boxes
-from mrilib.finding_maps import SURE, FindingMaps, FindingWords, ellipses, finding_map_losses, findings_of
-from mrilib.history import History
-from mrilib.style import RecordFigure
+from mrilib.data.annotations import Box
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.findings import REGIONS, SIDES, box_finding
+from mrilib.data.findings import mirrored as mirrored_facts
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import index_volumes, load_annotations, require_boxes
+from mrilib.model.finding_maps import (
+    SURE,
+    FindingMaps,
+    FindingWords,
+    ellipses,
+    finding_map_losses,
+    findings_of,
+)
+from mrilib.physics import fourier
+from mrilib.training import setup, stages
 
 LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific white matter lesion")
 
@@ -22,7 +31,7 @@ LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific w
 def config(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
     return systems.stage1_config(
-        phantom_dir, backbone, finding_labels=list(LABELS), finding_chans=2, finding_map_weight=3.0, learning_rate=3e-3
+        phantom_dir, backbone, finding_labels=list(LABELS), finding_chans=2, learning_rate=3e-3
     )
 
 
@@ -59,9 +68,9 @@ def test_maps_lie_where_the_encoder_sees_the_finding(matrix, recon, size, datase
     box = Box(recon[1] // 3, recon[0] // 2, 3, 3, "Mass")
     evaluated = torch.zeros(recon)
     evaluated[int(box.y) + 1, int(box.x) + 1] = 1
-    image = kspace.center_crop_or_pad(evaluated, matrix)  # what the evaluated image is cropped or padded from
-    assert torch.equal(kspace.center_crop_or_pad(image, recon), evaluated)
-    seen = kspace.center_crop_or_pad(image, (size, size))
+    image = fourier.center_crop_or_pad(evaluated, matrix)  # what the evaluated image is cropped or padded from
+    assert torch.equal(fourier.center_crop_or_pad(image, recon), evaluated)
+    seen = fourier.center_crop_or_pad(image, (size, size))
     one = dataset[0]._replace(boxes=(box,), recon=recon)
     # Logits that are right at the spot alone: the loss of a marked pixel is there if the map is, and only there.
     logits = torch.full((1, len(LABELS), size, size), -20.0)
@@ -111,7 +120,7 @@ def test_boxes_go_with_a_crop_of_the_image(config, dataset, img_size):
         one, other = dataset[index], cropped[index]
         for whole, part in zip(one.boxes or (), other.boxes or (), strict=True):
             spot = ellipses([whole], LABELS, one.recon).amax(0)
-            expected = kspace.center_crop_or_pad(spot, (img_size, img_size))
+            expected = fourier.center_crop_or_pad(spot, (img_size, img_size))
             assert torch.equal(ellipses([part], LABELS, other.recon).amax(0), expected)
             seen += int(expected.any())
         assert (one.boxes is None) == (other.boxes is None) and one.facts == other.facts
@@ -131,7 +140,7 @@ def test_findings_without_a_box_to_learn_from_are_refused(config, dataset):
 def test_tokens_see_the_maps_and_nothing_of_the_boxes(config, dataset):
     system = systems.build(config)
     batch = batches(dataset)[0]
-    tokens, maps, _ = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
+    tokens, maps = system.encoder.tokens_and_maps(batch.kspace, batch.mask)
     side = config.img_size
     assert maps.shape == (len(batch.slices), len(LABELS), side, side) and maps.dtype == torch.float32
     assert torch.equal(tokens, system.encoder(batch.kspace, batch.mask))
@@ -180,15 +189,13 @@ def test_a_stage_trains_on_mirrored_slices_and_judges_on_none(config, dataset):
     system = systems.build(config)
     system.encoder.train()  # maps that do not learn look both ways
     torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)  # it starts by finding nothing, flipped or not
-    stage = training.AnalysisStage(system, map_weight=1.0)
+    stage = stages.AnalysisStage(system, map_weight=1.0)
     batch = next(b for b in batches(dataset) if len(b.slices) == 3)
     flipped = batch._replace(slices=[one._replace(mirrored=True) for one in batch.slices])
     assert not torch.allclose(stage.loss(batch).total, stage.loss(flipped).total)
-    _, train_loader, val_loader = train.make_loaders(
-        config.model_copy(update={"mirror_share": 1.0, "finding_labels": []})
-    )
-    assert all(one.mirrored for batch in train_loader for one in batch.slices)
-    assert not any(one.mirrored for batch in val_loader for one in batch.slices)
+    loaders = setup.make_loaders(config.model_copy(update={"mirror_share": 1.0, "finding_labels": []}))
+    assert all(one.mirrored for batch in loaders.train for one in batch.slices)
+    assert not any(one.mirrored for batch in loaders.val for one in batch.slices)
 
 
 def test_without_maps_the_encoder_is_as_before(config):
@@ -233,267 +240,56 @@ def test_the_vit_sees_what_the_maps_unet_makes_of_each_patch(config, dataset):
 
 def test_the_loss_of_parts_adds_up_to_the_batchs(config, dataset):
     system = systems.build(config)
-    stage = training.AnalysisStage(system, map_weight=2.0)
+    stage = stages.AnalysisStage(system, map_weight=2.0)
     batch = next(b for b in batches(dataset) if len(b.slices) == 3)
     whole = stage.loss(batch)
     parts = [stage.loss(part) for part in batch.chunks(1)]
     torch.testing.assert_close(whole.total, torch.stack([part.total for part in parts]).sum(), rtol=1e-4, atol=1e-4)
-    text = training.AnalysisStage(system).loss(batch)
+    text = stages.AnalysisStage(system).loss(batch)
     tokens = stage.weight(batch)
     added = float((whole.total - text.total) / tokens)
     assert added == pytest.approx(2 * whole.statistics["finding_map_loss"], rel=1e-4)
     assert text.statistics["finding_map_loss"] == whole.statistics["finding_map_loss"] > 0
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_text_may_join_late(config, dataset, tmp_path, optimizer):
-    """Until then VarNet and the maps learn, then they stand; a training resumed on either side is the same."""
-    config = config.model_copy(
-        update={"text_from": 0.5, "optimizer": optimizer, "epochs": 2, "checkpoint_minutes": 0, "weight_decay": 0.1}
-    )
-    train_loader, val_loader = make_loader(dataset, 4, shuffle=True), make_loader(dataset, 4)
-    total = 2 * len(train_loader)
-    standing = {}
-
-    def trained(folder, stop_after=None, **changes):
-        training.prepare(config)
-        stage = next(train.make_stages(config, torch.device("cpu")))
-        start = {name: value.clone() for name, value in stage.part.state_dict().items()}
-
-        def on_step(entry):
-            if entry["step"] == total // 2:  # the last one without text
-                now = stage.part.state_dict()
-                standing.update({name: now[name].clone() for name in now if not torch.equal(now[name], start[name])})
-            if entry["step"] == stop_after:
-                raise KeyboardInterrupt
-
-        changed = config.model_copy(update=changes)
-        return trainer.Trainer(stage, changed, train_loader, val_loader, folder, on_step=on_step).run(), stage
-
-    history, whole = trained(tmp_path / "a")
-    assert len(history.steps) == total
-    assert {name.split(".")[0] for name in standing} == {"varnet", "finding_maps"}
-    assert all(torch.equal(whole.part.state_dict()[name], value) for name, value in standing.items())
-    rates = [step["learning_rate"] for step in history.steps]
-    assert rates[: total // 2] == rates[total // 2 :] and rates[0] == 0 < max(rates)  # anew, warm-up and all
-    for step in history.steps:
-        late = step["step"] > total // 2
-        assert (step["gradient_norm_vit"] > 0) == ("cross_entropy" in step) == late
-        # a batch of slices that nobody reviewed teaches the maps nothing
-        assert (step["gradient_norm_finding_maps"] > 0) == (step["finding_map_loss"] > 0 and not late)
-        assert (step["gradient_norm_varnet"] > 0) <= (step["finding_map_loss"] > 0 and not late)
-    assert history.steps[0]["finding_map_loss"] > 0
-    assert [epoch["complete"] for epoch in history.epochs] == [0, 1] and history.best_epoch == 2
-    for number, step in enumerate((total // 2 - 1, total // 2 + 1)):
-        folder = tmp_path / f"interrupted{number}"
-        with pytest.raises(KeyboardInterrupt):
-            trained(folder, stop_after=step)
-        assert (folder / "stage1_checkpoints" / "stage1_resume.pt").exists()
-        _, resumed = trained(folder, resume=True)
-        assert model.tensor_hash(resumed.part) == model.tensor_hash(whole.part)
-    joining = History(steps=history.steps[: total // 2])
-    for one in (history, joining):
-        axis = RecordFigure(4, 3).subplots()
-        charts.plot_loss(axis, one, "", "black")
-        text = one is history
-        assert axis.get_ylabel() == (
-            "cross-entropy [nats per token]" if text else "loss of the maps of findings [nats]"
-        )
-        key = "cross_entropy" if text else "finding_map_loss"
-        assert axis.lines[0].get_ydata().tolist() == [step[key] for step in one.steps if key in step]
-    panels = [axis.get_title() for axis in charts.training_curves({"stage 1": history}).axes]
-    assert "token accuracy" in " ".join(panels) and "images in a batch" not in " ".join(panels)
-    batch = next(iter(val_loader))
-    whole.label_smoothing = 0.0
-    result = whole.loss(batch)
-    assert result.statistics["finding_map_loss"] > 0  # told, but no part of the loss
-    assert float(result.total.detach()) == pytest.approx(
-        result.statistics["cross_entropy"] * whole.weight(batch), rel=1e-6
-    )
-
-
-def test_the_control_has_no_maps_to_wait_for(config, dataset, tmp_path):
-    """Its text is there from the first step, and its learning rate rises and falls once."""
-    config = config.model_copy(update={"text_from": 0.5, "epochs": 2, "train_control": True})
-    loader = make_loader(dataset, 4, shuffle=True)
-    control = list(train.make_stages(config, torch.device("cpu")))[1]
-    steps = trainer.Trainer(control, config, loader, loader, tmp_path).run().steps
-    assert control.name == "control" and all("cross_entropy" in step for step in steps)
-    rates = [step["learning_rate"] for step in steps]
-    top = rates.index(max(rates))
-    assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True)
-
-
-def test_a_forced_slice_tells_of_its_boxes_where_they_are_seen(config, dataset):
-    """Its tokens are those of maps that show the boxes; unknown findings, and other slices, are told as they look."""
-    system = systems.build(config)
-    stage = training.AnalysisStage(system, map_weight=3.0, text_from=0.5)
-    batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
-    found = next(number for number, one in enumerate(batch.slices) if one.boxes)
-    kspace, mask = (measured[[found] * 4] for measured in (batch.kspace, batch.mask))
-    one = batch.slices[found]._replace(forced=True)
-    four = [one, one._replace(mirrored=True), one._replace(forced=False), one._replace(boxes=None)]
-    batch = batch._replace(kspace=kspace, mask=mask, slices=four)
-    maps, forced = stage._true_maps(batch, system.encoder)
-    assert forced.tolist() == [True, True, False, False] and torch.equal(maps[1], maps[0].flip(-1))
-    told = findings_of(maps[:1])
-    top, left = ((config.img_size - length) / 2 for length in one.recon)
-    points = [Box(x - left, y - top, 0, 0, LABELS[int(label)]) for _, label, y, x in told.tolist()]
-    assert points and {box_finding(point, one.recon) for point in points} <= set(one.facts.findings)
-
-    own = system.encoder.tokens_and_maps(kspace, mask, maps_stand=True)
-    true = system.encoder.tokens_and_maps(kspace, mask, maps_stand=True, instead=(maps, forced))
-    words = system.encoder.finding_words
-    torch.testing.assert_close(true.tokens[:2, 1:-1] - own.tokens[:2, 1:-1], words(maps[:2]) - words(own.maps[:2]))
-    assert torch.equal(true.tokens[2:], own.tokens[2:]) and torch.equal(true.maps, own.maps)
-    losses = [stage.loss(batch._replace(slices=[one._replace(forced=f) for one in four])).total for f in (True, False)]
-    assert losses[0] != losses[1]
-    stage.progress = 0.0  # the maps learn where findings are; they are not told
-    losses = [stage.loss(batch._replace(slices=[one._replace(forced=f) for one in four])).total for f in (True, False)]
-    assert losses[0] == losses[1]
-
-
-def test_forced_slices_are_drawn_beside_the_mirrored_ones(config, dataset):
-    annotations, volumes = dataset.annotations, dataset.volumes
-    plain, half = (
-        FastMRIDataset(volumes, config, annotations, training=True, mirror_share=0.5, teacher_forcing=share)
-        for share in (0.0, 0.5)
-    )
-    drawn = []
-    for plain.epoch in range(8):
-        half.epoch = plain.epoch
-        pairs = [(plain[index], half[index]) for index in range(len(half))]
-        assert all(one.mirrored == other.mirrored and not one.forced for one, other in pairs)
-        drawn += [(other.mirrored, other.forced) for _, other in pairs]
-    shares = [drawn.count(both) / len(drawn) for both in ((False, False), (False, True), (True, False), (True, True))]
-    assert min(shares) > 0.12
-    assert not FastMRIDataset(volumes, config, annotations, teacher_forcing=1.0)[0].forced, "not in training"
-    late = config.model_copy(update={"teacher_forcing": 1.0, "finding_labels": []})
-    assert all(one.forced for batch in train.make_loaders(late)[1] for one in batch.slices)
-
-
-@pytest.mark.parametrize("progress", [0.0, 1.0])
-def test_activation_checkpointing_and_a_kept_varnet_before_and_after_the_text(config, dataset, progress):
-    batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
-    gradients = {}
-    for name, checkpointing, kept in (("plain", False, False), ("checkpointed", True, False), ("kept", False, True)):
-        system = systems.build(config.model_copy(update={"activation_checkpointing": checkpointing}))
-        system.encoder.keep_varnet = kept
-        system.freeze("encoder")
-        stage = training.AnalysisStage(system, map_weight=3.0, text_from=0.5)
-        stage.progress = progress
-        system.train()
-        stage.loss(batch).total.backward()
-        gradients[name] = {key: value.grad for key, value in system.encoder.named_parameters()}
-    learns = {key.split(".")[0] for key, value in gradients["plain"].items() if value is not None and value.any()}
-    assert ("finding_maps" in learns) == ("vit" not in learns) == (progress == 0)
-    for name in ("checkpointed", "kept"):
-        for key, value in gradients[name].items():
-            if name == "kept" and key.startswith("varnet."):
-                assert value is None or not value.any()
-            else:
-                expected = gradients["plain"][key]
-                if expected is None:
-                    assert value is None
-                    continue
-                rounding = 1e-6 + 1e-5 * float(expected.abs().max())  # sums of many terms of the largest one's size
-                torch.testing.assert_close(value, expected, rtol=1e-4, atol=rounding)
-
-
-def test_varnets_image_is_learned_with_the_maps_and_stands_with_them(config, dataset):
-    """Also from slices that nobody reviewed, which teach the maps nothing."""
-    system = systems.build(config.model_copy(update={"restore_chans": 4}))
-    system.freeze("encoder")
-    stage = training.AnalysisStage(system, map_weight=3.0, image_weight=1.0, text_from=0.5)
-    batch = next(b for b in batches(dataset, 1) if b.slices[0].boxes is None)
-    for stage.progress in (0.0, 0.9):
-        system.zero_grad()
-        result = stage.loss(batch)
-        result.total.backward()
-        varnet = any(bool(p.grad.any()) for p in system.encoder.varnet.parameters())
-        restored = any(bool(p.grad.any()) for p in system.encoder.restoration.parameters())
-        assert varnet == restored == ("varnet_image_loss" in result.statistics) == (stage.progress == 0)
-        assert not any(bool(p.grad.any()) for p in system.encoder.finding_maps.parameters())
-
-
-def test_an_image_held_against_the_target_learns_from_that_alone(config, dataset):
-    """The maps ask nothing of VarNet then; without a target they are all that teaches it."""
-    system = systems.build(config)
-    torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight, std=0.3)
-    system.freeze("encoder")
-    batch = next(b for b in batches(dataset, 1) if b.slices[0].boxes)
-    for image_weight in (1.0, 0.0):
-        gradients = []
-        for map_weight in (3.0, 0.0):
-            system.zero_grad()
-            stage = training.AnalysisStage(system, map_weight=map_weight, image_weight=image_weight, text_from=0.5)
-            stage.progress = 0.0
-            stage.loss(batch).total.backward()
-            gradients.append([p.grad.clone() for p in system.encoder.varnet.parameters()])
-            assert any(bool(p.grad.any()) for p in system.encoder.finding_maps.parameters()) == (map_weight > 0)
-        same = all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
-        assert same == (image_weight > 0) and any(bool(each.any()) for each in gradients[0])
-
-
-def test_maps_that_do_not_learn_look_both_ways(config, dataset):
-    """Then a flipped slice has the flipped maps, to the last bit; while they learn it need not."""
+def test_outside_of_training_maps_are_the_mean_of_both_views(config, dataset):
+    """Then a flipped slice has the flipped maps, to the last bit; in training it need not."""
     encoder = systems.build(config).encoder
     torch.nn.init.normal_(encoder.finding_maps.unet.head.weight)
     batch = batches(dataset)[0]
     flipped = torch.ones(len(batch.slices), dtype=torch.bool)
 
-    def maps(mirrored, **how):
-        return encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored, **how)[1]
+    def maps(mirrored):
+        return encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored).maps
 
-    pixels = encoder.train().pixels(batch.kspace, batch.mask)
-    once = encoder.maps_alone(pixels)
-    assert torch.equal(maps(None), once)
-    other = encoder.maps_alone(encoder.pixels(batch.kspace, batch.mask, flipped)).flip(-1)
+    encoder.train()
+    once, other = maps(None), maps(flipped).flip(-1)
     assert not torch.allclose(once, other, atol=1e-3)
-    for how in ({"maps_stand": True}, {}):
-        if not how:
-            encoder.eval()
-        torch.testing.assert_close(maps(None, **how), (once + other) / 2)
-        assert torch.equal(maps(None, **how), maps(flipped, **how).flip(-1))
-    assert not encoder.train().tokens_and_maps(batch.kspace, batch.mask, maps_stand=True)[1].requires_grad
+    encoder.eval()
+    torch.testing.assert_close(maps(None), (once + other) / 2)
+    assert torch.equal(maps(None), maps(flipped).flip(-1))
 
 
-def test_epochs_before_the_text_has_joined_are_not_waited_for(config, dataset, tmp_path):
-    """Early stopping counts from the first epoch that could be the best, also where a training goes on within it."""
-    late = {"text_from": 0.5, "early_stopping_patience": 1, "epochs": 3, "checkpoint_minutes": 0}
-    config = config.model_copy(update=late)
-    loader = make_loader(dataset, 4)
-
-    def run(**given):
-        training.prepare(config)
-        stage = next(train.make_stages(config, torch.device("cpu")))
-        changed = config.model_copy(update={"resume": not given})
-        return trainer.Trainer(stage, changed, loader, loader, tmp_path, **given).run()
-
-    def stop(entry):
-        if entry["step"] == 2 * len(loader) - 1:  # the text has joined within this epoch, the second
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(on_step=stop)
-    assert [epoch["complete"] for epoch in run().epochs][:2] == [0, 1]
-
-
-def test_text_cannot_wait_for_maps_that_do_not_learn(config):
-    with pytest.raises(ParameterError, match="text_from: until then nothing would learn"):
-        Stage1Parameters.create({**config.to_dict(), "text_from": 0.5, "finding_labels": []})
-    with pytest.raises(ParameterError, match="teacher_forcing: there are no maps"):
-        Stage1Parameters.create({**config.to_dict(), "teacher_forcing": 0.5, "finding_labels": []})
-    with pytest.raises(ParameterError, match="finding_map_weight: nothing else teaches"):
-        Stage1Parameters.create({**config.to_dict(), "finding_map_weight": 0.0})
-    plain = Stage1Parameters.create({**config.to_dict(), "finding_map_weight": 0.0, "finding_labels": []})
-    assert training.AnalysisStage(systems.build(plain), text_from=0.5).complete
+def test_activation_checkpointing_changes_no_gradient_of_maps_and_text(config, dataset):
+    batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
+    gradients = []
+    for checkpointing in (False, True):
+        system = systems.build(config.model_copy(update={"activation_checkpointing": checkpointing}))
+        system.freeze("encoder")
+        system.train()
+        stages.AnalysisStage(system, map_weight=3.0).loss(batch).total.backward()
+        system.check_gradients()
+        gradients.append({name: value.grad for name, value in system.encoder.named_parameters()})
+    for name, value in gradients[1].items():
+        expected = gradients[0][name]
+        rounding = 1e-6 + 1e-5 * float(expected.abs().max())  # sums of many terms of the largest one's size
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=rounding)
 
 
 def test_maps_learn_where_findings_are(config, dataset):
     """After some steps a map is higher inside its boxes than outside of them, on the slices it learned from."""
     system = systems.build(config)
-    stage = training.AnalysisStage(system, map_weight=10.0)
+    stage = stages.AnalysisStage(system, map_weight=10.0)
     parameters = system.freeze("encoder")
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
     found = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
@@ -502,7 +298,7 @@ def test_maps_learn_where_findings_are(config, dataset):
         with torch.no_grad():
             maps = system.encoder.tokens_and_maps(found.kspace, found.mask)[1]
         wanted = torch.stack([ellipses(one.boxes or (), LABELS, one.recon) for one in found.slices])
-        maps = kspace.center_crop_or_pad(maps, found.slices[0].recon)
+        maps = fourier.center_crop_or_pad(maps, found.slices[0].recon)
         return float(maps[wanted > 0].mean() - maps[wanted == 0].mean())
 
     before = gap()
@@ -541,7 +337,7 @@ def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
         edges = [abs(across - 0.45), abs(across - 0.55), abs(down - 1 / 3), abs(down - 2 / 3)]
         if min(edges) < 0.02:  # at a boundary rounding decides, and an odd width lies half a pixel beside its crop
             continue
-        marked = kspace.center_crop_or_pad(ellipses([box], LABELS, recon), (size, size))
+        marked = fourier.center_crop_or_pad(ellipses([box], LABELS, recon), (size, size))
         said = words((20 * marked - 10)[None])[0]
         left = (size - columns) // 2
         patch = (int(down * rows) // 16) * (size // 16) + int(across * columns + left) // 16
@@ -582,7 +378,7 @@ def test_words_learn_from_the_text(config, dataset):
     batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
     torch.nn.init.constant_(system.encoder.finding_maps.unet.head.bias, SURE)
     torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)
-    training.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
+    stages.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
     for parameter in system.encoder.finding_words.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
     for parameter in system.encoder.finding_maps.parameters():

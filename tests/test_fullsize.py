@@ -47,8 +47,8 @@ class Peak:
 
 def work(path: str) -> dict[str, float]:
     """Load, forward, backward; run in a process of its own."""
-    from mrilib.model import checkpoint_layers
-    from mrilib.nirvana import load_backbone
+    from mrilib.backbone.nirvana import load_backbone
+    from mrilib.model.two_stage import checkpoint_layers
 
     torch.zeros(8) @ torch.zeros(8)  # the libraries' own memory is not the model's
     found: dict[str, float] = {"baseline": anonymous_bytes()}
@@ -87,7 +87,7 @@ def write_random_weights(path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from mrilib.nirvana import NirvanaForCausalLM
+    from mrilib.backbone.nirvana import NirvanaForCausalLM
 
     config = AutoConfig.for_model(**json.loads(CONFIG.read_text()))
     with torch.device("meta"):

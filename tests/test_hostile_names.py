@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from test_charts import history
 
-from mrilib import charts, compare, figures, live, tables
 from mrilib.config import ROOT, printable
-from mrilib.figures import Comparison
+from mrilib.display import compare_runs, live, tables
+from mrilib.display import curves as charts
+from mrilib.display import images as figures
+from mrilib.evaluation.reconstructions import Comparison
 
 NAMES = (
     "<img src=x onerror=alert(1)>",
@@ -59,9 +61,9 @@ def test_no_table_takes_a_name_for_html(name, run):
     assert_inert(live.text_progress({1: pd.DataFrame([row])}), name)
     assert_inert(tables.html_table((name,), [(name,)], caption=name), name)
     assert_inert(tables.shown(pd.DataFrame({name: {name: name}}), index=True, caption=name).data, name)
-    assert_inert(tables.shown(compare.metrics_table(runs), index=True).data, name)
-    assert_inert(tables.shown(compare.differing_parameters(runs), index=True).data, name)
-    states = [(run, path, compare.states(runs)[run]) for run, path in runs.items()]
+    assert_inert(tables.shown(compare_runs.metrics_table(runs), index=True).data, name)
+    assert_inert(tables.shown(compare_runs.differing_parameters(runs), index=True).data, name)
+    states = [(run, path, compare_runs.states(runs)[run]) for run, path in runs.items()]
     assert_inert(tables.html_table(("run", "folder", "state"), states), name)
 
 
@@ -98,21 +100,26 @@ def test_notebooks_make_their_tables_in_one_place():
         for cell in json.loads(path.read_text())["cells"]:
             source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
             assert ".style." not in source and ".style)" not in source, path.name
-            assert not re.search(r"display\((?:tables|compare|bench_tables|\w+)\.\w*table\(", source), path.name
+            assert not re.search(r"display\((?:tables|compare|\w+)\.\w*table\(", source), path.name
             for made in re.findall(r"HTML\((?=[^)])(\w+\.\w+)", source):
                 assert made.startswith(("tables.", "live.")), (path.name, made)
 
 
 def test_the_log_says_what_failed(tmp_path, monkeypatch, caplog):
     """An error's text may begin with an empty line, as that of a formula does."""
-    from mrilib import runs
+    from mrilib import progress
+    from mrilib.runs import record as record_module
 
-    events = SimpleNamespace(register=lambda name, function: monkeypatch.setattr(runs, "after_cell", function, False))
-    monkeypatch.setattr(runs, "_ipython", lambda: SimpleNamespace(events=events))
+    events = SimpleNamespace(
+        register=lambda name, function: monkeypatch.setattr(record_module, "after_cell", function, False)
+    )
+    monkeypatch.setattr(progress, "ipython_shell", lambda: SimpleNamespace(events=events))
     run = SimpleNamespace(record={"notebooks": {"explore": {"status": "running"}}}, finish=lambda *a, **k: None)
-    runs._mark_failures(run, "explore")
-    monkeypatch.setattr(runs.logger, "propagate", True)
-    runs.after_cell(SimpleNamespace(error_in_exec=ValueError("\na$b\n  ^\nParseException"), error_before_exec=None))
+    record_module._mark_failures(run, "explore")
+    monkeypatch.setattr(record_module.logger, "propagate", True)
+    record_module.after_cell(
+        SimpleNamespace(error_in_exec=ValueError("\na$b\n  ^\nParseException"), error_before_exec=None)
+    )
     assert "explore failed: ValueError: a$b" in caplog.text
 
 

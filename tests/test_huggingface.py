@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
 
 import mrilib
-from mrilib.nirvana import NirvanaCache, NirvanaConfig, NirvanaForCausalLM
+from mrilib.backbone.nirvana import NirvanaCache, NirvanaConfig, NirvanaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "models" / "tiny_backbone"
@@ -74,7 +74,7 @@ def test_import_mrilib_registers_the_backbone(first):
     )
     loaded, name, module = out.split()
     assert loaded == str(first != "import mrilib")
-    assert (name, module) == ("NirvanaForCausalLM", "mrilib.nirvana")
+    assert (name, module) == ("NirvanaForCausalLM", "mrilib.backbone.nirvana")
 
 
 def test_model_card_says_to_import_mrilib():
@@ -84,14 +84,14 @@ def test_model_card_says_to_import_mrilib():
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("NirvanaConfig", "nirvana"),
-        ("NirvanaForCausalLM", "nirvana"),
-        ("gated_delta_rule", "delta_rule"),
-        ("KSpaceEncoder", "encoder"),
-        ("ImageDecoder", "decoder"),
-        ("TwoStageModel", "model"),
-        ("FastMRIDataset", "data"),
-        ("evaluate_volumes", "evaluation"),
+        ("NirvanaConfig", "backbone.nirvana"),
+        ("NirvanaForCausalLM", "backbone.nirvana"),
+        ("gated_delta_rule", "backbone.delta_rule"),
+        ("KSpaceEncoder", "model.encoder"),
+        ("ImageDecoder", "model.decoder"),
+        ("TwoStageModel", "model.two_stage"),
+        ("FastMRIDataset", "data.dataset"),
+        ("evaluate_volumes", "evaluation.reconstructions"),
     ],
 )
 def test_public_names(name, module):

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from mrilib import delta_rule, kernels
-from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM
+from mrilib.backbone import delta_rule, kernels
+from mrilib.backbone.nirvana import NirvanaConfig, NirvanaForCausalLM
 
 CPU = torch.device("cpu")
 RIGHT = kernels.Fused(delta_rule.gated_delta_rule, delta_rule.gated_delta_rule)

@@ -4,9 +4,10 @@ import h5py
 import numpy as np
 import pytest
 
-from mrilib import lesions
-from mrilib.analysis import Box, read_annotations
-from mrilib.evaluation import head_mask, write_reconstruction
+from mrilib.data.annotations import Box, read_annotations
+from mrilib.evaluation.reconstructions import write_reconstruction
+from mrilib.metrics import lesions
+from mrilib.metrics.image import head_mask
 
 BOX = Box(x=30, y=24, width=7, height=6, label="Mass")
 OTHER = Box(x=39, y=24, width=5, height=6, label="Edema")
@@ -51,20 +52,6 @@ def test_ring_is_in_the_head_and_in_no_box(scene):
             rows = slice(int(other.y), int(other.y + other.height))
             assert not ring[rows, int(other.x) : int(other.x + other.width)].any()
     assert lesions.regions(edge, [edge], head)[1].sum() < lesions.regions(BOX, [BOX], head)[1].sum()
-
-
-def test_lesions_share_a_mean_alike():
-    """A small lesion counts as much as a large one, its soft edge with it; also at the image's border."""
-    small, large = Box(4, 5, 2, 3, "Mass"), Box(30, 20, 10, 8, "Edema")
-    shares = lesions.lesion_shares([small, large], (40, 41))
-    assert shares.shape == (40, 41) and float(shares.sum()) == pytest.approx(1)
-    assert float(shares[4:9, 3:7].sum()) == pytest.approx(0.5) and float(shares[4, 3]) == pytest.approx(0.5 / 20)
-    assert (shares[19:29, 29:41] > 0).all() and (shares > 0).sum() == 20 + 10 * 12
-    outside = lesions.lesion_shares([Box(38, 36, 9, 9, "Mass")], (40, 41))
-    assert float(outside.sum()) == pytest.approx(1) and (outside > 0).sum() == 5 * 4
-    assert lesions.lesion_shares([], (9, 8)).sum() == 0
-    for x, y in ((-30, 10), (10, -30), (-30, -30), (60, 60), (60, 10)):  # beside the image
-        assert lesions.lesion_shares([Box(x, y, 5, 5, "Mass")], (40, 41)).sum() == 0
 
 
 def test_what_the_target_does_not_show_is_left_out(scene):

@@ -9,11 +9,16 @@ import systems
 import torch
 from PIL import Image
 
-from mrilib import figures, inference, live, training
-from mrilib.data import FastMRIDataset, make_loader, split_volumes
-from mrilib.figures import Comparison
-from mrilib.tables import marked_text
-from mrilib.training import History
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import split_volumes
+from mrilib.display import images as figures
+from mrilib.display import live
+from mrilib.display.tables import marked_text
+from mrilib.evaluation import inference
+from mrilib.evaluation.reconstructions import Comparison
+from mrilib.training import device, loop, stages
+from mrilib.training.history import History
 
 
 def entries(count):
@@ -117,13 +122,13 @@ def test_training_is_the_same_whether_or_not_it_is_watched(phantom_dir, tmp_path
     val_data = FastMRIDataset(volumes["val"], config, max_slices=3)
     losses = []
     for watched in (False, True):
-        training.prepare(config)
+        device.prepare(config)
         system = systems.build(config)
         train = make_loader(FastMRIDataset(volumes["train"], config, training=True, max_slices=6), 3, shuffle=True)
         watch = live.Watch(2, False, lambda system=system: inference.example_texts(system, val_data, 2))
         callbacks = {"on_step": watch.step, "on_epoch": watch.epoch} if watched else {}
-        stage = training.AnalysisStage(system)
-        made = training.fit(stage, config, train, make_loader(val_data, 3), tmp_path / str(watched), **callbacks)
+        stage = stages.AnalysisStage(system)
+        made = loop.fit(stage, config, train, make_loader(val_data, 3), tmp_path / str(watched), **callbacks)
         losses.append([step["loss"] for step in made.steps] + [epoch["val_loss"] for epoch in made.epochs])
         assert list(watch.examples) == ([1, 2] if watched else [])
     assert losses[0] == losses[1]

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mrilib import loader_speed
+from mrilib.comparison import loader_speed
 from mrilib.config import DataParameters
-from mrilib.data import FastMRIDataset, ShapeBatchSampler, Slice, collate, make_loader
-from mrilib.volume import Volume, read_volume
+from mrilib.data.dataset import FastMRIDataset, Slice
+from mrilib.data.fastmri_file import Volume, read_volume
+from mrilib.data.sampler import ShapeBatchSampler, collate, make_loader
+from mrilib.display import speeds
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_the_comparison_and_its_plot(small: list[Volume]) -> None:
     rates = table["slices a second"]
     assert (rates > 0).all()
     assert table["this loader is faster by"].tolist() == pytest.approx((rates.iloc[0] / rates).tolist())
-    figure = loader_speed.speed_bars(table)
+    figure = speeds.speed_bars(table)
     assert len(figure.axes) == 1
     assert figure._repr_png_()[0].startswith(b"\x89PNG")  # a notebook shows it, also where pyplot was never imported
     workers = loader_speed.compare_workers(small, config_of(small), workers=(0, 1), batch_size=2)

@@ -17,15 +17,15 @@ import pytest
 import systems
 import yaml
 from fastmri import evaluate as official
+from refusals import assert_refused
 from test_stop import processes_of
 
 from mrilib.__main__ import COMMANDS, claim_folder, main, make_parser, parse_overrides
 from mrilib.config import ROOT, EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters
-from mrilib.data import index_volumes
-from mrilib.evaluation import evaluate_volumes
-from mrilib.inference import check_same_input
-from mrilib.reconstruct import load_run
-from mrilib.train import make_loaders
+from mrilib.data.splits import index_volumes
+from mrilib.evaluation.reconstructions import evaluate_volumes
+from mrilib.runs.reconstruct import load_run
+from mrilib.training.setup import check_same_input, make_loaders
 
 NAME = "test-run"
 
@@ -295,6 +295,22 @@ def test_what_is_no_run_folder_is_never_emptied(params, tmp_path, capsys):
     assert [path.name for path in remains.iterdir()] == [".lock"]
 
 
+def test_what_resume_refuses_is_not_kept(run, tmp_path, capsys):
+    again = tmp_path / NAME
+    shutil.copytree(run, again)
+    files = {path: path.read_bytes() for path in again.rglob("*") if path.is_file() and path.name != ".lock"}
+    command = ["run", str(again / "params"), "--name", str(again), "--resume"]
+    assert_refused([*command, "-p", "stage1.epochs=99"], ("-p stage1.epochs", "stage1 is done, with epochs: 1"), capsys)
+    assert main([*command, "-p", "stage1.epochs=1"]) == 0  # as it was made
+    record = json.loads((again / "run.json").read_text())
+    record["notebooks"]["stage1"]["status"] = "failed"
+    (again / "run.json").write_text(json.dumps(record))
+    assert_refused([*command, "-p", "stage1.learning_rate=5"], ("was begun with learning_rate: 0.001",), capsys)
+    assert not [path for path, content in files.items() if path.suffix == ".pt" and path.read_bytes() != content]
+    kept = yaml.safe_load((again / "params" / "overrides.yaml").read_text())
+    assert kept == {"stage1": {"epochs": 1}}
+
+
 def test_runs_table(run, capsys):
     assert main(["runs", str(run.parent)]) == 0
     out = capsys.readouterr().out
@@ -304,13 +320,13 @@ def test_runs_table(run, capsys):
 def test_stage2_alone_takes_the_given_checkpoint(run, params, tmp_path):
     checkpoint = run / "stage1_checkpoints" / "stage1_final_model.pt"
     alone = tmp_path / "alone"
-    overrides = ["-p", "stage2.train_control=false", "-p", "stage2.max_train_slices=6", "-p", "stage2.data_echo=3"]
+    overrides = ["-p", "stage2.train_control=false", "-p", "stage2.max_train_slices=6"]
     status = main(["run", str(params), "--name", str(alone), "--stage2-only", "-c", str(checkpoint), *overrides])
     record = json.loads((alone / "run.json").read_text())
     assert status == 0 and record["status"] == "done" and record["planned"] == ["stage2"]
     assert record["notebooks"]["stage2"]["config"]["stage1_checkpoint"] == str(checkpoint)
     assert (alone / "stage2_checkpoints" / "stage2_best_model.pt").exists()
-    overrides += ["-p", "stage2.token_cache=true", "-p", "stage2.masks_per_slice=1"]
+    overrides += ["-p", f"stage2.token_cache_dir={tmp_path / 'cache'}", "-p", "stage2.masks_per_slice=1"]
     cached = tmp_path / "cached"
     status = main(["run", str(params), "--name", str(cached), "--stage2-only", "-c", str(checkpoint), *overrides])
     assert status == 0
@@ -319,8 +335,7 @@ def test_stage2_alone_takes_the_given_checkpoint(run, params, tmp_path):
             {**json.loads((folder / "run.json").read_text())["notebooks"]["stage2"]["config"], "output_dir": ""}
         )
         steps = (folder / "logs" / "stage2.jsonl").read_text().splitlines()
-        # as `mrilib train` has it: every batch three times
-        assert len(steps) == config.epochs * len(make_loaders(config)[1]) and len(steps) % 3 == 0
+        assert len(steps) == config.epochs * len(make_loaders(config).train)
 
 
 def test_a_notebook_that_fails_leaves_the_error_in_its_record(run, params, tmp_path, capsys):

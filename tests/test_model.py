@@ -4,8 +4,10 @@ import pytest
 import systems
 import torch
 
-from mrilib import analysis, model
-from mrilib.data import FastMRIDataset, load_annotations, split_volumes
+from mrilib.data import findings
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.splits import load_annotations, split_volumes
+from mrilib.model import two_stage
 
 
 @pytest.fixture(scope="module")
@@ -52,39 +54,19 @@ def test_gradients_are_checked(system, dataset):
 
 def test_an_encoder_without_a_map_network_trains_all_it_has(config, dataset):
     system = systems.build(config.model_copy(update={"varnet_map_network": False}))
-    assert model.count_parameters(system.encoder.varnet.sens_net) == 0
+    assert two_stage.count_parameters(system.encoder.varnet.sens_net) == 0
     system.freeze("encoder")
     system.train()
     system.analysis_loss(systems.batch_of(dataset, 2)).loss.backward()
     system.check_gradients()
 
 
-def test_a_varnet_that_is_kept_is_not_trained_and_keeps_no_graph(config, dataset):
-    system = systems.build(config)
-    kept = systems.build(config)
-    kept.encoder.keep_varnet = True
-    trained = kept.freeze("encoder")
-    assert len(trained) == len(list(kept.encoder.parameters())) - len(list(kept.encoder.varnet.parameters()))
-    kept.train()
-    assert not kept.encoder.varnet.training and kept.encoder.vit.training
-    assert model.count_trained(kept.encoder) == sum(parameter.numel() for parameter in trained)
-    assert model.count_trained(system.encoder) == model.count_parameters(system.encoder)
-    batch = systems.batch_of(dataset, 2)
-    loss = kept.analysis_loss(batch).loss
-    assert torch.equal(loss.detach(), system.analysis_loss(batch).loss.detach())
-    loss.backward()
-    kept.check_gradients()
-    next(kept.encoder.varnet.parameters()).grad = torch.zeros_like(next(kept.encoder.varnet.parameters()))
-    with pytest.raises(RuntimeError, match=r"encoder\.varnet"):
-        kept.check_gradients()
-
-
 def test_labels_are_the_analysis_and_its_end_alone(system, dataset):
     slices = systems.batch_of(dataset, 3).slices
     texts = system.tokenize(slices)
-    prompt = system._ids(analysis.prompt())
+    prompt = system._ids(findings.prompt())
     for row, one in enumerate(slices):
-        answer = system._ids(analysis.answer(one.facts))
+        answer = system._ids(findings.answer(one.facts))
         learned = texts.labels[row][texts.labels[row] != -100].tolist()
         end = [system.tokenizer.eos_token_id] if one.facts.findings is not None else []
         assert learned == answer + end
@@ -95,7 +77,7 @@ def test_labels_are_the_analysis_and_its_end_alone(system, dataset):
 
 
 def test_the_end_is_not_learned_where_nobody_reviewed(system, dataset):
-    one = dataset[0]._replace(facts=analysis.Facts("T2", "lower", None))
+    one = dataset[0]._replace(facts=findings.Facts("T2", "lower", None))
     texts = system.tokenize([one])
     assert texts.labels[0, -1] == -100
     assert texts.labels[0].max() >= 0
@@ -139,31 +121,31 @@ def test_generation_does_not_depend_on_the_other_rows(system, dataset):
 
 def test_control_is_as_long_as_the_encoder_and_sees_nothing(config, system, dataset):
     batch = systems.batch_of(dataset, 2)
-    control = model.build_control(config, system.backbone)
+    control = two_stage.build_control(config, system.backbone)
     prefix = control(batch.kspace, batch.mask)
     assert prefix.shape == system.encoder(batch.kspace, batch.mask).shape
     assert torch.equal(prefix, control(torch.zeros_like(batch.kspace), batch.mask))
 
 
 def test_fingerprint_tells_one_changed_bit(system):
-    before = model.fingerprint(system.backbone, system.tokenizer)
-    assert model.fingerprint(system.backbone, system.tokenizer) == before
+    before = two_stage.fingerprint(system)
+    assert two_stage.fingerprint(system) == before
     weight = next(system.backbone.parameters())
     with torch.no_grad():
         weight.view(torch.int32)[0, 0] ^= 1
-    assert model.fingerprint(system.backbone, system.tokenizer)["tensors"] != before["tensors"]
+    assert two_stage.fingerprint(system)["tensors"] != before["tensors"]
 
 
 def test_tokenizer_that_does_not_fit_the_backbone_is_refused(config, backbone_dir, tmp_path):
-    from mrilib import tokenizer
+    from mrilib.backbone import tokenizer
 
     tokenizer.mistral_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"31999.*500"):
-        model.build_backbone(config.model_copy(update={"tokenizer_path": str(tmp_path)}), "cpu")
+        two_stage.build_backbone(config.model_copy(update={"tokenizer_path": str(tmp_path)}), "cpu")
 
 
 def test_hash_does_not_depend_on_the_memory_format():
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(4, 1, 3)
-    before = model.tensor_hash(conv)
-    assert model.tensor_hash(conv.to(memory_format=torch.channels_last)) == before
+    before = two_stage.tensor_hash(conv)
+    assert two_stage.tensor_hash(conv.to(memory_format=torch.channels_last)) == before

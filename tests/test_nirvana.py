@@ -15,8 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
-from mrilib.nirvana import Linear, NirvanaCache, NirvanaConfig, NirvanaForCausalLM, NirvanaModel, load_backbone
-from mrilib.trigger import EPS, RATE, TriggerWeights
+from mrilib.backbone.nirvana import (
+    Linear,
+    NirvanaCache,
+    NirvanaConfig,
+    NirvanaForCausalLM,
+    NirvanaModel,
+    load_backbone,
+)
+from mrilib.backbone.trigger import EPS, RATE, TriggerWeights
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "nirvana_small"

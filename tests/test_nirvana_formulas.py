@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mrilib.nirvana import NirvanaConfig, NirvanaForCausalLM, load_backbone
+from mrilib.backbone.nirvana import NirvanaConfig, NirvanaForCausalLM, load_backbone
 
 GOLDEN = Path(__file__).parent / "golden" / "nirvana_small"
 BASE = {"vocab_size": 40, "hidden_size": 48, "num_hidden_layers": 4, "num_heads": 3, "concept_dim": 8, "logit_dim": 4}

@@ -14,11 +14,13 @@ import yaml
 from nbconvert import HTMLExporter
 from papermill.inspection import inspect_notebook
 
-from mrilib import reference
 from mrilib.__main__ import COMMANDS, main
 from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
+from mrilib.model.decoders import find_decoder
+from mrilib.runs import parameter_reference
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
+METHODS = sorted(ROOT.glob("params/*/methods/*.yaml"))
 
 
 def source_of(stem: str) -> dict:
@@ -46,31 +48,40 @@ def test_sources_carry_no_outputs_and_no_widget_state(stem):
 
 @pytest.mark.parametrize("key", NOTEBOOKS)
 def test_parameters_cell_is_the_config(key):
-    """Same names, plain literals that the config accepts, each with its type and the config's own words."""
+    """The same names, types, defaults and meanings."""
     stem, cls = NOTEBOOKS[key]
     source = parameters_cell(stem)
     assert source.startswith(PARAMETERS_HEADER)
-    assigned = reference.cell_values(source)
-    assert list(assigned) == list(cls.model_fields)
-    assert assigned["interactive"] is True
-    cls(**assigned)
-    assert source == reference.parameters_cell(cls, assigned), "python -m mrilib.reference writes it anew"
+    assert source == parameter_reference.parameters_cell(cls), "python -m mrilib.runs.parameter_reference writes it"
+    namespace: dict = {}
+    exec(source, namespace)
+    assigned = {name: namespace[name] for name in cls.model_fields}
+    assert cls.create(assigned, written_later=assigned) == cls.create({}, written_later=assigned)
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_params_files_fit_their_notebook(path):
     cls = NOTEBOOKS[path.stem][1]
     values = yaml.safe_load(path.read_text())
-    # Complete: a key left out would take the value of the notebook's cell, which is the demo's.
-    assert list(values) == list(cls.model_fields)
     assert values["interactive"] is False
     cls(**values)
+    defaults = {name: field.default for name, field in cls.model_fields.items()}
+    same = [name for name, value in values.items() if value == defaults[name]]
+    assert not same, "these are the notebook's defaults: leave them out"
+    assert list(values) == [name for name in cls.model_fields if name in values], "in the order of the notebook"
 
 
-def test_demo_bench_and_full_have_a_file_for_each_notebook():
-    for folder in ("demo", "bench", "full"):
+def test_demo_comparison_and_full_have_a_file_for_each_notebook():
+    for folder in ("demo", "comparison", "full"):
         names = {path.stem for path in PARAMS if path.parent.name == folder}
         assert {"explore", "stage1", "stage2", "evaluate", "compare"} <= names
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_the_comparisons_methods_change_stage_2(path):
+    values, stage2 = yaml.safe_load(path.read_text()), yaml.safe_load((path.parent.parent / "stage2.yaml").read_text())
+    assert find_decoder(values["decoder"]) and values["max_steps"] > 0
+    NOTEBOOKS["stage2"][1](**{**stage2, **values})
 
 
 def papermill(notebook: str, out: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -180,7 +191,7 @@ def test_documented_mrilib_commands_are_right(capsys):
 
 
 def test_parameter_reference_is_current():
-    page = reference.PATH.read_text()
-    assert page == reference.reference(), "python -m mrilib.reference makes it anew"
+    page = parameter_reference.PATH.read_text()
+    assert page == parameter_reference.reference(), "python -m mrilib.runs.parameter_reference makes it anew"
     for _, cls in NOTEBOOKS.values():
         assert all(f"`{name}`" in page for name in cls.model_fields)

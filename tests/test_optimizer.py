@@ -5,7 +5,14 @@ import torch
 from systems import stage1_config
 from torch import nn
 
-from mrilib.optimizer import MOMENTUM, STEPS, Muon, build_optimizer, is_matrix, orthogonal
+from mrilib.training.optimizer import (
+    MOMENTUM,
+    STEPS,
+    Muon,
+    build_optimizer,
+    is_matrix,
+    orthogonal,
+)
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (5, 40), (40, 5), (1, 9), (2, 3)])

@@ -14,8 +14,9 @@ from fastmri.data.mri_data import SliceDataset
 from fastmri.data.subsample import create_mask_for_mask_type
 from fastmri.data.transforms import VarNetDataTransform
 
-from mrilib import anatomy, phantom, scanner
-from mrilib.kspace import center_crop_or_pad, ifft2c, rss
+from mrilib.phantom import anatomy, scanner
+from mrilib.phantom import dataset as phantom
+from mrilib.physics.fourier import center_crop_or_pad, ifft2c, rss
 
 SIZE = 64
 PARAMETERS = {"volumes": 13, "slices": 3, "img_size": SIZE, "coils": 4, "seed": 21, "progress": False}

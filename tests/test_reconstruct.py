@@ -14,10 +14,17 @@ import pytest
 import systems
 from refusals import Refusal, assert_refused
 
-from mrilib import evaluation, inference, model, reconstruct, tables, training
 from mrilib.__main__ import main
 from mrilib.config import EvaluateParameters
-from mrilib.data import FastMRIDataset, make_loader, split_volumes
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import split_volumes
+from mrilib.display import tables
+from mrilib.evaluation import inference, reconstructions
+from mrilib.metrics import image as image_module
+from mrilib.model import decoders, two_stage
+from mrilib.runs import reconstruct
+from mrilib.training import loop, setup, stages
 
 COMMON = ("data_dir", "val_fraction", "test_fraction", "split_seed", "img_size", "config_path", "backbone_path")
 
@@ -31,13 +38,13 @@ def run(phantom_dir, backbone_dir, tmp_path_factory) -> Path:
     volumes = split_volumes(one)
     val = make_loader(FastMRIDataset(volumes["val"], one, max_slices=3), 3)
     train = make_loader(FastMRIDataset(volumes["train"], one, training=True, max_slices=3), 3, shuffle=True)
-    training.fit(training.AnalysisStage(systems.build(one)), one, train, val, directory)
+    loop.fit(stages.AnalysisStage(systems.build(one)), one, train, val, directory)
     checkpoint = directory / "stage1_checkpoints" / "stage1_best_model.pt"
     two = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, **few)
-    backbone, tokenizer = model.build_backbone(two, "cpu")
-    system, _ = inference.load_stage1(checkpoint, backbone, tokenizer)
-    system.decoder = model.build_decoder(two, backbone)
-    training.fit(training.ReconstructionStage(system), two, train, val, directory)
+    backbone, tokenizer = two_stage.build_backbone(two, "cpu")
+    system, _ = setup.load_stage1(checkpoint, backbone, tokenizer)
+    system.decoder = decoders.build_decoder(two, two_stage.hidden_size(backbone))
+    loop.fit(stages.ReconstructionStage(system), two, train, val, directory)
     values = systems.values(phantom_dir, backbone_dir)
     config = EvaluateParameters.create(
         {name: values[name] for name in COMMON}
@@ -52,6 +59,7 @@ def run(phantom_dir, backbone_dir, tmp_path_factory) -> Path:
         }
     )
     record = {"name": "small", "notebooks": {"evaluate": {"status": "done", "config": config.to_dict()}}}
+    record |= {"status": "done", "started": "2026-01-01T00:00:00+0000", "planned": ["evaluate"]}
     (directory / "run.json").write_text(json.dumps(record))
     return directory
 
@@ -236,8 +244,8 @@ def test_zero_filled_images_are_of_all_coils(loaded, volumes, tmp_path):
         wanted = all_coils(volume, config, 4)
         np.testing.assert_allclose(written, wanted, rtol=1e-3, atol=1e-4 * wanted.max())
 
-    scores = evaluation.score_reconstructions(tmp_path, tested, [4])
-    section = evaluation.summarize_methods(scores, 100)["4"]
+    scores = reconstructions.score_reconstructions(tmp_path, tested, [4])
+    section = reconstructions.summarize_methods(scores, 100)["4"]
     more, fewer = section["zero_filled"], section["zero_filled_compressed"]
     assert more["compression_cost_ssim"] == pytest.approx(more["ssim"] - fewer["ssim"])
     assert more["compression_cost_psnr"] == pytest.approx(more["psnr"] - fewer["psnr"])
@@ -249,8 +257,8 @@ def test_nothing_compressed_costs_nothing(loaded, volumes, tmp_path):
     config = config.model_copy(update={"num_coils": 99})
     writer = inference.VolumeWriter(tmp_path, volumes[:1])
     inference.Tester(system, max_new_tokens=2).run(FastMRIDataset(volumes[:1], config, acceleration=4), 3, writer)
-    scores = evaluation.score_reconstructions(tmp_path, volumes[:1], [4])
-    section = evaluation.summarize_methods(scores, 100)["4"]
+    scores = reconstructions.score_reconstructions(tmp_path, volumes[:1], [4])
+    section = reconstructions.summarize_methods(scores, 100)["4"]
     assert "zero_filled_compressed" not in section
     assert section["zero_filled"]["compression_cost_ssim"] == section["zero_filled"]["compression_cost_psnr"] == 0
 
@@ -265,14 +273,14 @@ def test_previews_show_zero_filled_images_of_all_coils(loaded, volumes):
 
 def test_reconstruct_tells_what_compression_costs(written, loaded, volumes):
     with h5py.File(volumes[0].path) as h5:
-        scores = evaluation.score_volume(h5["reconstruction_rss"][()], all_coils(volumes[0], loaded[1], 4))
+        scores = image_module.score_volume(h5["reconstruction_rss"][()], all_coils(volumes[0], loaded[1], 4))
     assert f"{volumes[0].coils} coils compressed to 4" in written[1]
     assert f"all coils SSIM {scores['ssim']:.3f}, PSNR {scores['psnr']:.2f} dB" in written[1]
 
 
 @pytest.mark.parametrize("cost", [0.021, 0.0])
 def test_the_table_tells_what_compression_costs(cost, tmp_path):
-    scores = dict.fromkeys((*evaluation.METRICS, "volumes"), 0.5) | {"ssim_ci95": [0.4, 0.6]}
+    scores = dict.fromkeys((*image_module.METRICS, "volumes"), 0.5) | {"ssim_ci95": [0.4, 0.6]}
     methods = {"zero_filled": scores | {"compression_cost_ssim": cost, "compression_cost_psnr": 6 * cost}}
     methods |= {"zero_filled_compressed": scores} if cost else {}
     (tmp_path / "metrics.json").write_text(json.dumps({"reconstruction": {"4": methods}}))

@@ -9,10 +9,10 @@ from typing import Any
 import systems
 import torch
 
-from mrilib.checkpoint import load_checkpoint
 from mrilib.config import Stage1Parameters, Stage2Parameters
-from mrilib.history import read_epochs
-from mrilib.runs import read_json_lines
+from mrilib.files import read_json_lines
+from mrilib.training.checkpoint import load_checkpoint
+from mrilib.training.history import read_epochs
 
 KILLS = 5  # a stage: 10 in all
 
@@ -28,7 +28,7 @@ def stage1(phantom_dir: Path, backbone_dir: Path, **others: Any) -> Stage1Parame
 def processes() -> Any:
     """Processes that are ready at once: forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mrilib.train", "mrilib.pretrain"])
+    context.set_forkserver_preload(["mrilib.runs.train", "mrilib.pretrain.tiny_nirvana"])
     return context
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -12,11 +11,15 @@ import torch
 from test_charts import volume_scores
 from test_evaluation import score
 
-from mrilib import analysis, bench_tables, charts, compare, evaluation, inference, tables
 from mrilib.__main__ import main
-from mrilib.analysis import Facts, Finding
-from mrilib.data import FastMRIDataset, read_volume
-from mrilib.runs import Run
+from mrilib.data import findings
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.fastmri_file import read_volume
+from mrilib.data.findings import Facts, Finding
+from mrilib.display import compare_runs, curves, tables
+from mrilib.evaluation import inference
+from mrilib.metrics import image, text_scores
+from mrilib.runs.record import Run
 
 MASS = Finding("Mass", "left", "central")
 
@@ -31,8 +34,8 @@ def rows_of(truth, guess=None, patients="ab", **others):
             "tokens": 3,
             "nats_own": 1.0,
             "correct_own": 2,
-            "generated": analysis.answer(told),
-            "generated_without_kspace": analysis.answer(told),
+            "generated": findings.answer(told),
+            "generated_without_kspace": findings.answer(told),
             "nats_without_kspace": 2.0,
             **others,
         }
@@ -64,31 +67,21 @@ def test_findings_that_nobody_reviewed_have_no_score(tmp_path):
     table = tables.analysis_table({"analysis": strict})
     assert set(table.iloc[3, 1:]) == {"–"}
     assert "no test sample was reviewed for findings" in tables.text_sentence(strict)
-    figure = charts.analysis_comparison(strict)
+    figure = curves.analysis_comparison(strict)
     assert not figure.axes[2].patches
     assert "no test sample\nwas reviewed\nfor findings" in texts_of(figure)
     (folder / "run.json").write_text(json.dumps({"status": "done", "started": "", "notebooks": {}, "planned": []}))
-    assert "finding F1" not in compare.metrics_table({"one": folder}).index
+    assert "finding F1" not in compare_runs.metrics_table({"one": folder}).index
     assert tables.runs_table(tmp_path)["finding F1"].tolist() == ["–"]
 
 
 def test_nothing_over_nothing_is_no_score():
     clean = [Facts("T1", "lower", ())]
-    scores = analysis.finding_scores(clean, clean)
+    scores = text_scores.finding_scores(clean, clean)
     assert [scores[name] for name in ("f1", "precision", "recall")] == [None] * 3
     assert scores["any_finding_accuracy"] == 1 and scores["samples"] == 1
     told = inference.score_texts(rows_of(clean * 2), clean)
     assert "nothing to find" in tables.text_sentence(told)
-
-
-def test_the_comparison_shows_a_score_that_no_seed_has_as_a_dash(tmp_path):
-    facts = [Facts("T1", "lower"), Facts("T2", "upper")]
-    (tmp_path / "seed0").mkdir()
-    (tmp_path / "seed0" / "texts.json").write_text(json.dumps({"4": inference.score_texts(rows_of(facts), facts)}))
-    bench = SimpleNamespace(directory=tmp_path, config=SimpleNamespace(bench_seeds=[0]))
-    table = bench_tables.text_table(bench)
-    assert table["finding F1"].tolist() == table["best constant answer"].tolist() == ["–"]
-    assert table["contrast named rightly"].tolist() == ["1.000"]
 
 
 # ------------------------------------------------------------------------------------------------- one patient
@@ -96,19 +89,19 @@ def test_the_comparison_shows_a_score_that_no_seed_has_as_a_dash(tmp_path):
 
 def test_one_patient_has_no_interval_and_no_verdict(tmp_path):
     own, other = ([score("a", ssim), score("a", ssim + 0.1)] for ssim in (0.8, 0.7))
-    summary = evaluation.summarize(own, 100)
+    summary = image.summarize(own, 100)
     assert summary["ssim"] == pytest.approx(0.85) and summary["patients"] == 1
-    assert [summary[f"{name}_ci95"] for name in evaluation.METRICS] == [None] * len(evaluation.METRICS)
+    assert [summary[f"{name}_ci95"] for name in image.METRICS] == [None] * len(image.METRICS)
     table = tables.reconstruction_table({"reconstruction": {"4": {"model": summary}}})
     assert table["95% interval"].tolist() == ["–"]
     scores = {"4": {"model": own, "no_tokens": other}}
     sentence = tables.token_sentence(scores)
     assert "one test patient: no interval" in sentence and "+0.1000" in sentence
     assert not any(word in sentence for word in ("better", "worse", "no different", " to "))
-    figure = charts.token_swap(tables.token_variants(scores))
+    figure = curves.token_swap(tables.token_variants(scores))
     widths = [np.ptp(line.get_ydata()) for axis in figure.axes for line in axis.lines if len(line.get_ydata()) > 1]
     assert len(widths) == 1  # the line at zero difference alone
-    charts.metrics_bars({"4": {"model": summary}})._repr_png_()
+    curves.metrics_bars({"4": {"model": summary}})._repr_png_()
 
 
 def test_the_commonest_contrast_of_one_patient_has_no_error():
@@ -116,7 +109,7 @@ def test_the_commonest_contrast_of_one_patient_has_no_error():
     scores = inference.score_texts(rows_of(one, patients="aa"), one)
     assert scores["contrast_commonest"] == 1 and scores["contrast_commonest_se"] is None
     assert "±" not in tables.text_sentence(scores)
-    charts.analysis_comparison(scores, (scores["contrast_commonest"], scores["contrast_commonest_se"]))._repr_png_()
+    curves.analysis_comparison(scores, (scores["contrast_commonest"], scores["contrast_commonest_se"]))._repr_png_()
     assert inference.score_texts(rows_of(two, patients="ab"), two)["contrast_commonest_se"] is not None
 
 
@@ -136,13 +129,13 @@ def test_samples_without_another_patient_are_left_out_and_counted():
     assert alone["cross_entropy_other_patient"] is None and alone["other_patient_samples"] == 0
     assert "no other patient" in tables.text_sentence(alone)
     assert tables.analysis_table({"analysis": alone})["another patient's tokens"].tolist() == ["–"] * 4
-    charts.analysis_comparison(alone)._repr_png_()
+    curves.analysis_comparison(alone)._repr_png_()
 
 
 def test_the_token_swap_has_a_gap_where_there_is_no_other_patient():
     own, other = volume_scores(0.8), volume_scores(0.79)
     variants = {"4": {"own tokens": own, "another patient's": other, "none": other}}
-    figure = charts.token_swap({**variants, "6": {"own tokens": own[:2], "none": other[:2]}})
+    figure = curves.token_swap({**variants, "6": {"own tokens": own[:2], "none": other[:2]}})
     means, differences = figure.axes
     assert len(differences.texts) == 3
     assert sum(np.isfinite(bar.get_height()) for bar in means.patches) == 5
@@ -180,9 +173,9 @@ def test_the_text_of_an_unlisted_contrast_leaves_it_out(volumes, tmp_path, phant
     one = FastMRIDataset([volume], config, training=True)[0]
     same = FastMRIDataset(volumes[:1], config, training=True)[0]
     assert torch.equal(one.kspace, same.kspace)  # images do not need the label
-    text = analysis.answer(one.facts)
+    text = findings.answer(one.facts)
     assert one.facts.contrast is None and text == "Axial image, lower third of the brain."
-    assert analysis.parse(text) == one.facts
+    assert findings.parse(text) == one.facts
     system = systems.build(config)
     texts = system.tokenize([one])  # what stage 1 learns to say
     assert "T2" not in system.tokenizer.decode(texts.ids[0])
@@ -201,7 +194,7 @@ def test_an_unlisted_contrast_is_not_scored():
     assert [unknown[name] for name in names] == [None] * len(names) and unknown["contrast_samples"] == 0
     assert "no test sample has a contrast that is in the list" in tables.text_sentence(unknown)
     assert tables.analysis_table({"analysis": unknown}).iloc[1, 1:].tolist() == ["–"] * 4
-    figure = charts.analysis_comparison(unknown, (unknown["contrast_commonest"], unknown["contrast_commonest_se"]))
+    figure = curves.analysis_comparison(unknown, (unknown["contrast_commonest"], unknown["contrast_commonest_se"]))
     assert "no test sample has\na listed contrast" in texts_of(figure)
 
 

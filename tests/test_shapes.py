@@ -11,11 +11,17 @@ import torch
 from fastmri import evaluate as official
 from heads import as_test_file, write_shape
 
-from mrilib import check, kspace, model, training
 from mrilib.config import DataParameters, Stage1Parameters
-from mrilib.data import FastMRIDataset, collate, make_loader
-from mrilib.evaluation import by_acceleration, evaluate_volumes, summarize, write_reconstruction
-from mrilib.volume import Volume, read_volume
+from mrilib.data import check
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.fastmri_file import Volume, read_volume
+from mrilib.data.sampler import collate, make_loader
+from mrilib.evaluation.reconstructions import by_acceleration, evaluate_volumes, write_reconstruction
+from mrilib.metrics.image import summarize
+from mrilib.model import two_stage
+from mrilib.model.decoders import build_decoder
+from mrilib.physics import fourier
+from mrilib.training import stages as training
 
 #: coils, (H, W), target, padding, reconSpace's y if not the target's
 SHAPES = [
@@ -37,13 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def system(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[model.TwoStageModel, Stage1Parameters]:
+def system(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[two_stage.TwoStageModel, Stage1Parameters]:
     backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
     config = systems.stage1_config(folder, backbone, img_size=320, num_coils=COILS, epochs=1)
     whole = systems.build(config)
-    whole.decoder = model.build_decoder(
-        systems.stage2_config(folder, backbone, backbone / "config.json", img_size=320, num_coils=COILS), whole.backbone
-    )
+    stage2 = systems.stage2_config(folder, backbone, backbone / "config.json", img_size=320, num_coils=COILS)
+    whole.decoder = build_decoder(stage2, two_stage.hidden_size(whole.backbone))
     return whole, config
 
 
@@ -61,7 +66,7 @@ def test_they_are_good_files_with_an_empty_and_a_noise_only_slice(folder: Path) 
     ("number", "crop"), [*((number, "readout") for number in range(len(SHAPES))), (1, "image"), (4, "image")]
 )
 def test_both_stages_train_on_every_shape(
-    folder: Path, system: tuple[model.TwoStageModel, Stage1Parameters], number: int, crop: str
+    folder: Path, system: tuple[two_stage.TwoStageModel, Stage1Parameters], number: int, crop: str
 ) -> None:
     whole, config = system
     config = config.model_copy(update={"crop": crop})
@@ -107,14 +112,14 @@ def test_compression_from_24_to_16_coils_keeps_the_rss(
         config = DataParameters.create({"data_dir": str(folder), "num_coils": num_coils})
         one = FastMRIDataset([volume], config, acceleration=acceleration)[0]
         assert one.kspace.shape[0] == num_coils
-        images.append(kspace.rss(kspace.ifft2c(one.kspace * one.scale)))
+        images.append(fourier.rss(fourier.ifft2c(one.kspace * one.scale)))
     whole, compressed = images
     assert (compressed - whole).norm() / whole.norm() < norm
     assert (compressed - whole).abs().max() / whole.max() < peak
 
 
 def test_they_are_scored_as_fastmri_does_and_batched_by_shape(
-    folder: Path, system: tuple[model.TwoStageModel, Stage1Parameters], tmp_path: Path
+    folder: Path, system: tuple[two_stage.TwoStageModel, Stage1Parameters], tmp_path: Path
 ) -> None:
     whole, config = system
     volumes = volumes_of(folder)
@@ -137,7 +142,7 @@ def test_they_are_scored_as_fastmri_does_and_batched_by_shape(
 
 @pytest.mark.parametrize("number", [1, 4])
 def test_test_files_are_reconstructed_with_their_own_mask(
-    system: tuple[model.TwoStageModel, Stage1Parameters], tmp_path: Path, number: int
+    system: tuple[two_stage.TwoStageModel, Stage1Parameters], tmp_path: Path, number: int
 ) -> None:
     whole, config = system
     coils, matrix, recon, padding, header_width = SHAPES[number]

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from mrilib import shifts
-from mrilib.data import index_volumes
-from mrilib.kspace import ifft2c, rss
-from mrilib.scanner import object_rms, simulate_volume
+from mrilib.comparison import shifts
+from mrilib.config import EvaluateParameters, ParameterError
+from mrilib.data.splits import index_volumes
+from mrilib.phantom.scanner import object_rms, simulate_volume
+from mrilib.physics.fourier import ifft2c, rss
 
 
 def disc(size: int = 64) -> np.ndarray:
@@ -63,18 +64,36 @@ def test_fewer_coils_are_a_scanner_of_its_own(volumes, tmp_path):
     assert shifts.fewer_coils(volumes[0], tmp_path, 99).coils == volumes[0].coils
 
 
-def test_copies_are_made_once(volumes, tmp_path):
-    made = shifts.copies(volumes[:2], tmp_path, "noise 2")
-    times = [volume.path.stat().st_mtime_ns for volume in made]
-    again = shifts.copies(volumes[:2], tmp_path, "noise 2")
-    assert [volume.path.stat().st_mtime_ns for volume in again] == times
-    assert index_volumes(tmp_path / "noise_2") == again == made
+def config_with(shift: str, phantom_dir) -> EvaluateParameters:
+    values = {"data_dir": str(phantom_dir), "shift": shift, "num_coils": 6}
+    return EvaluateParameters.create(values, written_later=EvaluateParameters.existing_paths)
 
 
-@pytest.mark.parametrize("shift", ["noise", "noise two", "blur 3", ""])
-def test_unknown_shifts_are_refused(shift, volumes, tmp_path):
-    with pytest.raises(ValueError, match="not known"):
-        shifts.copies(volumes[:1], tmp_path, shift)
+def test_shifted_files_are_written_once(volumes, phantom_dir, tmp_path):
+    assert shifts.shifted(config_with("", phantom_dir), volumes, tmp_path) == list(volumes)
+    for shift, folder in (("noise 2", "noise_2"), ("coils 4", "coils_4"), ("head nibabel", "head_nibabel")):
+        config = config_with(shift, phantom_dir)
+        made = shifts.shifted(config, volumes[:2], tmp_path)
+        times = [volume.path.stat().st_mtime_ns for volume in made]
+        again = shifts.shifted(config, volumes[:2], tmp_path)
+        assert [volume.path.stat().st_mtime_ns for volume in again] == times
+        assert index_volumes(tmp_path / folder) == again == made
+
+
+def test_other_patients_are_made_like_the_phantom(volumes, phantom_dir, tmp_path):
+    made = shifts.shifted(config_with("patients 3", phantom_dir), volumes[:3], tmp_path)
+    assert len(made) == 3 and {one.recon[0] for one in made} == {one.recon[0] for one in volumes}
+    assert {one.patient for one in made}.isdisjoint(one.patient for one in volumes)
+    with pytest.raises(ParameterError, match=r"shift: patients 52: .*choose another seed"):
+        shifts.shifted(config_with("patients 52", phantom_dir), volumes[:3], tmp_path)
+    with pytest.raises(ParameterError, match="no phantom"):
+        shifts.shifted(config_with("patients 3", tmp_path), volumes[:3], tmp_path)
+
+
+@pytest.mark.parametrize("shift", ["noise", "noise two", "noise 0.5", "coils 0", "blur 3", "patients x"])
+def test_unknown_shifts_are_refused(shift, volumes, phantom_dir, tmp_path):
+    with pytest.raises(ParameterError, match=r"shift: .* is not known; there are"):
+        shifts.shifted(config_with(shift, phantom_dir), volumes[:1], tmp_path)
 
 
 def test_less_noise_is_refused(volumes, tmp_path):

@@ -13,11 +13,12 @@ import psutil
 import systems
 import yaml
 
-from mrilib import runs
+from mrilib import processes
 from mrilib.__main__ import STOPPED, Notebook, main, run_one
-from mrilib.checkpoint import load_checkpoint
 from mrilib.config import ROOT
-from mrilib.runs import read_json_lines
+from mrilib.files import read_json_lines
+from mrilib.runs import record as record_module
+from mrilib.training.checkpoint import load_checkpoint
 
 EPOCHS = 8
 
@@ -32,7 +33,7 @@ def processes_of(directory: Path) -> list[int]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(runs.RUN_VARIABLE) == str(directory) and process.pid != os.getpid():
+            if process.environ().get(processes.RUN_VARIABLE) == str(directory) and process.pid != os.getpid():
                 found.append(process.pid)
         except (psutil.Error, OSError):
             continue
@@ -94,7 +95,7 @@ def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path, capsys):
 
 
 def test_a_signal_between_two_notebooks_or_while_one_is_being_started(tmp_path, capsys):
-    runs.Run(tmp_path, ["stage2", "evaluate"]).save()
+    record_module.Run(tmp_path, ["stage2", "evaluate"]).save()
     assert run_one(Notebook("stage2", {}, tmp_path), [signal.SIGTERM]) == STOPPED
     told = f"stopped by SIGTERM; to go on: python -m mrilib run {tmp_path}/params --name {tmp_path} --resume"
     assert told in capsys.readouterr().err

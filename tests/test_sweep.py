@@ -12,10 +12,10 @@ import pytest
 import systems
 import yaml
 
-from mrilib import sweep
 from mrilib.__main__ import main, parse_overrides
 from mrilib.config import ParameterError, Stage1Parameters
-from mrilib.sweep import _flow, parse_grid, variants
+from mrilib.runs import sweep
+from mrilib.runs.sweep import _flow, parse_grid, variants
 
 
 def test_values_are_separated_by_commas():
@@ -103,6 +103,7 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params,
     damaged.write_bytes(b"no weights")
     name = str(tmp_path / "s")
     command = ["sweep", str(params), "--name", name, "--stage1-only", "-p", f"stage1.varnet_weights={damaged},''"]
+    command += ["-p", "stage1.varnet_map_network=true"]
     assert main(command) == 1
     out = capfd.readouterr().out
     failed, done = (
@@ -117,7 +118,7 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params,
     }
     states = records[tmp_path / "s-sweep"]["notebooks"]["compare"]["states"]
     assert states[done.name] == "done"
-    assert states[failed.name].startswith("failed in 02_train_stage1: ParameterError: parameters: varnet_weights: ")
+    assert states[failed.name].startswith("failed in 02_train_stage1: ValueError: varnet_weights: ")
     assert "reconstructions; 04_evaluate makes them" in (tmp_path / "s-sweep" / "05_compare_runs.ipynb").read_text()
 
     assert main(command) == 1
@@ -135,7 +136,12 @@ def test_resume_goes_on_with_what_is_not_finished(params, tmp_path, monkeypatch)
         folder.mkdir()
         values = yaml.safe_load((params / "stage1.yaml").read_text()) | {"epochs": epochs}
         config = Stage1Parameters.create(values).to_dict()
-        record = {"status": status, "planned": ["stage1"], "notebooks": {"stage1": {"config": config}}}
+        record = {
+            "status": status,
+            "started": "2026-01-01",
+            "planned": ["stage1"],
+            "notebooks": {"stage1": {"config": config}},
+        }
         (folder / "run.json").write_text(json.dumps(record))
     command = ["sweep", str(params), "--name", str(tmp_path / "s"), "--stage1-only", "-p", "stage1.epochs=2,3,4"]
     assert main(command) == 1 and not commands

@@ -11,20 +11,20 @@ import systems
 import torch
 
 from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters
-from mrilib.data import FastMRIDataset, index_volumes
-from mrilib.tables import model_card, parameter_table
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.splits import index_volumes
+from mrilib.display.tables import model_card, parameter_table
 
 
 def test_each_part_of_the_encoder_has_its_own_row(phantom_dir, tmp_path):
     backbone = systems.write_backbone(tmp_path)
     config = systems.stage1_config(phantom_dir, backbone)
-    added = {"restore_chans": 4, "finding_labels": ["Mass"], "finding_chans": 2}
+    added = {"finding_labels": ["Mass"], "finding_chans": 2}
     plain, system = (systems.build(config.model_copy(update=update)) for update in ({}, added))
     table, short = (parameter_table(one)["parameters"].str.replace(",", "").astype(int) for one in (system, plain))
     parts = table[[name for name in table.index if name.startswith("encoder: ")]]
     assert parts.sum() == table["encoder"] == sum(p.numel() for p in system.encoder.parameters())
-    assert set(table.index) - set(short.index) == {"encoder: restoration", "encoder: maps of findings"}
-    assert parts["encoder: restoration"] == sum(p.numel() for p in system.encoder.restoration.parameters())
+    assert set(table.index) - set(short.index) == {"encoder: maps of findings"}
     assert short["encoder: VarNet"] == parts["encoder: VarNet"]
 
 

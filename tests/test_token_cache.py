@@ -1,5 +1,6 @@
 """The token cache: the same numbers as without, never a stale or damaged entry, whatever happens to the process."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -12,27 +13,33 @@ import numpy as np
 import pytest
 import systems
 import torch
-import yaml
 from safetensors import safe_open
 
-from mrilib import kernels, model, runs, token_cache, token_cache_speed, training
+from mrilib import processes
+from mrilib.backbone import kernels
+from mrilib.comparison import token_cache_speed
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
-from mrilib.data import FastMRIDataset, make_loader, split_volumes
-from mrilib.distributed import TrainingStopped
-from mrilib.token_cache import TokenCache, read_entry
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import split_volumes
+from mrilib.model import two_stage
+from mrilib.model.decoders import build_decoder
+from mrilib.training import checkpoint, device, loop, setup, stages, token_cache
+from mrilib.training.distributed import TrainingStopped
+from mrilib.training.token_cache import TokenCache, read_entry
 
 
 def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
     values = systems.values(data, backbone, stage1_checkpoint=str(backbone), **systems.DECODER)
-    values |= {"masks_per_slice": 2, "epochs": 3, "token_cache": True, "token_cache_dir": str(directory)}
+    values |= {"masks_per_slice": 2, "epochs": 3, "token_cache_dir": str(directory)}
     return Stage2Parameters.create(values | others)
 
 
-def system_of(config: Stage2Parameters) -> model.TwoStageModel:
+def system_of(config: Stage2Parameters) -> two_stage.TwoStageModel:
     stage1 = systems.stage1_config(Path(config.data_dir), Path(config.backbone_path))
     system = systems.build(stage1)
     torch.manual_seed(2)
-    system.decoder = model.build_decoder(config, system.backbone)
+    system.decoder = build_decoder(config, two_stage.hidden_size(system.backbone))
     return system
 
 
@@ -85,6 +92,46 @@ def test_entries_are_the_slices_bit_for_bit_under_every_mask(filled):
         assert plain.epoch == 2
 
 
+def test_random_numbers_do_not_depend_on_what_is_in_the_cache(filled, tmp_path):
+    config, system, _, _ = filled
+    config = config.model_copy(update={"token_cache_dir": str(tmp_path)})
+    states = []
+    for _ in ("cold", "warm"):
+        torch.manual_seed(3)
+        TokenCache(system, config).hold(*datasets(config))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_a_resumed_training_with_the_cache_equals_one_that_was_not_stopped(filled, tmp_path, monkeypatch):
+    """Uninterrupted with an empty cache; stopped after two steps and resumed, both times with a filled one."""
+    ended = []
+    for name, stops in (("whole", (False,)), ("resumed", (True, False))):
+        for stopped in stops:
+            config = filled[0].model_copy(
+                update={"token_cache_dir": str(tmp_path / "cache"), "epochs": 2, "resume": True}
+            )
+            device.prepare(config)
+            system = system_of(config)
+            stage = stages.ReconstructionStage(system)
+            loaders = setup.stage_loaders(config, stage, setup.make_loaders(config))
+            assert loaders.cache is not None
+
+            def stop(entry, name=name, stopped=stopped):
+                if stopped and entry["step"] == 2:
+                    processes.request_stop(tmp_path / name, "SIGTERM")
+
+            with contextlib.suppress(TrainingStopped):
+                loop.fit(stage, config, loaders.train, loaders.val, tmp_path / name, on_step=stop)
+            processes.withdraw_stop(tmp_path / name)
+        path = tmp_path / name / "stage2_checkpoints" / "stage2_final_model.pt"
+        ended.append(checkpoint.load_checkpoint(path, "stage2"))
+    whole, resumed = ended
+    assert whole["step"] == resumed["step"] > 2
+    assert all(torch.equal(value, resumed["weights"][name]) for name, value in whole["weights"].items())
+    assert torch.equal(whole["rng"][0]["torch"], resumed["rng"][0]["torch"])
+
+
 def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):
     config, system, cache, _ = filled
     key = cache.key
@@ -103,8 +150,14 @@ def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):
 def test_all_code_that_computes_tokens_is_in_the_key():
     """Every module that the passes of encoder and backbone go through."""
     names = {module.__name__ for module in token_cache.COMPUTING_CODE}
-    assert {"mrilib.finding_maps", "mrilib.unet"} <= names
-    assert {"mrilib.nirvana_cache", "mrilib.delta_rule", "mrilib.kernels", "mrilib.trigger", "mrilib.model"} <= names
+    assert {"mrilib.model.finding_maps", "mrilib.model.unet"} <= names
+    assert {
+        "mrilib.backbone.cache",
+        "mrilib.backbone.delta_rule",
+        "mrilib.backbone.kernels",
+        "mrilib.backbone.trigger",
+        "mrilib.model.two_stage",
+    } <= names
 
 
 def test_masks_take_turns_and_validation_keeps_its_own(filled):
@@ -125,18 +178,17 @@ def test_training_has_the_same_losses_as_without(filled, tmp_path, monkeypatch, 
     config = filled[0].model_copy(update={"num_workers": workers})
     histories = []
     for cached in (False, True):
-        training.prepare(config)
+        device.prepare(config)
         system = system_of(config)
         pair = datasets(config)
-        source = None
+        stage = stages.ReconstructionStage(system)
         if cached:
             refuse_to_compute(monkeypatch)
             cache = TokenCache(system, config)
-            pair, source = cache.hold(*pair), cache.image_tokens
-            monkeypatch.setattr(model.TwoStageModel, "image_tokens", lambda *_: pytest.fail("the backbone ran"))
+            pair, stage.image_tokens = cache.hold(*pair), cache.image_tokens
+            monkeypatch.setattr(two_stage.TwoStageModel, "image_tokens", lambda *_: pytest.fail("the backbone ran"))
         loaders = make_loader(pair[0], config.batch_size, 0, shuffle=True), make_loader(pair[1], config.batch_size)
-        stage = training.ReconstructionStage(system, image_tokens=source)
-        histories.append(training.fit(stage, config, *loaders, tmp_path / str(cached)))
+        histories.append(loop.fit(stage, config, *loaders, tmp_path / str(cached)))
     plain, cached = histories
     assert [s["loss"] for s in cached.steps] == pytest.approx([s["loss"] for s in plain.steps], rel=1e-5)
     for a, b in zip(plain.epochs, cached.epochs, strict=True):
@@ -171,7 +223,7 @@ def test_size_is_said_beforehand_and_refused_when_the_disk_is_too_small(filled, 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=token_cache.SPARE_BYTES + actual // 2))
     small = config.model_copy(update={"token_cache_dir": str(tmp_path)})
-    with pytest.raises(ParameterError, match=r"token_cache: .* GB to be written to .*masks_per_slice"):
+    with pytest.raises(ParameterError, match=r"token_cache_dir: .* GB to be written to .*masks_per_slice"):
         TokenCache(system, small).hold(*datasets(small))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     TokenCache(system, config).hold(*datasets(config))  # a cache that is there needs no room
@@ -345,13 +397,10 @@ def test_killed_processes_leave_a_usable_cache_and_two_at_once_do_not_harm_it(fi
     assert files(tmp_path) == wanted
 
 
-def test_the_parameter_is_on_or_off_and_needs_masks(phantom_dir, backbone_dir, tmp_path):
-    for text, value in (("on", True), ("off", False), ('"on"', True)):
-        given = yaml.safe_load(f"token_cache: {text}")
-        assert config_of(phantom_dir, backbone_dir, tmp_path, **given).token_cache is value
+def test_the_cache_needs_masks(phantom_dir, backbone_dir, tmp_path):
     with pytest.raises(ParameterError, match="masks_per_slice 0 every epoch has new masks"):
         config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0)
-    assert config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0, token_cache=False).masks_per_slice == 0
+    assert config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0, token_cache_dir="").masks_per_slice == 0
 
 
 def test_raw_hidden_states_are_stored(filled):
@@ -387,12 +436,12 @@ def test_a_stop_while_it_is_filled_keeps_what_is_computed(filled, tmp_path):
     config, system, _, _ = filled
     config = config.model_copy(update={"token_cache_dir": str(tmp_path / "cache"), "epochs": 1})
     cache = TokenCache(system, config)
-    runs.hold(tmp_path)
-    runs.request_stop(tmp_path, "SIGTERM")
+    processes.hold(tmp_path)
+    processes.request_stop(tmp_path, "SIGTERM")
     with pytest.raises(TrainingStopped, match="while filling the token cache"):
         cache.hold(*datasets(config))
     (first,) = files(tmp_path).items()
-    runs.withdraw_stop(tmp_path)
+    processes.withdraw_stop(tmp_path)
     cache.hold(*datasets(config))
     assert len(files(tmp_path)) > 1 and first in files(tmp_path).items()
 

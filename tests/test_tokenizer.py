@@ -8,7 +8,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from mrilib.tokenizer import VOCAB_SIZE, load_tokenizer, mistral_tokenizer, sentencepiece_model
+from mrilib.backbone.tokenizer import (
+    VOCAB_SIZE,
+    load_tokenizer,
+    mistral_tokenizer,
+    sentencepiece_model,
+)
 
 TEXTS = [
     "", " ", "  ", "hello", " hello", "  hello  world ", "a\nb\n\n c\t d", "▁x", "日本語テキスト", "🧠🩻 lesion",

@@ -3,26 +3,31 @@
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import systems
 import torch
 import yaml
+from refusals import assert_refused
 
-from mrilib import distributed, model, runs, training
-from mrilib.checkpoint import load_checkpoint
+from mrilib import files, processes
 from mrilib.config import ROOT, ParameterError, Stage1Parameters
-from mrilib.distributed import TrainingStopped
-from mrilib.history import read_epochs
-from mrilib.resume import check_same_training
-from mrilib.runs import read_json_lines
-from mrilib.trainer import Trainer
-from mrilib.volume import DataError
+from mrilib.data.fastmri_file import DataError
+from mrilib.files import read_json_lines
+from mrilib.model import two_stage
+from mrilib.training import device, distributed, loop, stages
+from mrilib.training.checkpoint import load_checkpoint
+from mrilib.training.distributed import TrainingStopped
+from mrilib.training.history import History, read_epochs
+from mrilib.training.loop import Trainer
+from mrilib.training.resume import data_content
 
 
 @pytest.fixture
@@ -36,13 +41,13 @@ def with_(config: Stage1Parameters, **others: Any) -> Stage1Parameters:
     return config.model_copy(update=others)
 
 
-def stage_of(config: Stage1Parameters, cls: type[training.AnalysisStage] = training.AnalysisStage) -> training.Stage:
-    training.prepare(config)
+def stage_of(config: Stage1Parameters, cls: type[stages.AnalysisStage] = stages.AnalysisStage) -> stages.Stage:
+    device.prepare(config)
     return cls(systems.build(config), "stage1", config.label_smoothing)
 
 
-def fit(stage: training.Stage, config: Stage1Parameters, directory: Path, **others: Any) -> training.History:
-    return training.fit(stage, config, *systems.loaders(config), directory, **others)
+def fit(stage: stages.Stage, config: Stage1Parameters, directory: Path, **others: Any) -> History:
+    return loop.fit(stage, config, *systems.loaders(config), directory, **others)
 
 
 def weights(directory: Path, name: str = "final_model") -> dict[str, torch.Tensor]:
@@ -53,7 +58,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class Sick(training.AnalysisStage):
+class Sick(stages.AnalysisStage):
     """Its loss is NaN in the third batch that it sees."""
 
     seen = 0
@@ -64,7 +69,7 @@ class Sick(training.AnalysisStage):
         return result._replace(total=result.total * float("nan")) if self.seen == 3 else result
 
 
-class Hungry(training.AnalysisStage):
+class Hungry(stages.AnalysisStage):
     """Runs out of memory, truly, on more than `fits` slices at once."""
 
     fits = 1
@@ -82,8 +87,13 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_been(config, tmp_path, opt
     assert [entry["step"] for entry in told] == [1, 2, 3]
     stop = tmp_path / "stopped"
     with pytest.raises(TrainingStopped, match="after step 2"):
-        fit(stage_of(config), config, stop, on_step=lambda e: runs.request_stop(stop, "x") if e["step"] == 2 else None)
-    (stop / runs.STOP_FILE).unlink()
+        fit(
+            stage_of(config),
+            config,
+            stop,
+            on_step=lambda e: processes.request_stop(stop, "x") if e["step"] == 2 else None,
+        )
+    (stop / processes.STOP_FILE).unlink()
     with pytest.raises(ParameterError, match=r"holds an unfinished training of stage1; resume: true"):
         fit(stage_of(config), config, stop)
     with pytest.raises(ParameterError, match=r"was begun with learning_rate: 0.0003 \(now 0.1\)"):
@@ -124,7 +134,7 @@ def test_killed_right_after_its_last_state_or_its_final_model(config, tmp_path, 
 
 
 def test_what_a_notebooks_interrupt_breaks_off_is_saved(config, tmp_path):
-    class Interrupted(training.AnalysisStage):
+    class Interrupted(stages.AnalysisStage):
         def loss(self, batch: Any) -> Any:
             self.seen = getattr(self, "seen", 0) + 1
             if self.seen == 3:
@@ -138,7 +148,7 @@ def test_what_a_notebooks_interrupt_breaks_off_is_saved(config, tmp_path):
 
 def test_processes_that_fail_are_not_taken_for_stopped(config, tmp_path, monkeypatch):
     """One fails; the launcher ends the others by SIGTERM, which they turn into the stop file."""
-    stop = tmp_path / runs.STOP_FILE
+    stop = tmp_path / processes.STOP_FILE
     code = f"import sys; open({str(stop)!r}, 'w').close(); print('error: file_brain.h5 cannot be read'); sys.exit(1)"
     monkeypatch.setattr(distributed, "launch_command", lambda *_: [sys.executable, "-c", code])
     with pytest.raises(RuntimeError, match=r"2 training processes failed, error: file_brain.h5 cannot be read; see"):
@@ -153,7 +163,7 @@ def test_processes_that_fail_are_not_taken_for_stopped(config, tmp_path, monkeyp
 
 
 def test_a_log_that_cannot_be_written_is_named():
-    log = runs.JsonLines(Path("/dev/full"))
+    log = files.JsonLines(Path("/dev/full"))
     with pytest.raises(OSError, match=r"the log '/dev/full' could not be written: .*No space left"):
         log.write(step=1)
     log.close()
@@ -175,7 +185,7 @@ def test_a_sick_loss_is_skipped_and_counted(config, tmp_path):
     assert read_epochs(tmp_path / "three" / "logs" / "stage1_history.csv")[0]["skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "three").values())
 
-    class AllSick(training.AnalysisStage):
+    class AllSick(stages.AnalysisStage):
         def loss(self, batch: Any) -> Any:
             result = super().loss(batch)
             return result._replace(total=result.total * float("inf"))
@@ -184,11 +194,9 @@ def test_a_sick_loss_is_skipped_and_counted(config, tmp_path):
         fit(stage_of(config, AllSick), with_(config, on_nan="skip"), tmp_path / "none")
 
 
-def test_memory_that_runs_out_names_what_to_turn_or_halves_the_batch(config, tmp_path):
-    with pytest.raises(MemoryError, match=r"step 1: memory ran out on 3 slices.*batch_size.*activation_checkpointing"):
-        fit(stage_of(config, Hungry), config, tmp_path / "told")
+def test_memory_that_runs_out_halves_the_batch_or_names_what_to_turn(config, tmp_path):
     whole = fit(stage_of(config), config, tmp_path / "whole")
-    halved = fit(stage_of(config, Hungry), with_(config, auto_batch_size=True), tmp_path / "halved")
+    halved = fit(stage_of(config, Hungry), config, tmp_path / "halved")
     state = load_checkpoint(tmp_path / "halved" / "stage1_checkpoints" / "stage1_final_model.pt", "stage1")
     assert state["micro_batch"] == 1
     for name in ("loss", "gradient_norm", "cross_entropy", "token_accuracy"):
@@ -196,14 +204,14 @@ def test_memory_that_runs_out_names_what_to_turn_or_halves_the_batch(config, tmp
         assert values[0] == pytest.approx(values[1], rel=1e-4)
     Hungry.fits = 0
     try:
-        with pytest.raises(MemoryError, match="on a single slice"):
-            fit(stage_of(config, Hungry), with_(config, auto_batch_size=True), tmp_path / "none")
+        with pytest.raises(MemoryError, match=r"on a single slice.*batch_size.*activation_checkpointing"):
+            fit(stage_of(config, Hungry), config, tmp_path / "none")
     finally:
         Hungry.fits = 1
 
 
 def test_memory_that_runs_out_in_validation_names_what_to_turn_too(config, tmp_path):
-    class HungryLater(training.AnalysisStage):
+    class HungryLater(stages.AnalysisStage):
         def score(self, batch: Any) -> list[dict[str, Any]]:
             torch.empty(2**60)
             return super().score(batch)
@@ -220,7 +228,7 @@ def test_a_data_file_that_vanishes_is_named_and_nothing_is_lost(config, tmp_path
         volumes[:] = [volume._replace(path=tmp_path / "gone" / volume.path.name) for volume in volumes]
 
     with pytest.raises(ValueError, match=r"file_brain_AX.*\.h5, slice \d: cannot be read"):
-        training.fit(stage_of(config), config, *loaders, tmp_path / "run", on_step=vanish)
+        loop.fit(stage_of(config), config, *loaders, tmp_path / "run", on_step=vanish)
     assert load_checkpoint(tmp_path / "run" / "stage1_checkpoints" / "stage1_resume.pt", "stage1")["step"] == 1
     fit(stage_of(config), with_(config, resume=True), tmp_path / "run")
 
@@ -247,9 +255,9 @@ def test_a_read_only_folder_is_told(config, tmp_path):
 
 
 def test_a_second_process_is_refused(config, tmp_path):
-    runs.hold(tmp_path)
-    code = "import sys; from pathlib import Path; from mrilib import runs; runs.hold(Path(sys.argv[1]), wait=0)"
-    environment = {name: value for name, value in os.environ.items() if name != runs.RUN_VARIABLE}
+    processes.hold(tmp_path)
+    code = "import sys; from pathlib import Path; from mrilib.processes import hold; hold(Path(sys.argv[1]), wait=0)"
+    environment = {name: value for name, value in os.environ.items() if name != processes.RUN_VARIABLE}
     command = [sys.executable, "-c", code, str(tmp_path)]
     stranger = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert stranger.returncode and f"is in use by process {os.getpid()}" in stranger.stderr
@@ -259,18 +267,18 @@ def test_a_second_process_is_refused(config, tmp_path):
 
 def test_a_folder_that_was_given_up_is_claimed_anew(tmp_path):
     """A notebook that has finished, another process that goes on in its folder, and the notebook run again."""
-    runs.hold(tmp_path)
-    runs.release(tmp_path)
-    code = "import sys; from pathlib import Path; from mrilib import runs; runs.hold(Path(sys.argv[1])); input()"
+    processes.hold(tmp_path)
+    processes.release(tmp_path)
+    code = "import sys; from pathlib import Path; from mrilib.processes import hold; hold(Path(sys.argv[1])); input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
     while not (tmp_path / ".lock").read_text().startswith(f"process {other.pid} "):
         assert other.poll() is None
         time.sleep(0.05)
     with pytest.raises(ParameterError, match=f"is in use by process {other.pid}"):
-        runs.hold(tmp_path, wait=0)
+        processes.hold(tmp_path, wait=0)
     other.communicate("\n")
-    runs.hold(tmp_path)
+    processes.hold(tmp_path)
 
 
 def test_old_epoch_checkpoints_are_deleted(config, tmp_path):
@@ -287,10 +295,10 @@ def test_old_epoch_checkpoints_are_deleted(config, tmp_path):
 def test_a_loss_and_an_encoder_of_ones_own_plug_in(config, tmp_path):
     """A loss is a Stage with another `loss`; an encoder is any module from (k-space, mask) to (B, N + 2, hidden)."""
 
-    class Focal(training.AnalysisStage):
-        def loss(self, batch: Any) -> training.BatchLoss:
+    class Focal(stages.AnalysisStage):
+        def loss(self, batch: Any) -> stages.BatchLoss:
             result = super().loss(batch)
-            return training.BatchLoss(2 * result.total, {**result.statistics, "plain": float(result.total.detach())})
+            return stages.BatchLoss(2 * result.total, {**result.statistics, "plain": float(result.total.detach())})
 
     class Means(torch.nn.Module):
         def __init__(self, width: int) -> None:
@@ -302,7 +310,7 @@ def test_a_loss_and_an_encoder_of_ones_own_plug_in(config, tmp_path):
             return self.map(share).expand(-1, (systems.SIZE // 16) ** 2 + 2, -1)
 
     stage = stage_of(config, Focal)
-    stage.model.encoder = Means(model.hidden_size(stage.model.backbone))
+    stage.model.encoder = Means(two_stage.hidden_size(stage.model.backbone))
     history = fit(stage, config, tmp_path)
     assert history.steps[0]["gradient_norm_map"] > 0
     assert history.steps[0]["loss"] * 3 < 2 * history.steps[0]["plain"]  # over many tokens, not one slice
@@ -326,53 +334,58 @@ def test_two_processes_take_the_same_steps_as_one(config, tmp_path):
     assert same(dict(stage.part.state_dict()), weights(tmp_path / "two"))
 
 
-def test_a_parameter_newer_than_a_training_counts_as_its_default():
-    now = {
-        "config": {"epochs": 2, "sense": False, "tokens_from": 0.0},
-        "data": "a",
-        "backbone": "b",
-        "encoder": "c",
-        "steps_per_epoch": 3,
-    }
-    before = {**now, "config": {"epochs": 2}}
-    check_same_training(before, now, "run/stage2_resume.pt")
-    changed = {**now, "config": {**now["config"], "tokens_from": 0.5}}
-    with pytest.raises(ParameterError, match=r"was begun with tokens_from: 0.0 \(now 0.5\)"):
-        check_same_training(before, changed, "run/stage2_resume.pt")
-
-
 def test_the_train_command(config, tmp_path, capsys):
     from mrilib.__main__ import main
 
     params = tmp_path / "stage1.yaml"
-    params.write_text(yaml.safe_dump(config.to_dict()))
-    arguments = ["train", str(params), "--stage", "1", "-p", f"output_dir={tmp_path / 'run'}"]
+    params.write_text(yaml.safe_dump({**config.to_dict(), "output_dir": str(tmp_path / "run")}))
+    arguments = ["train", str(params), "--stage", "1"]
     assert main([*arguments, "-p", "epochs=2"]) == 0
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "done" and record["notebooks"]["stage1"]["config"]["epochs"] == 2
-    assert main(arguments) == 1 and "holds a finished training" in capsys.readouterr().err
-    assert main([*arguments, "--resume"]) == 1 and "was begun with epochs: 2 (now 1)" in capsys.readouterr().err
+    record = (tmp_path / "run" / "run.json").read_text()
+    section = json.loads(record)["notebooks"]["stage1"]
+    assert json.loads(record)["status"] == "done" and section["config"]["epochs"] == 2 and section["best_epoch"]
+    logs = set((tmp_path / "run" / "logs").iterdir())
+    # what is refused changes nothing in the folder, and makes none
+    for more, words in (
+        ([], ("holds a finished training",)),
+        (["--resume"], ("was begun with epochs: 2 (now 1)",)),
+        (["--resume", "-p", "epochs=2", "-p", "data_dir=nowhere"], ("data_dir", "nowhere")),
+        (["-p", f"output_dir={tmp_path / 'new'}", "-p", "finding_labels=[Nothing]"], ("finding_labels",)),
+        (["-p", f"output_dir={tmp_path / 'new'}", "-p", f"data_dir={tmp_path}"], ("no .h5 file",)),
+    ):
+        assert_refused([*arguments, *more], words, capsys)
+    assert (tmp_path / "run" / "run.json").read_text() == record and not (tmp_path / "new").exists()
+    assert set((tmp_path / "run" / "logs").iterdir()) == logs
 
 
-def test_a_tracker_gets_every_step(config, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    history = fit(stage_of(config), with_(config, log_with="tensorboard"), tmp_path)
-    (folder,) = {path.parent for path in (tmp_path / "logs").glob("*/events*")}
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [entry["step"] for entry in history.steps]
-    assert events.Scalars("val_loss")
-
-
-def test_a_tracker_that_is_not_installed_is_refused(phantom_dir, backbone_dir, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ParameterError, match="log_with: the package trackio is not installed: pip install trackio"):
-        systems.stage1_config(phantom_dir, backbone_dir, log_with="trackio")
+def test_other_content_of_the_data_is_refused(config, phantom_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_dir, data)
+    here = with_(config, data_dir=str(data), resume=True)
+    fit(stage_of(here), here, tmp_path / "run")
+    moved = with_(here, data_dir=str(data.rename(tmp_path / "moved")))
+    fit(stage_of(moved), moved, tmp_path / "run")  # the same content elsewhere
+    path = systems.loaders(moved)[0].dataset.volumes[0].path
+    with h5py.File(path, "r+") as h5:
+        h5["kspace"][...] = h5["kspace"][()] * 1.5  # names and shapes stay
+    with pytest.raises(ParameterError, match="was begun with other files, slices or texts"):
+        fit(stage_of(moved), moved, tmp_path / "run")
 
 
-class WorkersKilled(training.AnalysisStage):
+def test_one_changed_value_or_another_size_of_a_file_is_another_content(config, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    loaders = systems.loaders(with_(config, data_dir=str(tmp_path / "data")))
+    path, before = loaders[0].dataset.volumes[0].path, data_content(*loaders)
+    whole, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    for other in (whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"\0"):
+        path.write_bytes(other)
+        os.utime(path, ns=times)
+        assert data_content(*loaders) != before
+    path.write_bytes(whole)
+    assert data_content(*loaders) == before
+
+
+class WorkersKilled(stages.AnalysisStage):
     """Kills the processes that load data in the second step."""
 
     def loss(self, batch: Any) -> Any:

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from mrilib.volume import DataError, Volume, read_header, read_volume
+from mrilib.data.fastmri_file import DataError, Volume, read_header, read_volume
 
 
 def copy_of(volume: Volume, directory: Path, change: Callable[[h5py.File], None] = lambda h5: None) -> Path:

@@ -8,19 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from mrilib import evaluation, figures, widgets
-from mrilib.analysis import Box
 from mrilib.config import DataParameters, ParameterError
-from mrilib.data import load_annotations
-from mrilib.scanner import SEQUENCES, write_h5
-from mrilib.volume import read_volume
-from mrilib.widgets import CAPTION, SIDE
+from mrilib.data.annotations import Box
+from mrilib.data.fastmri_file import read_volume
+from mrilib.data.splits import load_annotations
+from mrilib.display import browsers
+from mrilib.display import images as figures
+from mrilib.display.browsers import CAPTION, SIDE
+from mrilib.evaluation import reconstructions as evaluation
+from mrilib.phantom.scanner import SEQUENCES, write_h5
 
 
 @pytest.fixture
 def browser(phantom_dir, volumes):
     config = DataParameters.create({"data_dir": str(phantom_dir), "img_size": 64, "num_coils": 4})
-    return widgets.SliceBrowser(volumes, config, load_annotations(config))
+    return browsers.SliceBrowser(volumes, config, load_annotations(config))
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -31,7 +33,7 @@ def test_tile_fits_and_windows():
     image = np.zeros((10, 20))
     image[0, :] = 3.0
     image[1, :] = 1.5
-    picture = np.asarray(widgets.tile(image, 3.0, "×5 −", side=100))
+    picture = np.asarray(browsers.tile(image, 3.0, "×5 −", side=100))
     assert picture.shape == (100 + CAPTION, 100, 3)
     top = CAPTION + 25  # 50 of 100 rows are the image, in the middle
     assert (picture[top + 1] == 255).all() and (picture[top - 1] == 255).all()
@@ -42,8 +44,8 @@ def test_tile_fits_and_windows():
 def test_boxes_land_on_their_pixels():
     image = np.zeros((32, 32))
     image[2:6, 20:26] = 1  # array coordinates
-    picture = widgets.tile(figures.display_image(image), 1.0, "")
-    widgets.draw_boxes(picture, [Box(20, 2, 6, 4, "Mass")], (32, 32))
+    picture = browsers.tile(figures.display_image(image), 1.0, "")
+    browsers.draw_boxes(picture, [Box(20, 2, 6, 4, "Mass")], (32, 32))
     drawn = np.asarray(picture)
     blue = (drawn == [86, 180, 233]).all(-1)
     rows, columns = np.nonzero(blue[:, : SIDE - 1])
@@ -80,8 +82,8 @@ def test_coil_slider_stops_at_the_coils_that_there_are(browser):
 
 def test_overview_shows_what_the_static_figure_shows(browser):
     one, parts = browser._parts(0, 1, 4, "equispaced_fraction")
-    picture = pixels(widgets.overview_png(one, parts))
-    shown = picture[CAPTION : CAPTION + SIDE, 2 * (SIDE + widgets.GAP) :, 0].astype(float)
+    picture = pixels(browsers.overview_png(one, parts))
+    shown = picture[CAPTION : CAPTION + SIDE, 2 * (SIDE + browsers.GAP) :, 0].astype(float)
     figure = figures.slice_overview(one)
     axis = next(axis for axis in figure.axes if axis.get_title().startswith("target"))
     image, (_, high) = np.asarray(axis.get_images()[0].get_array()), axis.get_images()[0].get_clim()
@@ -104,7 +106,7 @@ def test_the_browser_is_fast_at_full_size(tmp_path):
     noise = rng.standard_normal((6, 16, 640, 320, 2), dtype=np.float32).view(np.complex64)[..., 0]
     write_h5(tmp_path / "f.h5", noise, (320, 320), "AXT2", "p", sequence=SEQUENCES["AXT2"])
     config = DataParameters.create({"data_dir": str(tmp_path), "num_coils": 16, "img_size": 320})
-    browser = widgets.SliceBrowser([read_volume(tmp_path / "f.h5")], config)
+    browser = browsers.SliceBrowser([read_volume(tmp_path / "f.h5")], config)
 
     def seconds(work) -> float:
         start = time.process_time()
@@ -122,22 +124,22 @@ def test_the_browser_is_fast_at_full_size(tmp_path):
 
 
 def test_error_scale_is_the_error_map_from_its_start_to_its_end():
-    strip = np.asarray(widgets.error_scale_strip(error_scale=5))
+    strip = np.asarray(browsers.error_scale_strip(error_scale=5))
     row = strip[CAPTION // 2 - 5]
     white = (row == 255).all(-1)
     assert strip.shape == (CAPTION, SIDE, 3) and white[:4].all()
     colors = row[20 : 20 + int(np.argmax(white[20:]))]  # right of the 0, left of the text
-    table = widgets._table("inferno")
+    table = browsers._table("inferno")
     assert len(colors) > 60 and (colors[0] == table[0]).all() and (colors[-1] == table[-1]).all()
 
 
 def test_scale_bar_is_as_long_as_it_says():
     blank = np.zeros((100, 80))
     pixel = (3.0, 2.0)
-    bare, drawn = (widgets.tile(blank, 1.0, "") for _ in range(2))
-    widgets.draw_scale_bar(bare, blank.shape, None)
-    assert (np.asarray(bare)[CAPTION:] == np.asarray(widgets.tile(blank, 1.0, ""))[CAPTION:]).all()
-    widgets.draw_scale_bar(drawn, blank.shape, pixel)
+    bare, drawn = (browsers.tile(blank, 1.0, "") for _ in range(2))
+    browsers.draw_scale_bar(bare, blank.shape, None)
+    assert (np.asarray(bare)[CAPTION:] == np.asarray(browsers.tile(blank, 1.0, ""))[CAPTION:]).all()
+    browsers.draw_scale_bar(drawn, blank.shape, pixel)
     changed = (np.asarray(drawn) != np.asarray(bare)).any(-1)
     line = changed[CAPTION + SIDE - 10]
     assert figures.scale_bar(blank.shape, pixel) == (50, 25.0)  # columns of 2 mm; 50 mm are less than a third of 80
@@ -146,7 +148,7 @@ def test_scale_bar_is_as_long_as_it_says():
 
 def test_overview_without_target(browser):
     one, parts = browser._parts(0, 0, 4, "random")
-    picture = widgets.overview_png(one._replace(target=None), parts._replace(target=None))
+    picture = browsers.overview_png(one._replace(target=None), parts._replace(target=None))
     assert pixels(picture).shape == pixels(browser.picture.value).shape
 
 
@@ -167,7 +169,7 @@ def reconstructions(volumes, tmp_path):
     [("volume", 2), ("slice", 2), ("acceleration", 8), ("method", "zero_filled"), ("zoom", 3.0)],
 )
 def test_reconstruction_browser_follows_its_controls(volumes, reconstructions, control, value):
-    browser = widgets.ReconstructionBrowser(reconstructions, volumes, [4, 8])
+    browser = browsers.ReconstructionBrowser(reconstructions, volumes, [4, 8])
     assert browser.method.value == "model"
     before = browser.picture.value
     getattr(browser, control).value = value
@@ -175,9 +177,9 @@ def test_reconstruction_browser_follows_its_controls(volumes, reconstructions, c
 
 
 def test_reconstruction_browser_shares_one_window(volumes, reconstructions):
-    browser = widgets.ReconstructionBrowser(reconstructions, volumes, [4])
+    browser = browsers.ReconstructionBrowser(reconstructions, volumes, [4])
     picture = pixels(browser.picture.value)[..., 0].astype(float)
-    step_down, step_right = SIDE + CAPTION + widgets.GAP, SIDE + widgets.GAP
+    step_down, step_right = SIDE + CAPTION + browsers.GAP, SIDE + browsers.GAP
     target = picture[CAPTION : CAPTION + SIDE, :SIDE]
     zero_filled = picture[CAPTION : CAPTION + SIDE, step_right:]
     model = picture[step_down + CAPTION : step_down + CAPTION + SIDE, :SIDE]
@@ -187,7 +189,7 @@ def test_reconstruction_browser_shares_one_window(volumes, reconstructions):
 
 
 def test_zoom_cuts_out_the_place(volumes, reconstructions):
-    browser = widgets.ReconstructionBrowser(reconstructions, volumes, [4])
+    browser = browsers.ReconstructionBrowser(reconstructions, volumes, [4])
     image = np.arange(48.0 * 40).reshape(48, 40)
     browser.zoom.value, browser.row.value, browser.column.value = 4, 1.0, 0.0
     assert np.array_equal(browser._zoomed(image), image[36:, :10])
@@ -197,4 +199,4 @@ def test_zoom_cuts_out_the_place(volumes, reconstructions):
 
 def test_reconstruction_browser_needs_reconstructions(volumes, tmp_path):
     with pytest.raises(ParameterError, match="run 04_evaluate first"):
-        widgets.ReconstructionBrowser(tmp_path / "nothing", volumes, [4])
+        browsers.ReconstructionBrowser(tmp_path / "nothing", volumes, [4])

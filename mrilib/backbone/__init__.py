@@ -1,0 +1,1 @@
+"""The Nirvana language model: architecture, kernels, cache, loading and tokenizer."""

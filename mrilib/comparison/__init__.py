@@ -1,0 +1,1 @@
+"""Other methods, distribution shifts and speed measurements."""

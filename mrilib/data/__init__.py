@@ -1,0 +1,1 @@
+"""fastMRI brain files: reading, checking, splitting, annotations, and batches of slices."""

@@ -1,0 +1,184 @@
+"""Which volumes are for training, validation and testing: a split by patient."""
+
+import logging
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mrilib.config import DataParameters, ParameterError, display_path, resolve
+from mrilib.data import annotations as annotations_module
+from mrilib.data.annotations import Annotations
+from mrilib.data.check import h5_files, usable_volumes
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.fastmri_file import (
+    DataError,
+    Volume,
+    read_volume,
+)
+
+logger = logging.getLogger("mrilib")
+
+
+def index_volumes(directory: str | Path) -> list[Volume]:
+    """All h5 files of a folder, sorted by name, by their structure alone; `check.usable_volumes` reads them too.
+
+    Raises
+    ------
+    DataError
+        If there is none, or any of them cannot be used; all problems are listed.
+    """
+    volumes, problems = [], []
+    for path in h5_files(directory):
+        try:
+            volumes.append(read_volume(path))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(f"{len(problems)} unusable files in {display_path(directory)}:\n" + "\n".join(problems))
+    return volumes
+
+
+class Split(dict[str, list[Volume]]):
+    """The volumes of "train", "val" and "test".
+
+    Attributes
+    ----------
+    skipped : list of dict
+        ``file``, ``folder`` and ``problems`` of the files that were left out (``on_bad_file: skip``).
+    """
+
+    skipped: list[dict[str, Any]]
+
+
+def split_volumes(config: DataParameters) -> Split:
+    """Training, validation and test volumes; no patient is in two of them.
+
+    Folders that are given are taken as they are; otherwise the patients of `data_dir` are shuffled with `split_seed`.
+    Every file has been read to its end once (see `mrilib.data.check`).
+
+    Raises
+    ------
+    DataError
+        If a file cannot be used and is not to be skipped, a patient stands in two of the given folders, or a part comes
+        out empty.
+    """
+    skipped: list[dict[str, Any]] = []
+
+    def usable(directory: str) -> list[Volume]:
+        found, left_out = usable_volumes(directory, config.on_bad_file, config.interactive)
+        skipped.extend(left_out)
+        return found
+
+    volumes = usable(config.data_dir)
+    parts = {
+        "val": usable(config.val_dir) if config.val_dir else [],
+        "test": usable(config.test_dir) if config.test_dir else [],
+    }
+    patients = sorted({volume.patient for volume in volumes})
+    order = np.random.default_rng(config.split_seed).permutation(len(patients))
+    shuffled = [patients[i] for i in order]
+    for name, fraction in (("test", config.test_fraction), ("val", config.val_fraction)):
+        if not parts[name] and fraction:
+            count = max(1, round(fraction * len(patients)))
+            chosen, shuffled = set(shuffled[:count]), shuffled[count:]
+            parts[name] = [volume for volume in volumes if volume.patient in chosen]
+    remaining = set(shuffled)
+    split = Split({"train": [volume for volume in volumes if volume.patient in remaining], **parts})
+    split.skipped = skipped
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        both = {v.patient for v in split[a]} & {v.patient for v in split[b]}
+        if both:
+            raise DataError(f"{len(both)} patients are in both {a} and {b}, for instance {sorted(both)[0]}")
+    for name, part in split.items():
+        if not part:
+            advice = (
+                "lower val_fraction or test_fraction, or give val_dir or test_dir"
+                if name == "train"
+                else f"give {name}_dir, or raise {name}_fraction"
+            )
+            raise DataError(f"no {name} volumes: data_dir has {len(patients)} patients; {advice}")
+    files = {volume.file for part in split.values() for volume in part}
+    warn_of_unknown_files(config, files | {Path(entry["file"]).stem for entry in skipped})
+    return split
+
+
+def warn_of_unknown_files(config: DataParameters, files: Collection[str]) -> None:
+    """Warn of reports and annotations of files that are not there, with the nearest name: they are not used.
+
+    Parameters
+    ----------
+    config : DataParameters
+    files : collection of str
+        Stems of the h5 files of all the data folders.
+    """
+    reports = annotations_module.read_reports(resolve(config.reports_path)) if config.reports_path else {}
+    annotations = load_annotations(config)
+    named = {
+        f"reports_path '{config.reports_path}'": {file for file, _ in reports},
+        f"annotations_dir '{config.annotations_dir or config.data_dir}'": annotations.files if annotations else set(),
+    }
+    for where, mentioned in named.items():
+        unknown = sorted(mentioned - set(files))
+        if unknown:
+            near = get_close_matches(unknown[0], files, n=1, cutoff=0.9)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            logger.warning(
+                "%s: %d of %d files are in no data folder and are not used, for instance '%s'%s",
+                *(where, len(unknown), len(mentioned), unknown[0], hint),
+            )
+
+
+def load_annotations(config: DataParameters) -> Annotations | None:
+    """fastMRI+ annotations: those of `annotations_dir`, else the data folder's own, else None (nothing is known)."""
+    folder = resolve(config.annotations_dir or config.data_dir)
+    tables = folder / "brain.csv", folder / "brain_file_list.csv"
+    if not config.annotations_dir and not any(table.exists() for table in tables):
+        return None
+    for table in tables:
+        if not table.exists():
+            raise ParameterError(f"annotations_dir: '{display_path(table)}' does not exist")
+    return annotations_module.read_annotations(*tables)
+
+
+def require_targets(volumes: Sequence[Volume], what: str = "training the image decoder") -> None:
+    """Refuse volumes that `what` needs the images of; DataError naming them."""
+    without = [volume.path.name for volume in volumes if not volume.has_target]
+    if without:
+        raise DataError(
+            f"{len(without)} files have no reconstruction_rss, which {what} needs: "
+            f"{', '.join(without[:5])}{', …' if len(without) > 5 else ''}; give test files as test_dir"
+        )
+
+
+def require_boxes(dataset: "FastMRIDataset", labels: Sequence[str]) -> None:
+    """Refuse findings to be mapped that no slice of the training volumes has a box of.
+
+    Raises
+    ------
+    ParameterError
+        Naming the label, the nearest of those that are there, and all of them.
+    """
+    there = _labels_with_boxes(dataset)
+    for label in labels:
+        if label not in there:
+            near = get_close_matches(label, there, n=1)
+            raise ParameterError(
+                f"finding_labels: no training slice has a box of '{label}'"
+                + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(sorted(there)) or 'none'}")
+                + ("" if there else ". Boxes come with annotations_dir")
+            )
+
+
+def _labels_with_boxes(dataset: "FastMRIDataset") -> set[str]:
+    annotations = dataset.annotations
+    if annotations is None:
+        return set()
+    return {
+        box.label
+        for volume in dataset.volumes
+        for number in range(volume.slices if annotations.reviewed(volume.file) else 0)
+        for box in annotations.boxes(volume.file, number, volume.recon[0])
+    }

@@ -1,0 +1,1 @@
+"""Figures, tables and JupyterLab browsers. The only package that imports matplotlib or ipywidgets."""

@@ -1,0 +1,140 @@
+"""The look that all figures share: colours, sizes, names of the methods, and a Figure that notebooks can show."""
+
+import functools
+import io
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import matplotlib.colors
+import numpy as np
+from cycler import cycler
+from matplotlib.axis import Tick
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from numpy.typing import NDArray
+from PIL import Image
+
+from mrilib.config import printable
+
+# Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+
+
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
+
+
+COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
+
+
+METHOD_COLORS = {
+    "model": BLUE,
+    "trained_without_tokens": GREEN,
+    "no_tokens": SKY,
+    "other_patient_tokens": PURPLE,
+    "varnet": VERMILLION,
+    "varnet_measured_lines": ORANGE,
+    "unet": SKY,
+    "bart": GREEN,
+    "nearest_training_slice": ORANGE,
+    "zero_filled": GREY,
+    "zero_filled_compressed": BLACK,
+}
+
+
+ERROR_MAP = "inferno"
+
+
+WIDTH = 9.5  # of a figure [inches], a notebook's column
+
+
+STYLE: Any = {
+    "figure.facecolor": "white",  # readable in dark themes too
+    "figure.dpi": 100,
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.labelsize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=COLORS),
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.5,
+}
+
+
+P = ParamSpec("P")
+
+
+@functools.cache
+def _palette() -> NDArray[np.uint8]:
+    """256 colours that figures are made of: greys, the error map, and tints of Okabe and Ito's colours."""
+    greys = np.repeat(np.linspace(0, 255, 138)[:, None], 3, axis=1)
+    errors = 255 * matplotlib.colormaps[ERROR_MAP](np.linspace(0, 1, 64))[:, :3]
+    pure = 255 * np.array([matplotlib.colors.to_rgb(color) for color in COLORS[:6]])
+    shares = np.linspace(1, 0.12, 9)[:, None, None]
+    tints = (shares * pure + (1 - shares) * 255).reshape(-1, 3)
+    return np.concatenate([greys, errors, tints]).round().astype(np.uint8)
+
+
+def to_palette(pixels: NDArray[np.uint8]) -> Image.Image:
+    """An RGB image (h, w, 3) in the nearest colours of the figures' palette, a third as large as PNG."""
+    red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
+    colors, places = np.unique((red << 16) | (green << 8) | blue, return_inverse=True)
+    wanted = np.stack([colors >> 16, (colors >> 8) & 255, colors & 255], axis=1).astype(np.float32)
+    palette = _palette().astype(np.float32)
+    # |a − b|² up to |a|², which does not change the nearest
+    nearest = np.argmin((palette**2).sum(1) - 2 * wanted @ palette.T, axis=1).astype(np.uint8)
+    image = Image.fromarray(nearest[places].reshape(pixels.shape[:2]))  # "L", which a palette makes "P"
+    image.putpalette(_palette().tobytes())
+    return image
+
+
+def png_bytes(figure: Figure, dpi: int = 100) -> bytes:
+    """A figure as PNG of the palette's colours, so that records stay small."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    small = io.BytesIO()
+    to_palette(np.asarray(Image.open(buffer).convert("RGB"))).save(small, "png", optimize=True)
+    return small.getvalue()
+
+
+class RecordFigure(Figure):
+    """A Figure that a notebook shows as a small PNG, whether or not pyplot was imported."""
+
+    def __init__(self, width: float, height: float) -> None:
+        super().__init__(figsize=(width, height), dpi=100, layout="constrained")
+        FigureCanvasAgg(self)
+
+    def png(self, dpi: int = 100) -> bytes:
+        """The figure as a small PNG at this resolution [dots per inch]."""
+        return png_bytes(self, dpi)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
+        return png_bytes(self), {"alt": self.told()}
+
+    def told(self) -> str:
+        """What is shown, for those who cannot see it: the titles, each once."""
+        titles = [self.get_suptitle(), *(axis.get_title() or axis.get_title("left") for axis in self.axes)]
+        return "; ".join(dict.fromkeys(title.replace("\n", ", ") for title in titles if title))
+
+
+def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw with `STYLE`, and every text as it is: names of files and runs may hold a formula's `$`."""
+
+    @functools.wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            figure = function(*args, **kwargs)
+        ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}  # 10⁻³ is a formula
+        for text in figure.findobj(Text):
+            if text not in ticks:
+                text.set_parse_math(False)
+                text.set_text(printable(text.get_text(), keep="\n"))
+        return figure
+
+    return inner

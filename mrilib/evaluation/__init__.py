@@ -1,0 +1,1 @@
+"""Trained models applied to test data: reconstructions, texts, scores and controls."""

@@ -1,0 +1,1 @@
+"""Scores of images, lesions and texts."""

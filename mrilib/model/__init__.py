@@ -1,0 +1,1 @@
+"""Networks: k-space encoder, image decoder, baselines, and the two-stage model."""

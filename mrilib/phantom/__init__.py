@@ -1,0 +1,1 @@
+"""Simulated multi-coil brain scans, written in fastMRI's format."""

@@ -1,0 +1,1 @@
+"""Fourier transforms, sampling masks, coils and SENSE. Complex tensors have axes (..., coil, readout, phase)."""

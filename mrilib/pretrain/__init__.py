@@ -1,0 +1,1 @@
+"""Pretraining of the small Nirvana model in models/tiny_backbone."""

@@ -1,0 +1,1 @@
+"""Both stages, their losses, and the loop that trains them."""

@@ -1,0 +1,306 @@
+"""Loaders, stages and trained models from parameters: the one place that builds them.
+
+The notebooks 02 to 04, `python -m mrilib train`, its dry run, `cost` and `reconstruct` all build here, so that the same
+parameters mean the same batches and the same model everywhere.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mrilib.config import (
+    DataParameters,
+    EvaluateParameters,
+    ParameterError,
+    Parameters,
+    Stage1Parameters,
+    Stage2Parameters,
+    display_path,
+    resolve,
+)
+from mrilib.data.dataset import Batch, FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import (
+    Split,
+    load_annotations,
+    require_boxes,
+    require_targets,
+    split_volumes,
+)
+from mrilib.model.decoders import build_decoder, find_decoder
+from mrilib.model.encoder import KSpaceEncoder
+from mrilib.model.two_stage import (
+    TwoStageModel,
+    build_backbone,
+    build_control,
+    build_encoder,
+    hidden_size,
+    tensor_hash,
+)
+from mrilib.training import device as device_module
+from mrilib.training import stages
+from mrilib.training.checkpoint import CheckpointError, load_checkpoint, load_weights
+from mrilib.training.token_cache import TokenCache
+
+StageParameters = Stage1Parameters | Stage2Parameters
+
+
+class Loaders(NamedTuple):
+    """The data of a stage."""
+
+    split: Split
+    train: DataLoader[Batch]
+    val: DataLoader[Batch]
+    cache: TokenCache | None = None  # that they read from
+
+    @property
+    def train_data(self) -> FastMRIDataset:
+        """The training slices."""
+        assert isinstance(self.train.dataset, FastMRIDataset)
+        return self.train.dataset
+
+    @property
+    def val_data(self) -> FastMRIDataset:
+        """The validation slices."""
+        assert isinstance(self.val.dataset, FastMRIDataset)
+        return self.val.dataset
+
+
+def prepare(config: StageParameters) -> torch.device:
+    """Check what can be checked before data are read, seed every generator and choose the device.
+
+    Raises
+    ------
+    ParameterError
+        An unknown decoder; no stage-1 checkpoint for a decoder that uses image tokens.
+    """
+    if isinstance(config, Stage2Parameters) and find_decoder(config.decoder).uses_tokens:
+        config.require_path("stage1_checkpoint")
+    return device_module.prepare(config)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def make_loaders(config: StageParameters) -> Loaders:
+    """Split, training loader and validation loader of a stage."""
+    split = split_volumes(config)
+    annotations = load_annotations(config)
+    stage1 = config if isinstance(config, Stage1Parameters) else None
+    if stage1 is None:
+        require_targets(split["train"] + split["val"])
+    train_data = FastMRIDataset(
+        split["train"],
+        config,
+        annotations,
+        training=True,
+        masks_per_slice=0 if isinstance(config, Stage1Parameters) else config.masks_per_slice,
+        max_slices=config.max_train_slices,
+        mirror_share=stage1.mirror_share if stage1 else 0.0,
+    )
+    if stage1:
+        require_boxes(train_data, stage1.finding_labels)
+    val_data = FastMRIDataset(split["val"], config, annotations, max_slices=config.max_val_slices)
+    return Loaders(split, *_loaders(config, train_data, val_data))
+
+
+def _loaders(
+    config: StageParameters, train_data: FastMRIDataset, val_data: FastMRIDataset
+) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    share = config.finding_share if isinstance(config, Stage1Parameters) else 0.0
+    train = make_loader(train_data, config.batch_size, config.seed, shuffle=True, finding_share=share)
+    return train, make_loader(val_data, config.batch_size)
+
+
+def stage_loaders(config: StageParameters, stage: stages.Stage, loaders: Loaders) -> Loaders:
+    """The loaders that a stage is trained with: the same batches, from where this stage gets them.
+
+    Stage 1's control reads no k-space. With `token_cache_dir` stage 2 reads image tokens and decoder inputs from there,
+    after what is missing has been computed.
+    """
+    train_data, val_data, cache = loaders.train_data, loaders.val_data, None
+    if stage.name == "control":
+        train_data, val_data = train_data.without_kspace(), val_data.without_kspace()
+    elif isinstance(config, Stage2Parameters) and config.token_cache_dir and stage.model.uses_tokens:
+        assert isinstance(stage, stages.ReconstructionStage)
+        cache = TokenCache(stage.model, config)
+        train_data, val_data = cache.hold(train_data, val_data)
+        stage.image_tokens = cache.image_tokens
+    else:
+        return loaders
+    return Loaders(loaders.split, *_loaders(config, train_data, val_data), cache)
+
+
+# -------------------------------------------------------------------------------------------------- stages
+
+
+def build_stage(
+    config: StageParameters, device: torch.device | str, encoder: KSpaceEncoder | None = None
+) -> stages.Stage:
+    """The untrained stage of some parameters.
+
+    Parameters
+    ----------
+    config : Stage1Parameters or Stage2Parameters
+    device : torch.device or str
+    encoder : KSpaceEncoder, optional
+        Stage 2's k-space encoder, for measurements, instead of the one in `stage1_checkpoint`.
+    """
+    if isinstance(config, Stage1Parameters):
+        backbone, tokenizer = build_backbone(config, device)
+        system = TwoStageModel(build_encoder(config, backbone, tokenizer).to(device), backbone, tokenizer)
+        return stages.AnalysisStage(system, "stage1", config.label_smoothing, stages.MAP_WEIGHT)
+    if not find_decoder(config.decoder).uses_tokens:
+        return stages.ReconstructionStage(TwoStageModel(decoder=build_decoder(config, 0).to(device)))
+    backbone, tokenizer = build_backbone(config, device)
+    if encoder is None:
+        system, stage1_config = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
+        check_same_input(config, stage1_config)
+    else:
+        system = TwoStageModel(encoder, backbone, tokenizer)
+    system.decoder = build_decoder(config, hidden_size(backbone)).to(device)
+    return stages.ReconstructionStage(system)
+
+
+def build_control_stage(config: StageParameters, stage: stages.Stage) -> stages.Stage:
+    """The untrained control of a stage, with every generator seeded again: the same order of slices and masks."""
+    device_module.prepare(config)
+    model = stage.model
+    if isinstance(config, Stage1Parameters):
+        control = build_control(config, model.backbone).to(model.device)
+        system = TwoStageModel(control, model.backbone, model.tokenizer)
+        return stages.AnalysisStage(system, "control", config.label_smoothing)
+    decoder = build_decoder(without_tokens(config), 0).to(model.device)
+    return stages.ReconstructionStage(TwoStageModel(decoder=decoder), "plain")
+
+
+def without_tokens(config: Stage2Parameters) -> Stage2Parameters:
+    """The parameters of stage 2's control."""
+    return config.model_copy(update={"decoder": "no_token_decoder"})
+
+
+# ------------------------------------------------------------------------------------------ trained models
+
+
+def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
+    """Parameters as a checkpoint holds them; the data may lie elsewhere today, the device be absent."""
+    unknown = set(content["config"]) - set(cls.model_fields)
+    if unknown:
+        raise CheckpointError(f"{display_path(path)}: its parameters are another version's: {', '.join(unknown)}")
+    elsewhere = {"device": "auto"} if "device" in content["config"] else {}
+    try:
+        cls.create({**content["config"], **elsewhere}, written_later=cls.existing_paths)
+    except ParameterError as error:
+        raise CheckpointError(f"checkpoint '{display_path(path)}': its config: {error}") from None
+    return cls.model_construct(**content["config"])
+
+
+def _check_backbone(content: dict[str, Any], backbone: PreTrainedModel, path: Path) -> None:
+    if content["backbone"] != tensor_hash(backbone):
+        raise CheckpointError(
+            f"{display_path(path)} was trained with another backbone; give its backbone_path and backbone_dtype"
+        )
+
+
+def load_stage1(
+    path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TwoStageModel, Stage1Parameters]:
+    """A model with the k-space encoder of a stage-1 checkpoint, everything frozen.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, damaged, of another stage or architecture, or trained with another backbone.
+    """
+    content = load_checkpoint(path, "stage1")
+    config = _restore(Stage1Parameters, content, path)
+    _check_backbone(content, backbone, path)
+    encoder = build_encoder(config.model_copy(update={"varnet_weights": ""}), backbone)
+    load_weights(encoder, content["weights"], display_path(path))
+    return TwoStageModel(encoder.to(backbone.device), backbone, tokenizer), config
+
+
+def load_control(path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TwoStageModel:
+    """The control of stage 1 that sees no k-space."""
+    content = load_checkpoint(path, "control")
+    _check_backbone(content, backbone, path)
+    control = build_control(_restore(Stage1Parameters, content, path), backbone)
+    load_weights(control, content["weights"], display_path(path))
+    return TwoStageModel(control.to(backbone.device), backbone, tokenizer)
+
+
+def load_stage2(path: Path, model: TwoStageModel, control: bool = False) -> Stage2Parameters:
+    """Put the image decoder of a stage-2 checkpoint into a model.
+
+    Parameters
+    ----------
+    path : Path
+    model : TwoStageModel
+        Receives the decoder. Encoder and backbone are needed only by a decoder that uses image tokens.
+    control : bool
+        The checkpoint is of stage 2's control, the decoder without tokens.
+
+    Raises
+    ------
+    CheckpointError
+        As `load_stage1`, or trained on another encoder's tokens.
+    """
+    content = load_checkpoint(path, "plain" if control else "stage2")
+    config = _restore(Stage2Parameters, content, path)
+    if control:
+        config = without_tokens(config)
+    token_dim = 0
+    if find_decoder(config.decoder).uses_tokens:
+        if model.backbone is None:
+            raise CheckpointError(f"{display_path(path)}: decoder {config.decoder} uses tokens; give stage1_checkpoint")
+        _check_backbone(content, model.backbone, path)
+        if content["encoder"] != tensor_hash(model.encoder):
+            raise CheckpointError(f"{display_path(path)} was trained on the tokens of another stage-1 checkpoint")
+        token_dim = hidden_size(model.backbone)
+    decoder = build_decoder(config, token_dim)
+    load_weights(decoder, content["weights"], display_path(path))
+    model.decoder = decoder if model.backbone is None else decoder.to(model.device)
+    model.freeze(None)
+    return config
+
+
+def load_trained(
+    config: EvaluateParameters, device: torch.device | str
+) -> tuple[TwoStageModel, Stage1Parameters | None, Stage2Parameters]:
+    """The model that an evaluation's checkpoints make, and the parameters that its stages were trained with.
+
+    Without `stage1_checkpoint` the model is a decoder that uses no image tokens, and has no texts.
+    """
+    if not config.stage1_checkpoint:
+        path = resolve(config.stage2_checkpoint)
+        model = TwoStageModel()
+        stage2_config = load_stage2(path, model)
+        model.to(device)
+        return model, None, stage2_config
+    backbone, tokenizer = build_backbone(config, device)
+    model, stage1_config = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
+    return model, stage1_config, load_stage2(resolve(config.stage2_checkpoint), model)
+
+
+def check_same_input(config: DataParameters, stage1: Stage1Parameters) -> None:
+    """Refuse data parameters by which the encoder would see other images, or be tested on patients it was trained on.
+
+    The split by patient is drawn anew in each notebook, so whatever it is drawn from must be the same. Where the data
+    folder is another, or the test files have one of their own, they are not drawn from the encoder's patients.
+    """
+    for name in ("img_size", "num_coils", "crop"):
+        given, trained = getattr(config, name), getattr(stage1, name)
+        if given != trained:
+            raise ParameterError(f"{name}: {given} is given, but the k-space encoder was trained with {trained}")
+    if config.test_dir or resolve(config.data_dir) != resolve(stage1.data_dir):
+        return
+    for name in ("split_seed", "val_fraction", "test_fraction", "val_dir", "test_dir"):
+        given, trained = getattr(config, name), getattr(stage1, name)
+        if given != trained:
+            raise ParameterError(
+                f"{name}: {given!r} is given, but the k-space encoder was trained with {trained!r}; with another split "
+                "it would be tested on patients that it has learned from"
+            )
