@@ -418,8 +418,7 @@ class TrainingParameters(BackboneParameters):
     max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
     warmup_ratio: float = P(0.1, "share of the steps with rising learning rate", ge=0, le=1)
     lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
-    adam_beta1: float = P(0.9, "AdamW's decay of the mean gradient", ge=0, lt=1)
-    adam_beta2: float = P(0.99, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
+    adam_betas: list[float] = P([0.9, 0.99], "AdamW's decay of the mean gradient and of its square")
     gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1, le=4096)
     mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
     activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
@@ -439,6 +438,13 @@ class TrainingParameters(BackboneParameters):
     num_processes: int = P(
         1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1, le=1024
     )
+
+    @field_validator("adam_betas")
+    @classmethod
+    def _two_decays(cls, value: list[float]) -> list[float]:
+        if len(value) != 2 or not all(0 <= beta < 1 for beta in value):
+            raise ValueError("two numbers from 0 to below 1 are wanted")
+        return value
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -496,8 +502,6 @@ class Stage1Parameters(TrainingParameters):
     varnet_num_cascades: int = P(1, "VarNet cascades", ge=1, le=64)
     varnet_chans: int = P(8, "channels of the cascades' U-Nets", ge=1, le=512)
     varnet_pools: int = P(3, "down-sampling levels of the cascades' U-Nets", ge=1, le=8)
-    varnet_sens_chans: int = P(4, "channels of the sensitivity U-Net", ge=1, le=512)
-    varnet_sens_pools: int = P(1, "down-sampling levels of the sensitivity U-Net", ge=1, le=8)
     varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
     varnet_map_network: bool = P(False, "VarNet's network for the sensitivity maps; false: the centre lines' images")
     label_smoothing: float = P(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
@@ -513,7 +517,6 @@ class Stage1Parameters(TrainingParameters):
     finding_labels: list[str] = P(
         [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
     )
-    finding_chans: int = P(8, "channels of the U-Net that maps findings", ge=1, le=512)
     train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
 
     @model_validator(mode="after")
@@ -527,7 +530,6 @@ class Stage1Parameters(TrainingParameters):
         _check_size("vit_embed_dim, vit_num_layers", 12 * self.vit_num_layers * self.vit_embed_dim**2)
         cascades = self.varnet_num_cascades * _unet_size(self.varnet_chans, self.varnet_pools)
         _check_size("varnet_num_cascades, varnet_chans, varnet_pools", cascades)
-        _check_size("varnet_sens_chans, varnet_sens_pools", _unet_size(self.varnet_sens_chans, self.varnet_sens_pools))
         return self
 
     @model_validator(mode="after")
@@ -556,7 +558,7 @@ class Stage2Parameters(TrainingParameters):
     )
     learning_rate: float = P(5e-3, "peak learning rate", gt=0, le=10)
     warmup_ratio: float = P(0.3, "share of the steps with rising learning rate", ge=0, le=1)
-    adam_beta2: float = P(0.999, "AdamW's decay of the mean squared gradient", ge=0, lt=1)
+    adam_betas: list[float] = P([0.9, 0.999], "AdamW's decay of the mean gradient and of its square")
     stage1_checkpoint: str = P(
         "outputs/demo/stage1_checkpoints/stage1_best_model.pt",
         "trained k-space encoder; unused by a decoder without tokens",

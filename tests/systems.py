@@ -45,7 +45,7 @@ def values(data: Path, backbone: Path, **others: Any) -> dict[str, Any]:
         "batch_size": 3,
         "interactive": False,
         "optimizer": "adamw",
-        "adam_beta2": 0.999,
+        "adam_betas": [0.9, 0.999],
         "learning_rate": 3e-4,
         "warmup_ratio": 0.1,
         **others,
@@ -59,8 +59,6 @@ ENCODER = {
     "varnet_num_cascades": 1,
     "varnet_chans": 2,
     "varnet_pools": 2,
-    "varnet_sens_chans": 2,
-    "varnet_sens_pools": 2,
 }
 DECODER = {"decoder_type": "lightweight", "decoder_hidden_dim": 16}
 

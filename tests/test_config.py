@@ -87,7 +87,7 @@ def test_every_number_has_bounds(cls: type[Parameters], data: dict[str, Any]) ->
 
 def test_a_network_of_absurd_size_is_refused_before_it_is_built(data: dict[str, Any]) -> None:
     for cls, values, told in (
-        (config.Stage1Parameters, {"varnet_sens_chans": 512, "varnet_sens_pools": 8}, "varnet_sens_chans"),
+        (config.Stage1Parameters, {"varnet_chans": 512, "varnet_pools": 8}, "varnet_chans"),
         (config.Stage2Parameters, {"baseline_chans": 512, "baseline_pools": 8}, "baseline_chans"),
         (config.PretrainParameters, {"hidden_size": 16384, "num_hidden_layers": 100}, "num_hidden_layers"),
         (config.BenchmarkParameters, {"hidden_size": 4096, "vocab_size": 10**6}, "vocab_size"),

@@ -30,9 +30,7 @@ LABELS = ("Edema", "Encephalomalacia", "Lacunar infarct", "Mass", "Nonspecific w
 @pytest.fixture(scope="module")
 def config(phantom_dir, tmp_path_factory):
     backbone = systems.write_backbone(tmp_path_factory.mktemp("backbone"))
-    return systems.stage1_config(
-        phantom_dir, backbone, finding_labels=list(LABELS), finding_chans=2, learning_rate=3e-3
-    )
+    return systems.stage1_config(phantom_dir, backbone, finding_labels=list(LABELS), learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")

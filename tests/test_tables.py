@@ -19,7 +19,7 @@ from mrilib.display.tables import model_card, parameter_table
 def test_each_part_of_the_encoder_has_its_own_row(phantom_dir, tmp_path):
     backbone = systems.write_backbone(tmp_path)
     config = systems.stage1_config(phantom_dir, backbone)
-    added = {"finding_labels": ["Mass"], "finding_chans": 2}
+    added = {"finding_labels": ["Mass"]}
     plain, system = (systems.build(config.model_copy(update=update)) for update in ({}, added))
     table, short = (parameter_table(one)["parameters"].str.replace(",", "").astype(int) for one in (system, plain))
     parts = table[[name for name in table.index if name.startswith("encoder: ")]]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mrilib.config import ParameterError, Stage1Parameters, Stage2Parameters, display_path, resolve
+from mrilib.config import ParameterError, Stage1Parameters, Stage2Parameters, display_path, read_yaml, resolve
 from mrilib.files import read_json, write_json
 from mrilib.phantom.dataset import make_dataset
 from mrilib.training.dry_run import Report, report_apart
@@ -46,7 +46,7 @@ def measure(params: str | Path = "params/full", directory: str | Path = "outputs
         raise ParameterError(f"{display_path(parent)}: the full-size step needs {DISK_BYTES / 1e9:.0f} GB on the disk")
     with tempfile.TemporaryDirectory(prefix="full-size-", dir=parent) as name:
         folder = Path(name)
-        settings = resolve(Stage1Parameters.model_fields["config_path"].default)
+        settings = resolve(read_yaml(resolve(params) / "stage1.yaml")["config_path"])
         write_random_backbone(settings, folder / "backbone.safetensors")
         given = {
             "data_dir": str(make_data(folder / "data")),

@@ -84,7 +84,7 @@ class KSpaceEncoder(nn.Module):
         sens_pools: int = 4,
         map_network: bool = True,
         finding_labels: Sequence[str] = (),
-        finding_chans: int = 8,
+        finding_chans: int = 32,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()

@@ -377,11 +377,8 @@ def build_encoder(
         num_cascades=config.varnet_num_cascades,
         chans=config.varnet_chans,
         pools=config.varnet_pools,
-        sens_chans=config.varnet_sens_chans,
-        sens_pools=config.varnet_sens_pools,
         map_network=config.varnet_map_network,
         finding_labels=config.finding_labels,
-        finding_chans=config.finding_chans,
         activation_checkpointing=config.activation_checkpointing,
     )
     encoder.match_embeddings(embedding_rms(backbone))

@@ -23,7 +23,7 @@ STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # the quintic's coefficients
 
 def build_optimizer(parameters: Sequence[nn.Parameter], config: TrainingParameters) -> torch.optim.Optimizer:
     """The optimizer that `config` asks for; vectors (norms, biases, tokens) are never decayed."""
-    betas = (config.adam_beta1, config.adam_beta2)
+    betas = (config.adam_betas[0], config.adam_betas[1])
     if config.optimizer == "muon":
         return Muon(parameters, config.learning_rate, betas, config.weight_decay)
     groups = [
