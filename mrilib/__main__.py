@@ -29,7 +29,7 @@ from mrilib.config import (
     read_yaml,
     resolve,
 )
-from mrilib.errors import LONGEST_LINE, is_foreseen, log_traceback, one_line, shortened
+from mrilib.errors import MAX_LINE_LENGTH, is_foreseen, log_traceback, one_line, shortened
 
 STOPPED = 130  # exit status of what a signal has stopped, as shells have it for Ctrl-C
 PIPELINE = ("explore", "stage1", "stage2", "evaluate", "compare")
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage and the error, and exit with status 2."""
-        super().error(shortened(message, LONGEST_LINE))
+        super().error(shortened(message, MAX_LINE_LENGTH))
 
 
 def folder(text: str) -> Path:
@@ -194,7 +194,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
     from mrilib.config import ExploreParameters
     from mrilib.model.decoders import uses_tokens
     from mrilib.phantom import dataset
-    from mrilib.processes import hold, stop_on_signals
+    from mrilib.processes import lock_run, stop_on_signals
     from mrilib.runs.record import REFUSALS, Run
 
     folder: Path = options.params
@@ -220,7 +220,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
         print(f"'{display_path(directory)}' is not there yet: the run starts from its beginning", flush=True)
     given = parse_overrides(options.parameter, names)
     if resumed:
-        hold(directory)
+        lock_run(directory)
         folder = directory / "params"
         names = tuple(Run(directory, []).record["planned"])
         stored = folder / "overrides.yaml"
@@ -250,7 +250,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
         config = check_before_start(name, values[name], directory, made)
         if resumed:
             check_resumed(name, config, given.get(name, {}), directory)
-    check_controls(values, directory)
+    check_baselines(values, directory)
     if phantom_of is not None:
         dataset.make_if_absent(phantom_of)
 
@@ -303,7 +303,7 @@ def write_text(path: Path, text: str) -> None:
 
 def claim_folder(directory: Path, overwrite: bool) -> None:
     """Hold a new run's folder; a run that is there already is deleted if that is asked for, and refused otherwise."""
-    from mrilib.processes import hold
+    from mrilib.processes import lock_run
 
     name = display_path(directory)
     begun = (directory / "run.json").exists()
@@ -314,7 +314,7 @@ def claim_folder(directory: Path, overwrite: bool) -> None:
     # A start that was killed before its record was written leaves no more than these.
     if not begun and directory.exists() and {path.name for path in directory.iterdir()} - {".lock", "params"}:
         raise ParameterError(f"'{name}' exists and is no run folder (it has no run.json); choose another --name")
-    hold(directory)
+    lock_run(directory)
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -389,9 +389,9 @@ def notebook_values(
         "stage2": {"stage1_checkpoint": "stage1_checkpoints/stage1_best_model.pt"},
         "evaluate": {
             "stage1_checkpoint": "stage1_checkpoints/stage1_best_model.pt",
-            "control_checkpoint": "stage1_checkpoints/control_best_model.pt",
+            "constant_prefix_checkpoint": "stage1_checkpoints/constant_prefix_best_model.pt",
             "stage2_checkpoint": "stage2_checkpoints/stage2_best_model.pt",
-            "plain_checkpoint": "stage2_checkpoints/plain_best_model.pt",
+            "no_token_decoder_checkpoint": "stage2_checkpoints/no_token_decoder_best_model.pt",
         },
     }
     for key, relative in own.get(name, {}).items():
@@ -401,7 +401,7 @@ def notebook_values(
     if stage2.is_file() and not uses_tokens({**read_yaml(stage2), **overrides.get("stage2", {})}):
         without: dict[str, dict[str, Any]] = {
             "stage2": {"stage1_checkpoint": "", "train_control": False},
-            "evaluate": {"stage1_checkpoint": "", "control_checkpoint": "", "plain_checkpoint": ""},
+            "evaluate": {"stage1_checkpoint": "", "constant_prefix_checkpoint": "", "no_token_decoder_checkpoint": ""},
         }
         values |= without.get(name, {})
     if name == "compare":
@@ -449,9 +449,9 @@ def check_resumed(name: str, config: Parameters, given: dict[str, Any], director
         check_folder(directory, config)
 
 
-def check_controls(values: dict[str, dict[str, Any]], directory: Path) -> None:
+def check_baselines(values: dict[str, dict[str, Any]], directory: Path) -> None:
     """Refuse a run whose evaluation wants a control that neither lies in its folder nor will be trained."""
-    for stage, key in (("stage1", "control_checkpoint"), ("stage2", "plain_checkpoint")):
+    for stage, key in (("stage1", "constant_prefix_checkpoint"), ("stage2", "no_token_decoder_checkpoint")):
         wanted = values.get("evaluate", {}).get(key)
         if stage not in values or not wanted or resolve(wanted).exists():
             continue
@@ -535,14 +535,14 @@ class Notebook:
 
     def execute(self) -> int:
         """Run it, its log on the console; the exit status."""
-        from mrilib.processes import end_process, ends_with_this_process
+        from mrilib.processes import child_process_options, end_process
 
         stem, directory = NOTEBOOKS[self.name][0], self.directory
         command = [sys.executable, "-m", "papermill", f"notebooks/{stem}.ipynb"]
         command += [display_path(directory / f"{stem}.ipynb"), "--no-progress-bar", "-y", yaml.safe_dump(self.values)]
         # papermill is quiet; what fails is in the record, and its last line is told here.
         before = set((directory / "logs").glob("*.log"))
-        options = ends_with_this_process()
+        options = child_process_options()
         self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
         if self.ending:  # the signal came while it was being started
             self.process.terminate()

@@ -25,10 +25,10 @@ MASK_TYPES = ("random", "equispaced", "equispaced_fraction", "magic", "magic_fra
 PARAMETERS_HEADER = "# Parameters of this notebook"
 
 
-MOST_PARAMETERS = 2 * 10**9  # of a network that is made here; the full-size encoder has 10**8
-MOST_TOLD = 5  # unknown names in one message
-MOST_ITEMS = 1000  # of a list
-LONGEST_TEXT = 4096  # characters; no path is longer
+MAX_NETWORK_PARAMETERS = 2 * 10**9  # of a network that is made here; the full-size encoder has 10**8
+MAX_NAMES_SHOWN = 5  # unknown names in one message
+MAX_LIST_LENGTH = 1000  # of a list
+MAX_TEXT_LENGTH = 4096  # characters; no path is longer
 # line ends, terminal escapes, marks of the direction of writing, half surrogate pairs
 CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
@@ -101,11 +101,11 @@ class Parameters(BaseModel):
             raise ValueError("numbers are wanted, not true or false")
         if value is None:
             raise ValueError("no value is given; an empty text is written ''")
-        if isinstance(value, list) and len(value) > MOST_ITEMS:
-            raise ValueError(f"a list of {len(value)} items; at most {MOST_ITEMS} are allowed")
+        if isinstance(value, list) and len(value) > MAX_LIST_LENGTH:
+            raise ValueError(f"a list of {len(value)} items; at most {MAX_LIST_LENGTH} are allowed")
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and len(text) > LONGEST_TEXT:
-                raise ValueError(f"a text of {len(text)} characters; at most {LONGEST_TEXT} are allowed")
+            if isinstance(text, str) and len(text) > MAX_TEXT_LENGTH:
+                raise ValueError(f"a text of {len(text)} characters; at most {MAX_TEXT_LENGTH} are allowed")
             if isinstance(text, str) and CONTROL.search(text):
                 raise ValueError("a control character is in the text; remove it")
         return value
@@ -123,9 +123,9 @@ class Parameters(BaseModel):
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
             sentence = _other_notebook(cls, values, unknown) or "; ".join(
-                _unknown_sentence(cls, name) for name in unknown[:MOST_TOLD]
+                _unknown_sentence(cls, name) for name in unknown[:MAX_NAMES_SHOWN]
             )
-            if len(unknown) > MOST_TOLD:
+            if len(unknown) > MAX_NAMES_SHOWN:
                 sentence = f"{len(unknown)} names are not known. {sentence}"
             raise ParameterError(sentence, unknown)
         try:
@@ -306,7 +306,7 @@ def _hint(name: str) -> str:
     }.get(name, "")
 
 
-def P(default: Any, description: str, **limits: Any) -> Any:
+def parameter(default: Any, description: str, **limits: Any) -> Any:
     """A parameter: its default, what it is with its unit, and pydantic's limits."""
     return Field(default, description=description, validate_default=True, **limits)
 
@@ -314,9 +314,11 @@ def P(default: Any, description: str, **limits: Any) -> Any:
 class OutputParameters(Parameters):
     """Where results go and how the notebook shows itself."""
 
-    output_dir: str = P("", "run folder; empty: a new one under outputs/, named after the notebook and the time")
-    interactive: bool = P(True, "show widgets; false in headless records")
-    seed: int = P(0, "seed of every random number", ge=0, lt=2**32)
+    output_dir: str = parameter(
+        "", "run folder; empty: a new one under outputs/, named after the notebook and the time"
+    )
+    interactive: bool = parameter(True, "show widgets; false in headless records")
+    seed: int = parameter(0, "seed of every random number", ge=0, lt=2**32)
 
 
 class DataParameters(OutputParameters):
@@ -324,24 +326,36 @@ class DataParameters(OutputParameters):
 
     existing_paths: ClassVar[tuple[str, ...]] = ("data_dir", "val_dir", "test_dir", "annotations_dir", "reports_path")
 
-    data_dir: str = P("data/demo", "folder of fastMRI brain multicoil h5 files (the training files)", min_length=1)
-    val_dir: str = P("", "folder of validation files; empty: a part of data_dir, split by patient")
-    test_dir: str = P("", "folder of test files; empty: a part of data_dir, split by patient")
-    val_fraction: float = P(0.06, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1)
-    test_fraction: float = P(0.12, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
-    split_seed: int = P(0, "seed of the split by patient", ge=0, lt=2**32)
-    on_bad_file: Literal["refuse", "skip"] = P("refuse", "unusable data files; skip: left out and listed in run.json")
-    annotations_dir: str = P("", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there")
-    reports_path: str = P("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
-    num_coils: int = P(4, "coils after SVD compression; slices with fewer keep theirs", ge=1, le=1024)
-    img_size: int = P(128, "side of the ViT's input [pixels], a multiple of 16", ge=16, le=4096)
-    crop: Literal["readout", "image"] = P("readout", "readout: native phase encoding; image: both axes cropped first")
-    mask_type: str = P(
+    data_dir: str = parameter(
+        "data/demo", "folder of fastMRI brain multicoil h5 files (the training files)", min_length=1
+    )
+    val_dir: str = parameter("", "folder of validation files; empty: a part of data_dir, split by patient")
+    test_dir: str = parameter("", "folder of test files; empty: a part of data_dir, split by patient")
+    val_fraction: float = parameter(
+        0.06, "share of data_dir's patients for validation, if val_dir is empty", ge=0, lt=1
+    )
+    test_fraction: float = parameter(0.12, "share of data_dir's patients for testing, if test_dir is empty", ge=0, lt=1)
+    split_seed: int = parameter(0, "seed of the split by patient", ge=0, lt=2**32)
+    on_bad_file: Literal["refuse", "skip"] = parameter(
+        "refuse", "unusable data files; skip: left out and listed in run.json"
+    )
+    annotations_dir: str = parameter(
+        "", "folder of fastMRI+ brain.csv and brain_file_list.csv; empty: data_dir's own if there"
+    )
+    reports_path: str = parameter("", "JSON lines of your own reports (file, slice, prompt, response); empty: none")
+    num_coils: int = parameter(4, "coils after SVD compression; slices with fewer keep theirs", ge=1, le=1024)
+    img_size: int = parameter(128, "side of the ViT's input [pixels], a multiple of 16", ge=16, le=4096)
+    crop: Literal["readout", "image"] = parameter(
+        "readout", "readout: native phase encoding; image: both axes cropped first"
+    )
+    mask_type: str = parameter(
         "equispaced_fraction", "fastMRI's masks: random, equispaced, equispaced_fraction, magic or magic_fraction"
     )
-    accelerations: list[int] = P([4, 8], "accelerations", min_length=1)
-    center_fractions: list[float] = P([0.08, 0.0625], "share of lines sampled at the centre, one per acceleration")
-    num_workers: int = P(0, "processes that load data; 0: none", ge=0, le=256)
+    accelerations: list[int] = parameter([4, 8], "accelerations", min_length=1)
+    center_fractions: list[float] = parameter(
+        [0.08, 0.0625], "share of lines sampled at the centre, one per acceleration"
+    )
+    num_workers: int = parameter(0, "processes that load data; 0: none", ge=0, le=256)
 
     @model_validator(mode="after")
     def _masks_and_size(self) -> Self:
@@ -383,14 +397,18 @@ class BackboneParameters(DataParameters):
         "tokenizer_path",
     )
 
-    config_path: str = P("", "backbone configuration; unused if backbone_path is a folder")
-    backbone_path: str = P("models/tiny_backbone", "backbone weights, or a Hugging Face causal-LM folder", min_length=1)
-    tokenizer_path: str = P("", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's")
-    backbone_dtype: Literal["float32", "bfloat16"] = P(
+    config_path: str = parameter("", "backbone configuration; unused if backbone_path is a folder")
+    backbone_path: str = parameter(
+        "models/tiny_backbone", "backbone weights, or a Hugging Face causal-LM folder", min_length=1
+    )
+    tokenizer_path: str = parameter(
+        "", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's"
+    )
+    backbone_dtype: Literal["float32", "bfloat16"] = parameter(
         "float32", "type that the frozen backbone's weights are kept in; bfloat16 takes half the memory"
     )
-    device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
-    delta_rule: Literal["auto", "fused", "plain"] = P(
+    device: Literal["auto", "cuda", "cpu"] = parameter("auto", "cuda asked for and absent is an error")
+    delta_rule: Literal["auto", "fused", "plain"] = parameter(
         "auto", "auto: fused kernels on GPUs if installed; plain: without"
     )
 
@@ -403,39 +421,43 @@ class BackboneParameters(DataParameters):
 class TrainingParameters(BackboneParameters):
     """The training loop, the same for both stages."""
 
-    epochs: int = P(6, "passes over the training slices", ge=1, le=10**6)
-    max_steps: int = P(
+    epochs: int = parameter(6, "passes over the training slices", ge=1, le=10**6)
+    max_steps: int = parameter(
         0, "optimizer steps after which training ends, if the epochs have not ended; 0: no limit", ge=0, le=10**8
     )
-    batch_size: int = P(
+    batch_size: int = parameter(
         16, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1, le=4096
     )
-    learning_rate: float = P(2e-3, "peak learning rate", gt=0, le=10)
-    optimizer: Literal["adamw", "muon"] = P(
+    learning_rate: float = parameter(2e-3, "peak learning rate", gt=0, le=10)
+    optimizer: Literal["adamw", "muon"] = parameter(
         "muon", "muon: orthogonalised steps for matrices and kernels, AdamW for the rest; often learns in fewer steps"
     )
-    weight_decay: float = P(1e-4, "the optimizer's weight decay, decoupled", ge=0, le=100)
-    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
-    warmup_ratio: float = P(0.1, "share of the steps with rising learning rate", ge=0, le=1)
-    lr_schedule: Literal["cosine", "linear", "constant"] = P("cosine", "learning rate after the warm-up")
-    adam_betas: list[float] = P([0.9, 0.99], "AdamW's decay of the mean gradient and of its square")
-    gradient_accumulation_steps: int = P(1, "batches a process adds up before a step", ge=1, le=4096)
-    mixed_precision: Literal["no", "bf16"] = P("no", "bf16: autocast, FFT and SSIM stay in float32")
-    activation_checkpointing: bool = P(False, "recompute activations in the backward pass: less memory, more time")
-    max_train_slices: int = P(0, "use so many training slices an epoch at most; 0: all", ge=0, le=10**7)
-    max_val_slices: int = P(0, "use so many validation slices at most, spread evenly; 0: all", ge=0, le=10**7)
-    save_interval: int = P(5, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1, le=10**6)
-    log_interval: int = P(10, "steps between the lines of the text log", ge=1, le=10**6)
-    early_stopping_patience: int = P(
+    weight_decay: float = parameter(1e-4, "the optimizer's weight decay, decoupled", ge=0, le=100)
+    max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
+    warmup_ratio: float = parameter(0.1, "share of the steps with rising learning rate", ge=0, le=1)
+    lr_schedule: Literal["cosine", "linear", "constant"] = parameter("cosine", "learning rate after the warm-up")
+    adam_betas: list[float] = parameter([0.9, 0.99], "AdamW's decay of the mean gradient and of its square")
+    gradient_accumulation_steps: int = parameter(1, "batches a process adds up before a step", ge=1, le=4096)
+    mixed_precision: Literal["no", "bf16"] = parameter("no", "bf16: autocast, FFT and SSIM stay in float32")
+    activation_checkpointing: bool = parameter(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
+    max_train_slices: int = parameter(0, "use so many training slices an epoch at most; 0: all", ge=0, le=10**7)
+    max_val_slices: int = parameter(0, "use so many validation slices at most, spread evenly; 0: all", ge=0, le=10**7)
+    save_interval: int = parameter(5, "epochs between the kept checkpoints stageN_epoch_M.pt", ge=1, le=10**6)
+    log_interval: int = parameter(10, "steps between the lines of the text log", ge=1, le=10**6)
+    early_stopping_patience: int = parameter(
         0, "epochs without a better validation loss before stopping; 0: never", ge=0, le=10**6
     )
-    resume: bool = P(False, "go on with the run folder's own training; false: refuse a folder that holds one")
-    checkpoint_minutes: float = P(
+    resume: bool = parameter(False, "go on with the run folder's own training; false: refuse a folder that holds one")
+    checkpoint_minutes: float = parameter(
         10, "minutes between the checkpoints to resume from; 0: after every step", ge=0, le=525600
     )
-    max_checkpoints: int = P(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0, le=10**4)
-    on_nan: Literal["stop", "skip"] = P("stop", "loss or gradient not finite: stop with the state saved, or skip")
-    num_processes: int = P(
+    max_checkpoints: int = parameter(0, "kept checkpoints stageN_epoch_M.pt, the newest; 0: all", ge=0, le=10**4)
+    on_nan: Literal["stop", "skip"] = parameter(
+        "stop", "loss or gradient not finite: stop with the state saved, or skip"
+    )
+    num_processes: int = parameter(
         1, "processes that share a step's batches, a GPU each; the step grows with them", ge=1, le=1024
     )
 
@@ -457,17 +479,17 @@ class ExploreParameters(DataParameters):
 
     existing_paths = ("val_dir", "test_dir", "annotations_dir", "reports_path", "tokenizer_path")
 
-    tokenizer_path: str = P(
+    tokenizer_path: str = parameter(
         "models/tiny_backbone", "tokenizer.json or its folder, to show a text's tokens; empty: Mistral 7B v0.1's"
     )
-    phantom_volumes: int = P(
+    phantom_volumes: int = parameter(
         300, "phantom volumes to make if data_dir does not exist; 0: none, it must exist", ge=0, le=10**5
     )
-    phantom_slices: int = P(3, "slices a phantom volume", ge=1, le=256)
-    phantom_coils: int = P(8, "typical coil count of the phantom", ge=2, le=128)
-    phantom_seed: int = P(0, "seed of the phantom", ge=0, lt=2**32)
-    volume: str = P("", "file to look at; empty: the first with a finding")
-    slice_num: int = P(-1, "slice to look at; -1: the one with most findings", ge=-1, le=4096)
+    phantom_slices: int = parameter(3, "slices a phantom volume", ge=1, le=256)
+    phantom_coils: int = parameter(8, "typical coil count of the phantom", ge=2, le=128)
+    phantom_seed: int = parameter(0, "seed of the phantom", ge=0, lt=2**32)
+    volume: str = parameter("", "file to look at; empty: the first with a finding")
+    slice_num: int = parameter(-1, "slice to look at; -1: the one with most findings", ge=-1, le=4096)
 
     @classmethod
     def create(cls, values: Mapping[str, Any], written_later: Collection[str] = ()) -> Self:
@@ -484,10 +506,10 @@ def _unet_size(chans: int, pools: int) -> int:
 
 
 def _check_size(names: str, count: int) -> None:
-    if count > MOST_PARAMETERS:
+    if count > MAX_NETWORK_PARAMETERS:
         raise ValueError(
-            f"{names}: together they make a network of about {count:.1g} parameters; at most {MOST_PARAMETERS:.1g} "
-            "are allowed"
+            f"{names}: together they make a network of about {count:.1g} parameters; "
+            f"at most {MAX_NETWORK_PARAMETERS:.1g} are allowed"
         )
 
 
@@ -496,28 +518,32 @@ class Stage1Parameters(TrainingParameters):
 
     existing_paths = (*TrainingParameters.existing_paths, "varnet_weights")
 
-    vit_embed_dim: int = P(256, "ViT embedding dimension", ge=1, le=16384)
-    vit_num_layers: int = P(2, "ViT layers", ge=1, le=256)
-    vit_num_heads: int = P(8, "ViT attention heads", ge=1, le=256)
-    varnet_num_cascades: int = P(1, "VarNet cascades", ge=1, le=64)
-    varnet_chans: int = P(8, "channels of the cascades' U-Nets", ge=1, le=512)
-    varnet_pools: int = P(3, "down-sampling levels of the cascades' U-Nets", ge=1, le=8)
-    varnet_weights: str = P("", "fastMRI VarNet state dict to start from; empty: random")
-    varnet_map_network: bool = P(False, "VarNet's network for the sensitivity maps; false: the centre lines' images")
-    label_smoothing: float = P(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
-    finding_share: float = P(
+    vit_embed_dim: int = parameter(256, "ViT embedding dimension", ge=1, le=16384)
+    vit_num_layers: int = parameter(2, "ViT layers", ge=1, le=256)
+    vit_num_heads: int = parameter(8, "ViT attention heads", ge=1, le=256)
+    varnet_num_cascades: int = parameter(1, "VarNet cascades", ge=1, le=64)
+    varnet_chans: int = parameter(8, "channels of the cascades' U-Nets", ge=1, le=512)
+    varnet_pools: int = parameter(3, "down-sampling levels of the cascades' U-Nets", ge=1, le=8)
+    varnet_weights: str = parameter("", "fastMRI VarNet state dict to start from; empty: random")
+    varnet_map_network: bool = parameter(
+        False, "VarNet's network for the sensitivity maps; false: the centre lines' images"
+    )
+    label_smoothing: float = parameter(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
+    finding_fraction: float = parameter(
         0.0,
         "share of an epoch that random slices with a finding (of the same shape) replace; 0: every slice once",
         ge=0,
         le=1,
     )
-    mirror_share: float = P(
+    mirror_fraction: float = parameter(
         0.0, "share of training slices seen flipped left to right, their text and boxes too", ge=0, le=1
     )
-    finding_labels: list[str] = P(
+    finding_labels: list[str] = parameter(
         [], "findings that a U-Net maps, said in the tokens of their patches (fastMRI+ labels); empty: none"
     )
-    train_control: bool = P(True, "also train the control without k-space: a learned constant prefix, same steps")
+    train_control: bool = parameter(
+        True, "also train the control without k-space: a learned constant prefix, same steps"
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> Self:
@@ -552,40 +578,42 @@ class Stage1Parameters(TrainingParameters):
 class Stage2Parameters(TrainingParameters):
     """03_train_stage2."""
 
-    epochs: int = P(2, "passes over the training slices", ge=1, le=10**6)
-    batch_size: int = P(
+    epochs: int = parameter(2, "passes over the training slices", ge=1, le=10**6)
+    batch_size: int = parameter(
         8, "slices a batch; a step is gradient_accumulation_steps × num_processes of them", ge=1, le=4096
     )
-    learning_rate: float = P(5e-3, "peak learning rate", gt=0, le=10)
-    warmup_ratio: float = P(0.3, "share of the steps with rising learning rate", ge=0, le=1)
-    adam_betas: list[float] = P([0.9, 0.999], "AdamW's decay of the mean gradient and of its square")
-    stage1_checkpoint: str = P(
+    learning_rate: float = parameter(5e-3, "peak learning rate", gt=0, le=10)
+    warmup_ratio: float = parameter(0.3, "share of the steps with rising learning rate", ge=0, le=1)
+    adam_betas: list[float] = parameter([0.9, 0.999], "AdamW's decay of the mean gradient and of its square")
+    stage1_checkpoint: str = parameter(
         "outputs/demo/stage1_checkpoints/stage1_best_model.pt",
         "trained k-space encoder; unused by a decoder without tokens",
     )
-    decoder: str = P(
+    decoder: str = parameter(
         "unet_dc",
         "what makes the image: unet_dc, no_token_decoder, varnet, varnet_measured_lines, varnet_combined, "
         "fastmri_unet, or your own (mrilib/model/decoders.py)",
         min_length=1,
     )
-    decoder_type: Literal["full", "lightweight", "small"] = P(
+    decoder_type: Literal["full", "lightweight", "small"] = parameter(
         "small", "full: 160M parameters at the defaults; lightweight: 80M; small: 35M"
     )
-    decoder_hidden_dim: int = P(128, "width of the image tokens' map in the decoder", ge=16, le=4096)
-    use_bilinear_upsample: bool = P(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
-    image_skip: bool = P(True, "the decoder also gets the measured data; false: image tokens alone")
-    sense: bool = P(True, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils")
-    baseline_cascades: int = P(12, "cascades of the VarNets", ge=1, le=64)
-    baseline_chans: int = P(18, "channels of the VarNets' and fastMRI's U-Nets", ge=1, le=512)
-    baseline_pools: int = P(4, "down-sampling levels of the VarNets' and fastMRI's U-Nets", ge=1, le=8)
-    masks_per_slice: int = P(
+    decoder_hidden_dim: int = parameter(128, "width of the image tokens' map in the decoder", ge=16, le=4096)
+    use_bilinear_upsample: bool = parameter(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
+    image_skip: bool = parameter(True, "the decoder also gets the measured data; false: image tokens alone")
+    sense: bool = parameter(
+        True, "the U-Net starts from a SENSE image, and what it makes is brought into line with all coils"
+    )
+    baseline_cascades: int = parameter(12, "cascades of the VarNets", ge=1, le=64)
+    baseline_chans: int = parameter(18, "channels of the VarNets' and fastMRI's U-Nets", ge=1, le=512)
+    baseline_pools: int = parameter(4, "down-sampling levels of the VarNets' and fastMRI's U-Nets", ge=1, le=8)
+    masks_per_slice: int = parameter(
         0, "masks a training slice sees in turn; 0: a new one each time that it is seen", ge=0, le=10**4
     )
-    token_cache_dir: str = P(
+    token_cache_dir: str = parameter(
         "", "folder of the token cache, shared by runs: image tokens and decoder inputs are computed once; empty: none"
     )
-    train_control: bool = P(False, "also train the control: a decoder without image tokens, same steps")
+    train_control: bool = parameter(False, "also train the control: a decoder without image tokens, same steps")
 
     @model_validator(mode="after")
     def _size(self) -> Self:
@@ -621,31 +649,33 @@ class EvaluateParameters(BackboneParameters):
     existing_paths = (
         *BackboneParameters.existing_paths,
         "stage1_checkpoint",
-        "control_checkpoint",
+        "constant_prefix_checkpoint",
         "stage2_checkpoint",
-        "plain_checkpoint",
+        "no_token_decoder_checkpoint",
     )
 
-    stage1_checkpoint: str = P(
+    stage1_checkpoint: str = parameter(
         "outputs/demo/stage1_checkpoints/stage1_best_model.pt",
         "k-space encoder of stage 1; empty: the decoder uses no tokens",
     )
-    control_checkpoint: str = P(
-        "outputs/demo/stage1_checkpoints/control_best_model.pt",
+    constant_prefix_checkpoint: str = parameter(
+        "outputs/demo/stage1_checkpoints/constant_prefix_best_model.pt",
         "stage 1's control without k-space; empty: the text is scored without it",
     )
-    stage2_checkpoint: str = P(
+    stage2_checkpoint: str = parameter(
         "outputs/demo/stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2", min_length=1
     )
-    plain_checkpoint: str = P("", "stage 2's control, a decoder trained without tokens; empty: left out")
-    batch_size: int = P(16, "slices a batch", ge=1, le=4096)
-    max_new_tokens: int = P(80, "longest generated analysis [tokens]", ge=1, le=4096)
-    shift: str = P("", "test under a shift: noise FACTOR, coils N, head nibabel or patients SEED; empty: none")
-    bart_slices: int = P(
+    no_token_decoder_checkpoint: str = parameter(
+        "", "stage 2's control, a decoder trained without tokens; empty: left out"
+    )
+    batch_size: int = parameter(16, "slices a batch", ge=1, le=4096)
+    max_new_tokens: int = parameter(80, "longest generated analysis [tokens]", ge=1, le=4096)
+    shift: str = parameter("", "test under a shift: noise FACTOR, coils N, head nibabel or patients SEED; empty: none")
+    bart_slices: int = parameter(
         0, "validation slices to choose the settings of BART's l1-wavelet on; 0: without BART", ge=0, le=10**4
     )
-    bootstrap_samples: int = P(1000, "bootstrap samples over patients for the intervals", ge=100, le=10**6)
-    figure_slices: int = P(3, "slices shown in the figures", ge=1, le=100)
+    bootstrap_samples: int = parameter(1000, "bootstrap samples over patients for the intervals", ge=100, le=10**6)
+    figure_slices: int = parameter(3, "slices shown in the figures", ge=1, le=100)
 
     @field_validator("accelerations")
     @classmethod
@@ -660,7 +690,7 @@ class CompareParameters(OutputParameters):
 
     existing_paths = ()
 
-    runs: list[str] = P([], "run folders to compare; empty: every finished run under outputs/")
+    runs: list[str] = parameter([], "run folders to compare; empty: every finished run under outputs/")
 
 
 class BenchmarkParameters(OutputParameters):
@@ -668,28 +698,30 @@ class BenchmarkParameters(OutputParameters):
 
     existing_paths = ("stage1_params", "stage2_params")
 
-    stage1_params: str = P("params/demo/stage1.yaml", "stage 1 of the token cache's times", min_length=1)
-    stage2_params: str = P("params/demo/stage2.yaml", "stage 2 of the token cache's times", min_length=1)
-    device: Literal["auto", "cuda", "cpu"] = P("auto", "cuda asked for and absent is an error")
-    num_threads: int = P(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0, le=1024)
-    backbone_speed: bool = P(True, "time the backbone: decoding, prefill, memory")
-    hidden_size: int = P(1024, "width of the timed backbone", ge=16, le=16384)
-    num_hidden_layers: int = P(8, "blocks of the timed backbone", ge=1, le=256)
-    num_heads: int = P(8, "heads of the timed backbone", ge=1, le=256)
-    vocab_size: int = P(32000, "vocabulary of the timed backbone", ge=2, le=10**6)
-    concept_dim: int = P(64, "width of the timed backbone's Trigger", ge=1, le=16384)
-    logit_dim: int = P(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1, le=4096)
-    prefill_tokens: int = P(1024, "tokens of the timed prefill", ge=1, le=10**6)
-    prefix_tokens: int = P(400, "embeddings before the decoded tokens, and of the backward pass", ge=1, le=10**6)
-    new_tokens: int = P(128, "decoded tokens, with the cache and recomputing", ge=1, le=10**5)
-    repeats: int = P(5, "the best of so many is told for a prefill", ge=1, le=1000)
-    loader_speed: bool = P(
+    stage1_params: str = parameter("params/demo/stage1.yaml", "stage 1 of the token cache's times", min_length=1)
+    stage2_params: str = parameter("params/demo/stage2.yaml", "stage 2 of the token cache's times", min_length=1)
+    device: Literal["auto", "cuda", "cpu"] = parameter("auto", "cuda asked for and absent is an error")
+    num_threads: int = parameter(0, "processor threads of PyTorch; 0: as many as it takes by itself", ge=0, le=1024)
+    backbone_speed: bool = parameter(True, "time the backbone: decoding, prefill, memory")
+    hidden_size: int = parameter(1024, "width of the timed backbone", ge=16, le=16384)
+    num_hidden_layers: int = parameter(8, "blocks of the timed backbone", ge=1, le=256)
+    num_heads: int = parameter(8, "heads of the timed backbone", ge=1, le=256)
+    vocab_size: int = parameter(32000, "vocabulary of the timed backbone", ge=2, le=10**6)
+    concept_dim: int = parameter(64, "width of the timed backbone's Trigger", ge=1, le=16384)
+    logit_dim: int = parameter(32, "adaptable factors per weight of the timed backbone's Trigger", ge=1, le=4096)
+    prefill_tokens: int = parameter(1024, "tokens of the timed prefill", ge=1, le=10**6)
+    prefix_tokens: int = parameter(
+        400, "embeddings before the decoded tokens, and of the backward pass", ge=1, le=10**6
+    )
+    new_tokens: int = parameter(128, "decoded tokens, with the cache and recomputing", ge=1, le=10**5)
+    repeats: int = parameter(5, "the best of so many is told for a prefill", ge=1, le=1000)
+    loader_speed: bool = parameter(
         True, "time the loader beside fastMRI's, on two full-size phantom volumes (0.9 GB, made once)"
     )
-    token_cache_speed: bool = P(
+    token_cache_speed: bool = parameter(
         False, "time an epoch of stage 2 with and without the token cache, on the data of stage2_params"
     )
-    full_size_step: bool = P(
+    full_size_step: bool = parameter(
         False, "one step of each stage at params/full: 15 GB of disk, 10 GB of memory, minutes without a GPU"
     )
 
@@ -708,23 +740,29 @@ class BenchmarkParameters(OutputParameters):
 class PretrainParameters(OutputParameters):
     """00_pretrain_tiny_backbone."""
 
-    model_dir: str = P("models/tiny_backbone", "folder that the model and its tokenizer are written to", min_length=1)
-    vocab_size: int = P(768, "upper limit of the tokenizer's entries", ge=512, le=10**6)
-    hidden_size: int = P(96, "width of the model", ge=16, le=16384)
-    num_hidden_layers: int = P(4, "blocks; the first two have neither Trigger nor attention", ge=1, le=256)
-    num_heads: int = P(4, "heads of both branches", ge=1, le=256)
-    concept_dim: int = P(32, "width of the Trigger's input and output", ge=1, le=16384)
-    logit_dim: int = P(8, "adaptable factors per weight of the Trigger", ge=1, le=4096)
-    max_steps: int = P(1800, "training steps", ge=1, le=10**7)
-    batch_size: int = P(32, "texts a step", ge=1, le=4096)
-    learning_rate: float = P(4e-3, "peak learning rate of Muon (layers) and AdamW (embeddings, norms)", gt=0, le=10)
-    weight_decay: float = P(0.01, "weight decay of the layers' matrices", ge=0, le=100)
-    warmup_ratio: float = P(0.05, "share of the steps with rising learning rate", ge=0, le=1)
-    max_grad_norm: float = P(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
-    prefix_min: int = P(16, "shortest prefix [positions]", ge=16, le=4096)
-    prefix_max: int = P(80, "longest prefix [positions]", ge=16, le=4096)
-    noise: float = P(1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0, le=100)
-    num_threads: int = P(
+    model_dir: str = parameter(
+        "models/tiny_backbone", "folder that the model and its tokenizer are written to", min_length=1
+    )
+    vocab_size: int = parameter(768, "upper limit of the tokenizer's entries", ge=512, le=10**6)
+    hidden_size: int = parameter(96, "width of the model", ge=16, le=16384)
+    num_hidden_layers: int = parameter(4, "blocks; the first two have neither Trigger nor attention", ge=1, le=256)
+    num_heads: int = parameter(4, "heads of both branches", ge=1, le=256)
+    concept_dim: int = parameter(32, "width of the Trigger's input and output", ge=1, le=16384)
+    logit_dim: int = parameter(8, "adaptable factors per weight of the Trigger", ge=1, le=4096)
+    max_steps: int = parameter(1800, "training steps", ge=1, le=10**7)
+    batch_size: int = parameter(32, "texts a step", ge=1, le=4096)
+    learning_rate: float = parameter(
+        4e-3, "peak learning rate of Muon (layers) and AdamW (embeddings, norms)", gt=0, le=10
+    )
+    weight_decay: float = parameter(0.01, "weight decay of the layers' matrices", ge=0, le=100)
+    warmup_ratio: float = parameter(0.05, "share of the steps with rising learning rate", ge=0, le=1)
+    max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
+    prefix_min: int = parameter(16, "shortest prefix [positions]", ge=16, le=4096)
+    prefix_max: int = parameter(80, "longest prefix [positions]", ge=16, le=4096)
+    noise: float = parameter(
+        1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0, le=100
+    )
+    num_threads: int = parameter(
         2, "processor threads; another number sums in another order and gives other weights", ge=1, le=1024
     )
 

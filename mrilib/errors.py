@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-LONGEST_LINE = 2000  # characters of an error line
-LONGEST_VALUE = 120  # characters of a value in an error line
+MAX_LINE_LENGTH = 2000  # characters of an error line
+MAX_VALUE_LENGTH = 120  # characters of a value in an error line
 
 
 def printable(text: str) -> str:
@@ -18,7 +18,7 @@ def printable(text: str) -> str:
     )
 
 
-def shortened(text: str, longest: int = LONGEST_VALUE) -> str:
+def shortened(text: str, longest: int = MAX_VALUE_LENGTH) -> str:
     """The printable text; of a long one the beginning, and how long it is."""
     cut = text if len(text) <= longest else text[:longest]
     return printable(cut) + ("" if cut is text else f"… ({len(text)} characters)")
@@ -52,7 +52,7 @@ def one_line(error: BaseException) -> str:
     told = ""
     for line in filter(None, map(str.strip, text.splitlines())):
         told += (" " if told.endswith((":", ".")) else "; " if told else "") + line
-    return shortened(told, LONGEST_LINE)
+    return shortened(told, MAX_LINE_LENGTH)
 
 
 def log_traceback(error: BaseException) -> str:

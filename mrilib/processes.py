@@ -34,8 +34,8 @@ _held: dict[Path, TextIO] = {}
 _claimed: set[Path] = set()  # those of them that this process was the first to hold
 
 
-def hold(directory: Path, wait: float = 3.0) -> None:
-    """Claim a run folder for this process and those that it starts, until `release` or their end.
+def lock_run(directory: Path, wait: float = 3.0) -> None:
+    """Claim a run folder for this process and those that it starts, until `unlock_run` or their end.
 
     An exclusive lock finds out whether anyone is there; a shared one is then kept, which the processes that this one
     starts take too. So the folder is claimed until the last of them has ended, even if the first was killed.
@@ -71,7 +71,7 @@ def hold(directory: Path, wait: float = 3.0) -> None:
                 ) from None
             time.sleep(0.1)
     if not family:
-        withdraw_stop(directory)
+        cancel_stop(directory)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
         file.flush()
@@ -81,7 +81,7 @@ def hold(directory: Path, wait: float = 3.0) -> None:
     _held[directory] = file
 
 
-def release(directory: Path) -> None:
+def unlock_run(directory: Path) -> None:
     """Give a run folder up."""
     file = _held.pop(directory, None)
     if file is not None:
@@ -100,7 +100,7 @@ def request_stop(directory: Path, reason: str) -> None:
     (directory / STOP_FILE).write_text(reason + "\n")
 
 
-def withdraw_stop(directory: Path) -> None:
+def cancel_stop(directory: Path) -> None:
     """Take `request_stop` back."""
     (directory / STOP_FILE).unlink(missing_ok=True)
 
@@ -113,7 +113,7 @@ def stop_requested(directory: Path | None = None) -> bool:
 # ------------------------------------------------------------------------------------------ processes and signals
 
 
-def ends_with_this_process() -> dict[str, Any]:
+def child_process_options() -> dict[str, Any]:
     """Options of subprocess.Popen for a child that a terminal's Ctrl-C does not reach and that does not outlive us."""
     libc = ctypes.CDLL(None)
     die = functools.partial(libc.prctl, 1, int(signal.SIGTERM)) if hasattr(libc, "prctl") else None  # PR_SET_PDEATHSIG

@@ -54,4 +54,4 @@ def free_folders() -> Iterator[None]:
     """A run folder that a test holds is given up with its end, as by the end of its process."""
     yield
     for directory in list(processes._held):
-        processes.release(directory)
+        processes.unlock_run(directory)

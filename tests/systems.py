@@ -1,11 +1,14 @@
 """Small systems for the tests: a random tiny backbone, an encoder and a decoder of 64×64 pixels."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import DataLoader
 
+from mrilib import processes
 from mrilib.backbone.nirvana import NirvanaConfig, NirvanaForCausalLM
 from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.data.dataset import Batch, FastMRIDataset
@@ -96,3 +99,15 @@ def loaders(config: Stage1Parameters | Stage2Parameters) -> tuple[DataLoader, Da
 def train_in(directory: Path, config: Stage1Parameters | Stage2Parameters) -> None:
     """Train a stage in a run folder, as `python -m mrilib train` does; at the top level, for processes to be killed."""
     train.train(config.model_copy(update={"output_dir": str(directory)}))
+
+
+def processes_of(directory: Path) -> list[int]:
+    """All processes that work for a run folder: each has it in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(processes.RUN_VARIABLE) == str(directory) and process.pid != os.getpid():
+                found.append(process.pid)
+        except (psutil.Error, OSError):
+            continue
+    return found

@@ -225,12 +225,16 @@ def damaged_overrides(text: str) -> Callable[[Path], list[str]]:
 
 
 COMMAND_LINES = [
-    Refusal("stage 2's network of stage 1", lambda f: [*option()(f), "--only", "stage2"], ("--only stage2", "control")),
-    Refusal("no network's name", lambda f: [*option()(f), "--only", "x"], ("--only x", "stage1", "control")),
+    Refusal(
+        "stage 2's network of stage 1",
+        lambda f: [*option()(f), "--only", "stage2"],
+        ("--only stage2", "constant_prefix"),
+    ),
+    Refusal("no network's name", lambda f: [*option()(f), "--only", "x"], ("--only x", "stage1", "constant_prefix")),
     Refusal(
         "a control that is not trained",
-        lambda f: [*option("train_control=false")(f), "--only", "control"],
-        ("--only control", "train_control"),
+        lambda f: [*option("train_control=false")(f), "--only", "constant_prefix"],
+        ("--only constant_prefix", "train_control"),
     ),
     Refusal("somebody's folder as output_dir", own_folder, ("output_dir", "no run folder")),
     Refusal(

@@ -17,11 +17,11 @@ CLASSES = [cls for _, cls in NOTEBOOKS.values()]
 class Small(Parameters):
     """One field of each kind."""
 
-    count: int = config.P(3, "a number", ge=1)
-    rate: float = config.P(0.1, "a rate", gt=0)
-    enabled: bool = config.P(True, "a switch")
-    name: str = config.P("", "a name")
-    ratios: list[float] = config.P([0.5], "some ratios")
+    count: int = config.parameter(3, "a number", ge=1)
+    rate: float = config.parameter(0.1, "a rate", gt=0)
+    enabled: bool = config.parameter(True, "a switch")
+    name: str = config.parameter("", "a name")
+    ratios: list[float] = config.parameter([0.5], "some ratios")
 
 
 @pytest.fixture
@@ -29,7 +29,11 @@ def data(tmp_path: Path) -> dict[str, Any]:
     """Values whose paths exist, for any notebook."""
     (tmp_path / "file").write_text("")
     paths = ("config_path", "backbone_path", "stage1_checkpoint", "stage2_checkpoint")
-    return {"data_dir": str(tmp_path), "control_checkpoint": "", **{name: str(tmp_path / "file") for name in paths}}
+    return {
+        "data_dir": str(tmp_path),
+        "constant_prefix_checkpoint": "",
+        **{name: str(tmp_path / "file") for name in paths},
+    }
 
 
 def own(cls: type[Parameters], values: dict[str, Any]) -> dict[str, Any]:

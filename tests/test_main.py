@@ -18,7 +18,6 @@ import systems
 import yaml
 from fastmri import evaluate as official
 from refusals import assert_refused
-from test_stop import processes_of
 
 from mrilib.__main__ import COMMANDS, claim_folder, main, make_parser, parse_overrides
 from mrilib.config import ROOT, EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters
@@ -37,7 +36,7 @@ def write_params(folder: Path, data: Path, backbone: Path) -> Path:
     shared = {name: common[name] for name in names}
     language_model = {name: common[name] for name in ("config_path", "backbone_path", "device")}
     checkpoints = dict.fromkeys(
-        ("stage1_checkpoint", "stage2_checkpoint", "control_checkpoint", "plain_checkpoint"), "x"
+        ("stage1_checkpoint", "stage2_checkpoint", "constant_prefix_checkpoint", "no_token_decoder_checkpoint"), "x"
     )
     contents = {
         "explore": shared,
@@ -271,7 +270,7 @@ def test_a_run_killed_in_its_evaluation_goes_on_to_the_same_metrics(run, tmp_pat
         time.sleep(0.05)
     process.kill()
     process.wait()
-    while processes_of(again):
+    while systems.processes_of(again):
         time.sleep(0.05)
     assert not (again / "metrics.json").exists()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -356,7 +355,7 @@ def test_a_notebook_that_fails_leaves_the_error_in_its_record(run, params, tmp_p
         (["-p", "stage1.learnin_rate=1"], "learning_rate"),
         (["-p", "stage1.epochs=many"], "epochs"),
         (["-p", "stage1.data_dir=nowhere"], "nowhere"),
-        (["-p", "stage1.train_control=false"], 'leave the control out (evaluate.control_checkpoint: "")'),
+        (["-p", "stage1.train_control=false"], 'leave the control out (evaluate.constant_prefix_checkpoint: "")'),
         (["-p", "stage2.train_control=false"], "set stage2.train_control to true"),
         (["-p", "epochs=3"], "NOTEBOOK.NAME=VALUE"),
         (["--stage2-only"], "-c CHECKPOINT"),

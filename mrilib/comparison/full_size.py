@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mrilib.config import ParameterError, Stage1Parameters, Stage2Parameters, display_path, read_yaml, resolve
 from mrilib.files import read_json, write_json
 from mrilib.phantom.dataset import make_dataset
-from mrilib.training.dry_run import Report, report_apart
+from mrilib.training.dry_run import Report, report_in_subprocess
 
 DISK_BYTES = 15e9  # backbone 2.8 GB, phantom 1 GB, checkpoints of stage 1 3 x 0.9 GB and of stage 2 3 x 1.9 GB
 
@@ -61,11 +61,11 @@ def measure(params: str | Path = "params/full", directory: str | Path = "outputs
             **others,
         }
         stage1 = Stage1Parameters.from_yaml(resolve(params) / "stage1.yaml", given)
-        first = report_apart(stage1, folder / "stage1", progress=False)
+        first = report_in_subprocess(stage1, folder / "stage1", progress=False)
         (checkpoint,) = folder.glob("stage1/*/stage1_final_model.pt")
         given["stage1_checkpoint"] = str(checkpoint)
         stage2 = Stage2Parameters.from_yaml(resolve(params) / "stage2.yaml", given)
-        return [first, report_apart(stage2, progress=False)]
+        return [first, report_in_subprocess(stage2, progress=False)]
 
 
 def measure_once(path: Path, **others: Any) -> list[Report]:

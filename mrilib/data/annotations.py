@@ -298,7 +298,7 @@ class Report(NamedTuple):
     response: str
 
 
-LONGEST_TEXT = 20_000  # characters of a prompt or a response, some 5,000 tokens
+MAX_TEXT_LENGTH = 20_000  # characters of a prompt or a response, some 5,000 tokens
 
 
 def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
@@ -339,8 +339,10 @@ def read_reports(path: str | Path) -> dict[tuple[str, int], Report]:
                     raise ValueError(f"{where}: slice is {_cut(entry[key])}; it must be a number from 0 on")
             elif not isinstance(entry[key], str) or not entry[key].strip():
                 raise ValueError(f"{where}: {key} is {_cut(entry[key])}; it must be a text that is not empty")
-            elif len(entry[key]) > LONGEST_TEXT:
-                raise ValueError(f"{where}: {key} has {len(entry[key])} characters; at most {LONGEST_TEXT} are allowed")
+            elif len(entry[key]) > MAX_TEXT_LENGTH:
+                raise ValueError(
+                    f"{where}: {key} has {len(entry[key])} characters; at most {MAX_TEXT_LENGTH} are allowed"
+                )
             elif any("\ud800" <= character <= "\udfff" for character in entry[key]):  # which no tokenizer takes
                 raise ValueError(f"{where}: {key} holds half a surrogate pair, which is no character")
         entry["file"] = entry["file"].strip().removesuffix(".h5")

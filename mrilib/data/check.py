@@ -22,9 +22,9 @@ from mrilib.config import display_path, printable, resolve
 from mrilib.data import findings
 from mrilib.data.fastmri_file import (
     LARGEST_SCALE,
-    LARGEST_SLICE,
     LARGEST_VOLUME,
-    MOST_SLICES,
+    MAX_SLICE_VALUES,
+    MAX_SLICES,
     SMALLEST_SCALE,
     DataError,
     Volume,
@@ -135,7 +135,7 @@ def _slices(
     if array is None or array.ndim != dimensions or array.dtype.kind != kind or not np.prod(array.shape, dtype=float):
         return
     sizes = np.prod(array.shape[1:], dtype=float), np.prod(array.shape, dtype=float)
-    if sizes[0] > LARGEST_SLICE or sizes[1] > LARGEST_VOLUME or array.shape[0] > MOST_SLICES or unstored(name, array):
+    if sizes[0] > MAX_SLICE_VALUES or sizes[1] > LARGEST_VOLUME or array.shape[0] > MAX_SLICES or unstored(name, array):
         return  # told by its structure
     single = np.complex64 if kind == "c" else np.float32
     broken, infinite = [], []

@@ -144,7 +144,7 @@ class FastMRIDataset(Dataset[Slice]):
         Use this one alone (one of config.accelerations).
     max_slices : int
         Take so many slices, evenly spread; 0: all.
-    mirror_share : float
+    mirror_fraction : float
         Chance of a training slice to be `mirrored`, drawn anew each epoch from (seed, file, slice, epoch), and each
         time that an epoch sees it. A slice with a report of the user's own never is: its words may name sides.
 
@@ -166,14 +166,14 @@ class FastMRIDataset(Dataset[Slice]):
         masks_per_slice: int = 0,
         acceleration: int | None = None,
         max_slices: int = 0,
-        mirror_share: float = 0.0,
+        mirror_fraction: float = 0.0,
     ) -> None:
         self.volumes = list(volumes)
         self.config = config
         self.annotations = annotations
         self.training = training
         self.texts_only = False
-        self.masks_per_slice, self.mirror_share = masks_per_slice, mirror_share
+        self.masks_per_slice, self.mirror_fraction = masks_per_slice, mirror_fraction
         self.epoch = 0
         self._buffer = np.empty((0, 0, 0), np.complex64)
         paired = zip(config.center_fractions, config.accelerations, strict=True)
@@ -353,7 +353,7 @@ class FastMRIDataset(Dataset[Slice]):
         if self.training and report is None:
             again = [look] if look else []
             words = [self.config.seed, slice_num, self.epoch, *again, *volume.file.encode()]
-            mirrored = bool(np.random.default_rng(words).random() < self.mirror_share)
+            mirrored = bool(np.random.default_rng(words).random() < self.mirror_fraction)
         return Slice(
             kspace=masked,
             mask=mask,

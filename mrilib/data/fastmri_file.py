@@ -18,13 +18,15 @@ from mrilib.data import findings
 
 NAMESPACE = {"i": "http://www.ismrm.org/ISMRMRD"}
 DATASETS = ("kspace", "ismrmrd_header", "reconstruction_rss", "mask")
-LARGEST_SLICE = 2**26  # complex values; fastMRI's largest are a ninth of it. More is a damaged or hostile shape.
+MAX_SLICE_VALUES = 2**26  # complex values; fastMRI's largest are a ninth of it. More is a damaged or hostile shape.
 LARGEST_VOLUME = 2**32  # complex values; fastMRI's largest are a thirtieth of it
-MOST_COMPRESSION = 100  # k-space is noise to a compressor; zeros, which any file can declare, shrink a thousandfold
+MAX_COMPRESSION_RATIO = (
+    100  # k-space is noise to a compressor; zeros, which any file can declare, shrink a thousandfold
+)
 SMALL_ARRAY = 2**24  # bytes that may be declared whatever is stored
 LARGEST_ATTRIBUTE = 2**12  # characters of a text
 LARGEST_ACCELERATION = 1000
-MOST_SLICES = 2**12  # fastMRI's volumes have about 16; an array that was declared and never written can have any number
+MAX_SLICES = 2**12  # fastMRI's volumes have about 16; an array that was declared and never written can have any number
 LARGEST_HEADER = 2**22  # characters; fastMRI's have about 2**14
 SMALLEST_SCALE = 1e-30  # [file units]: not far below begins what single precision cannot hold
 LARGEST_SCALE = 1e30  # [file units]: the sums of a Fourier transform of larger values overflow in single precision
@@ -255,9 +257,9 @@ def array_problems(name: str, array: h5py.Dataset, data: h5py.Dataset | None) ->
             return [f"{found}: zero slices"]
         if coils == 1:
             return [f"{found}: single-coil data; at least two coils are wanted"]
-        if min(coils, height, width) < 1 or coils * height * width > LARGEST_SLICE:
+        if min(coils, height, width) < 1 or coils * height * width > MAX_SLICE_VALUES:
             return [f"{found}: not the size of an image"]
-        if slices > MOST_SLICES or slices * coils * height * width > LARGEST_VOLUME:
+        if slices > MAX_SLICES or slices * coils * height * width > LARGEST_VOLUME:
             return [f"{found}: not the size of a volume"]
         return unstored(name, array)
     kinds = "f" if name == "reconstruction_rss" else "buif"
@@ -285,7 +287,7 @@ def unstored(name: str, array: h5py.Dataset) -> list[str]:
     declared = float(np.prod(array.shape, dtype=float)) * array.dtype.itemsize
     chunk = float(np.prod(array.chunks or (1,), dtype=float)) * array.dtype.itemsize
     stored = array.id.get_storage_size()
-    if max(declared, chunk) > max(SMALL_ARRAY, MOST_COMPRESSION * stored):
+    if max(declared, chunk) > max(SMALL_ARRAY, MAX_COMPRESSION_RATIO * stored):
         return [
             f"{name} {array.shape} declares {max(declared, chunk):.3g} bytes, the file stores {stored} of them: it was "
             "not written, or holds no image"

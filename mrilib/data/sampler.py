@@ -24,7 +24,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
     seed : int
     shuffle : bool
         Without it the order is the dataset's.
-    finding_share : float
+    finding_fraction : float
         So much of a shuffled epoch, drawn anew each time, gives its place to random slices of its shape that have a
         finding, where there are any; some may come twice.
     Attributes
@@ -41,18 +41,18 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         batch_size: int,
         seed: int = 0,
         shuffle: bool = False,
-        finding_share: float = 0.0,
+        finding_fraction: float = 0.0,
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
-        self.finding_share = finding_share if shuffle else 0.0
+        self.finding_fraction = finding_fraction if shuffle else 0.0
         self.found: dict[tuple[int, ...], list[int]] = defaultdict(list)  # slices with a finding, by shape
-        for index in range(len(dataset)) if self.finding_share else ():
+        for index in range(len(dataset)) if self.finding_fraction else ():
             if dataset.facts(index).findings:
                 self.found[dataset.shape_key(index)].append(index)
-        if self.finding_share and not self.found:
+        if self.finding_fraction and not self.found:
             raise ValueError(
-                f"finding_share: {finding_share:g}, but no training slice is known to have a finding; set it to 0, or "
-                "give annotations_dir"
+                f"finding_fraction: {finding_fraction:g}, but no training slice is known to have a finding; "
+                "set it to 0, or give annotations_dir"
             )
         self.skip, self.share = 0, (0, 1)
 
@@ -65,7 +65,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
         """The batches of the dataset's epoch, of all processes."""
         rng = np.random.default_rng([self.seed, self.dataset.epoch])
         order: Iterable[int] = rng.permutation(len(self.dataset)) if self.shuffle else range(len(self.dataset))
-        if self.finding_share:
+        if self.finding_fraction:
             order = [self._with_finding(int(index), rng) for index in order]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index in order:
@@ -81,7 +81,7 @@ class ShapeBatchSampler(Sampler[list[int | tuple[int, int]]]):
     def _with_finding(self, index: int, rng: np.random.Generator) -> int:
         """The slice, or a random one of its shape that has a finding: every epoch has as many batches."""
         others = self.found.get(self.dataset.shape_key(index), [])
-        return int(rng.choice(others)) if others and rng.random() < self.finding_share else index
+        return int(rng.choice(others)) if others and rng.random() < self.finding_fraction else index
 
     def __iter__(self) -> Iterator[list[int | tuple[int, int]]]:
         """Batches of indices, and of (index, look) where the epoch has seen the slice before."""
@@ -123,12 +123,12 @@ def make_loader(
     batch_size: int,
     seed: int = 0,
     shuffle: bool = False,
-    finding_share: float = 0.0,
+    finding_fraction: float = 0.0,
 ) -> DataLoader:
     """A loader of equal-shape batches; set ``dataset.epoch`` before each pass. See `ShapeBatchSampler`."""
     return _Loader(
         dataset,
-        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, finding_share),
+        batch_sampler=ShapeBatchSampler(dataset, batch_size, seed, shuffle, finding_fraction),
         collate_fn=collate,
         num_workers=dataset.config.num_workers,
         pin_memory=torch.cuda.is_available(),

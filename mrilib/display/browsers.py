@@ -26,6 +26,7 @@ from mrilib.display.images import (
     SliceParts,
     display_box,
     display_image,
+    display_window,
     log_kspace,
     montage,
     montage_columns,
@@ -33,7 +34,6 @@ from mrilib.display.images import (
     scale_bar,
     slice_parts,
     slice_scores,
-    window_of,
 )
 from mrilib.display.style import ERROR_MAP, SKY
 from mrilib.evaluation import reconstructions
@@ -159,7 +159,7 @@ def overview_png(one: Slice, parts: SliceParts, boxes: Sequence[Box] = (), coil:
     """
     columns = montage_columns(len(parts.maps))
     shape = parts.zero_filled.shape
-    window = window_of(parts.zero_filled if parts.target is None else parts.target)
+    window = display_window(parts.zero_filled if parts.target is None else parts.target)
     lines = log_kspace(one, coil)
     strip = max(1, lines.shape[0] // 32)
     lines[:strip] = np.where(parts.mask, 0.0, -4.0)  # the mask, as a strip on top
@@ -313,7 +313,7 @@ class ReconstructionBrowser(_Browser):
         volume = self.volumes[self.volume.value]
         slice_num = min(self.slice.value, volume.slices - 1)
         target = reconstructions.read_target(volume, slice_num)
-        window = window_of(target)
+        window = display_window(target)
         shown = self._zoomed(display_image(target))
         tiles = [tile(shown, window, "target")]
         draw_scale_bar(tiles[0], shown.shape, volume.pixel)

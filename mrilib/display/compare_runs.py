@@ -16,11 +16,16 @@ from mrilib.metrics.methods import method_label
 from mrilib.runs.record import all_runs, read_record
 from mrilib.training.history import History, read_history
 
-STAGES = {"stage1": "stage1", "control": "stage1", "stage2": "stage2", "plain": "stage2"}  # history → its notebook
+STAGES = {
+    "stage1": "stage1",
+    "constant_prefix": "stage1",
+    "stage2": "stage2",
+    "no_token_decoder": "stage2",
+}  # history → its notebook
 UNTOLD = ("output_dir", "interactive")  # parameters that are no part of an experiment
 
 
-def chosen_runs(config: CompareParameters, own: Path) -> dict[str, Path]:
+def select_runs(config: CompareParameters, own: Path) -> dict[str, Path]:
     """The runs to compare, by name: those of ``config.runs``, else every finished one under outputs/.
 
     Parameters

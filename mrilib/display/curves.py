@@ -43,8 +43,8 @@ SCORES = {  # validation metrics with a panel of their own
     "ssim": "validation SSIM",
     "psnr": "validation PSNR [dB]",
 }
-STAGES = {"stage1": "stage 1", "control": "stage 1's control without k-space", "stage2": "stage 2",
-          "plain": "stage 2's control without tokens"}  # fmt: skip
+STAGES = {"stage1": "stage 1", "constant_prefix": "stage 1's control without k-space", "stage2": "stage 2",
+          "no_token_decoder": "stage 2's control without tokens"}  # fmt: skip
 MARKERS = ("o", "s", "D", "^", "v", "P")
 DASHES = ("-", "--", ":")
 VolumeScores = Mapping[str, Mapping[str, Sequence[image.VolumeScore]]]  # acceleration → method → volumes

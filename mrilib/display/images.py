@@ -62,7 +62,7 @@ def display_box(box: Box, rows: int) -> tuple[float, float, float, float]:
     return box.x, rows - box.y - box.height, box.width, box.height
 
 
-def window_of(target: ArrayLike | Tensor) -> float:
+def display_window(target: ArrayLike | Tensor) -> float:
     """Upper end of the grey window from 0: the 99.8th percentile, which a few bright pixels do not move."""
     array = target.detach().cpu().numpy() if isinstance(target, Tensor) else np.asarray(target)
     return float(np.percentile(array, 99.8)) or 1.0
@@ -99,7 +99,7 @@ def slice_parts(one: Slice) -> SliceParts:
             zero_filled=display_image(fourier.rss(coil_images) * one.scale),
             target=None if one.target is None else display_image(one.target),
             coil_images=coil_magnitude,
-            coil_window=window_of(coil_magnitude[:, ::2, ::2]),
+            coil_window=display_window(coil_magnitude[:, ::2, ::2]),
             maps=display_image(fourier.center_crop_or_pad(maps, one.recon).abs()),
         )
 
@@ -202,7 +202,7 @@ def slice_overview(one: Slice, boxes: Sequence[Box] = (), coil: int = 0, title: 
     figure = RecordFigure(WIDTH, 6.9)
     figure.suptitle(title or f"{one.file}, slice {one.slice_num}, {one.acceleration}x", fontsize=10)
     axes = figure.subplots(2, 3)
-    window = window_of(parts.zero_filled if parts.target is None else parts.target)
+    window = display_window(parts.zero_filled if parts.target is None else parts.target)
     axes[0, 0].imshow(log_kspace(one, coil), cmap="gray", vmin=-4, vmax=0, aspect="auto")
     axes[0, 0].set_box_aspect(1)
     axes[0, 0].set_axis_off()
@@ -285,7 +285,7 @@ def reconstruction_comparison(
         figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows_each * len(slices), columns, squeeze=False)
     for number, one in enumerate(slices):
-        target, window = display_image(one.target), window_of(one.target)
+        target, window = display_image(one.target), display_window(one.target)
         first, *above = axes[rows_each * number]
         _image(first, target, 0, window, "target")
         for box in one.boxes:
@@ -396,7 +396,7 @@ def mask_gallery(
     return figure
 
 
-def kept_energy(data: Tensor) -> NDArray:
+def retained_energy(data: Tensor) -> NDArray:
     """Share of the energy that the strongest 1, 2, … virtual coils keep.
 
     Parameters
@@ -421,7 +421,7 @@ def coil_compression_curve(curves: Mapping[str, ArrayLike], num_coils: int) -> F
     Parameters
     ----------
     curves : mapping
-        Name of a slice → its `kept_energy`.
+        Name of a slice → its `retained_energy`.
     num_coils : int
         Where compression stops; marked.
     """

@@ -57,7 +57,7 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compression_sentence(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def coil_compression_note(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """What coil compression costs, from the "reconstruction" section; empty where it was not measured."""
     costs = {a: methods["zero_filled"] for a, methods in section.items() if "zero_filled" in methods}
     told = [
@@ -110,7 +110,7 @@ def metrics_text(path: Path) -> str:
     parts = []
     if "reconstruction" in metrics:
         parts.append(reconstruction_table(metrics).to_string(index=False))
-        parts += [sentence] if (sentence := compression_sentence(metrics["reconstruction"])) else []
+        parts += [sentence] if (sentence := coil_compression_note(metrics["reconstruction"])) else []
     if "analysis" in metrics:
         scores = metrics["analysis"]
         parts.append(analysis_table(metrics).to_string(index=False))
@@ -288,7 +288,7 @@ def token_line(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 SMALL_SSIM = 0.005  # a difference that nobody sees in the images
 
 
-def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:
+def token_conclusion(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:
     """The answer to "do the tokens help the image?": paired SSIM differences with 95% intervals over patients."""
     lines = []
     for acceleration, methods in scores.items():
@@ -319,7 +319,7 @@ def token_sentence(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) ->
     return "\n".join(lines)
 
 
-def text_sentence(scores: Mapping[str, Any]) -> str:
+def text_conclusion(scores: Mapping[str, Any]) -> str:
     """The answer to "does the text know the scan?": differences in cross-entropy with standard errors over patients."""
     lines = []
     for control, words in (

@@ -80,7 +80,7 @@ class VolumeWriter:
                 write_reconstruction(path, np.stack([done[number] for number in sorted(done)]))
 
 
-class Tester:
+class Evaluator:
     """One pass over the test slices at one acceleration: images of every method, texts and their scores.
 
     Parameters
@@ -240,7 +240,7 @@ def parse_or_none(text: str | None) -> Facts | None:
 
 
 def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts]) -> dict[str, Any]:
-    """The "analysis" section of metrics.json from the rows of `Tester.run`.
+    """The "analysis" section of metrics.json from the rows of `Evaluator.run`.
 
     Cross-entropies are in nats a token; differences come with standard errors clustered by patient, which are None of
     a single one. That of another patient's scan is over the ``other_patient_samples`` rows that could be swapped.

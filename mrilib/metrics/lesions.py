@@ -99,7 +99,9 @@ def measure(
     return measured
 
 
-def lesions_of(volumes: Sequence[Volume], annotations: Annotations, directory: str | Path) -> tuple[list[Lesion], int]:
+def volume_lesions(
+    volumes: Sequence[Volume], annotations: Annotations, directory: str | Path
+) -> tuple[list[Lesion], int]:
     """Every lesion of the reviewed volumes in a folder of reconstructions.
 
     Parameters
@@ -144,7 +146,7 @@ def lesions_in(
     for acceleration, names in methods.items():
         for name in in_order(names):
             folder = Path(directory) / name / acceleration
-            found.setdefault(acceleration, {})[name], left_out = lesions_of(volumes, annotations, folder)
+            found.setdefault(acceleration, {})[name], left_out = volume_lesions(volumes, annotations, folder)
     return found, left_out
 
 

@@ -10,7 +10,7 @@ from fastmri.models import Unet, VarNet
 from torch import Tensor, nn
 
 from mrilib.data.dataset import Slice
-from mrilib.model.encoder import around_empty_coils, cascade_step
+from mrilib.model.encoder import cascade_step, refine_nonempty_slices
 from mrilib.physics import coils, fourier, sense
 
 
@@ -86,7 +86,7 @@ class VarNetBaseline(nn.Module):
     ) -> Tensor:
         """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
         known = mask if acquired is None else mask | ~acquired  # what no scan acquires is zero in the target too
-        image = around_empty_coils(self._image, kspace, torch.stack([mask, known], dim=1), torch.float32)
+        image = refine_nonempty_slices(self._image, kspace, torch.stack([mask, known], dim=1), torch.float32)
         return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
 
     def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class CombinedVarNet(nn.Module):
     ) -> Tensor:
         """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
         acquired = torch.ones_like(mask) if acquired is None else acquired
-        image = around_empty_coils(self._image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
+        image = refine_nonempty_slices(self._image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
         return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
 
     def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:

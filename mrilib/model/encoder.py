@@ -95,7 +95,7 @@ class KSpaceEncoder(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         if map_network:
-            pass_maps_through(self.varnet)
+            initialize_maps_as_identity(self.varnet)
         else:
             self.varnet.sens_net.norm_unet = nn.Identity()
         self.finding_labels = tuple(finding_labels)
@@ -229,7 +229,7 @@ class KSpaceEncoder(nn.Module):
         The mean square is 1: VarNet's maps, and with them the image's scale, depend on the number of coils. A mean has
         no meaning for a complex image and is not taken off.
         """
-        image = fourier.center_crop_or_pad(self.upright_image(kspace, mask), (self.img_size, self.img_size))
+        image = fourier.center_crop_or_pad(self.phase_corrected_image(kspace, mask), (self.img_size, self.img_size))
         if mirrored is not None:
             image = torch.where(mirrored[:, None, None], image.flip(-1), image)
         power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
@@ -243,9 +243,9 @@ class KSpaceEncoder(nn.Module):
         -------
         Tensor, complex64, shape (B, readout, phase)
         """
-        return around_empty_coils(lambda *measured: self._refine(*measured)[0], kspace, mask, torch.complex64)
+        return refine_nonempty_slices(lambda *measured: self._refine(*measured)[0], kspace, mask, torch.complex64)
 
-    def upright_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
+    def phase_corrected_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """The refined image without the background phase of the one that the cascades start from.
 
         Not without its own: VarNet's U-Nets may then say what they find in the image's sign and imaginary part too.
@@ -259,7 +259,7 @@ class KSpaceEncoder(nn.Module):
             refined, start = self._refine(*measured)
             return coils.remove_background_phase(refined, like=start)
 
-        return around_empty_coils(upright, kspace, mask, torch.complex64)
+        return refine_nonempty_slices(upright, kspace, mask, torch.complex64)
 
     def _refine(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """VarNet's refined image, and the one that its cascades start from, each (B, readout, phase).
@@ -310,7 +310,7 @@ def cascade_step(
     return refined, coils.combine(fourier.ifft2c(refined), maps)
 
 
-def around_empty_coils(
+def refine_nonempty_slices(
     varnet: Callable[[Tensor, Tensor], Tensor], kspace: Tensor, mask: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """What a VarNet makes of k-space (B, coil, readout, phase) and mask (B, phase): (B, readout, phase) of `dtype`.
@@ -357,7 +357,7 @@ def initialize_vit(vit: ViTModel) -> None:
 
 
 @torch.no_grad()
-def pass_maps_through(varnet: VarNet) -> None:
+def initialize_maps_as_identity(varnet: VarNet) -> None:
     """Initialize a VarNet's sensitivity U-Net to pass its input on, so that maps start as the centre lines' images.
 
     fastMRI's random start gives random maps, which cancel the coils against each other; a reconstruction loss soon

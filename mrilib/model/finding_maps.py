@@ -74,8 +74,8 @@ class FindingMaps(nn.Module):
 class FindingWords(nn.Module):
     """What maps of findings say of each patch, in vectors for the language model, trained on by the text alone.
 
-    The patch in which a finding's centre lies (`findings_of`) says the label's vector and those of the centre's row and
-    column. A sentence names label, side and region, and these are sums of such
+    The patch in which a finding's centre lies (`findings_from_maps`) says the label's vector and those of the
+    centre's row and column. A sentence names label, side and region, and these are sums of such
     vectors: a few of them, each learned from every finding that has it, where a ViT must learn every label at every
     place. They can start as what the language model's own vocabulary has for these words (`start_from`).
 
@@ -100,7 +100,7 @@ class FindingWords(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Logits, float32 (B, labels, img_size, img_size) → (B, (img_size/16)², output_dim)."""
-        found = findings_of(maps)
+        found = findings_from_maps(maps)
         label, row, column = (table.unflatten(0, (-1, self.output_dim)) for table in self.tables)
         length = maps.shape[-1]
         side = length // PATCH
@@ -137,7 +137,7 @@ class FindingWords(nn.Module):
 
 
 @torch.no_grad()
-def findings_of(maps: Tensor) -> Tensor:
+def findings_from_maps(maps: Tensor) -> Tensor:
     """What maps of findings show: every connected region above `SURE` of `FEWEST` pixels or more.
 
     Parameters
@@ -187,7 +187,7 @@ def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]
     return torch.where(areas.isinf(), 0, areas)
 
 
-def ellipses_seen(
+def encoder_ellipses(
     slices: Sequence[Slice], labels: Sequence[str], matrix: tuple[int, int], size: Sequence[int]
 ) -> Tensor:
     """`ellipses` of each slice where the encoder sees them: (B, labels, *size).
@@ -229,7 +229,7 @@ def finding_map_losses(
     """
     size = logits.shape[-2:]
     known = torch.tensor([float(one.boxes is not None) for one in slices], device=logits.device)
-    areas = ellipses_seen(slices, labels, matrix, size).to(logits.device)
+    areas = encoder_ellipses(slices, labels, matrix, size).to(logits.device)
     weights = POSITIVE_WEIGHT * (USUAL * size[0] * size[1] / areas.clamp_min(1)).sqrt()
     losses = F.binary_cross_entropy_with_logits(logits, (areas > 0).float(), reduction="none", pos_weight=weights)
     return losses.sum(1).mean((-2, -1)) * known

@@ -393,7 +393,7 @@ def build_encoder(
     return encoder
 
 
-def build_control(config: Stage1Parameters, backbone: PreTrainedModel) -> LearnedPrefix:
+def build_constant_prefix(config: Stage1Parameters, backbone: PreTrainedModel) -> LearnedPrefix:
     """Stage 1's control that sees no k-space, as long as the encoder's output and as small at the start."""
     return LearnedPrefix((config.img_size // 16) ** 2, hidden_size(backbone), FIRST_TOKENS * embedding_rms(backbone))
 

@@ -106,7 +106,7 @@ def make_tokenizer(vocab_size: int = 768, texts: int = 4000, seed: int = 0) -> P
     )
 
 
-class Steering(NamedTuple):
+class PrefixDifficulty(NamedTuple):
     """How hard the prefixes are to read. Lengths in units of the token embeddings' root mean square.
 
     clean_share : share of prefixes whose facts stand alone: weight 1, one a position, no noise, no rivals
@@ -124,7 +124,7 @@ class Steering(NamedTuple):
     scale: float = 3.0
     rivals: float = 0.25
 
-    def at(self, progress: float) -> "Steering":
+    def at(self, progress: float) -> "PrefixDifficulty":
         """Easier prefixes for the start of training, in proportion to `progress`, which counts up to 1."""
         ease = min(1.0, max(0.0, progress))
         return self._replace(
@@ -179,17 +179,17 @@ def make_batch(
     rng: np.random.Generator,
     batch_size: int,
     prefix_length: int,
-    steering: Steering,
+    steering: PrefixDifficulty,
     clean: bool | None = None,
 ) -> Batch:
-    """Draw facts and write them into prefixes of one length; see `Steering`.
+    """Draw facts and write them into prefixes of one length; see `PrefixDifficulty`.
 
     Parameters
     ----------
     prefix_length : int
         P, at least 16 positions
     clean : bool or None
-        all of the prefixes clean, or none, or (None) a `Steering.clean_share` of them, nothing left out where all are
+        all of the prefixes clean, or none, or (None) a `PrefixDifficulty.clean_share` of them
     """
     writer = PrefixWriter(tokenizer, rng, steering)
     weights = np.zeros((batch_size, prefix_length, len(tokenizer)), dtype=np.float32)
@@ -220,7 +220,9 @@ def make_batch(
 class PrefixWriter:
     """Writes facts into the weights (P, V) of a prefix's token embeddings."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, steering: Steering) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, steering: PrefixDifficulty
+    ) -> None:
         self.rng, self.steering = rng, steering
         one_hot, ids = np.eye(len(tokenizer), dtype=np.float32), tokenizer.get_vocab()
         self.words = {word: one_hot[ids[fact_token(word)]] for word in FACT_WORDS}

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from mrilib.backbone.nirvana import NirvanaConfig, NirvanaForCausalLM
 from mrilib.data import findings as analysis
 from mrilib.data.findings import Facts, Finding
-from mrilib.pretrain.corpus import COMMON_LABELS, Batch, Steering, encode_answers, make_batch
+from mrilib.pretrain.corpus import COMMON_LABELS, Batch, PrefixDifficulty, encode_answers, make_batch
 
 
 def prefix_embeddings(embedding: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -106,7 +106,7 @@ def pretrain(
     prefix_min: int = 16,
     prefix_max: int = 80,
     seed: int = 0,
-    steering: Steering = Steering(),  # noqa: B008
+    steering: PrefixDifficulty = PrefixDifficulty(),  # noqa: B008
     ramp: tuple[float, float] = (0.3, 0.6),
     initializer_range: float = 0.05,
     report: Callable[[dict[str, float]], None] | None = None,
@@ -127,7 +127,7 @@ def pretrain(
         gradients are clipped to this norm
     prefix_min, prefix_max : int
         lengths of prefixes [positions]; at least 16
-    steering : Steering
+    steering : PrefixDifficulty
         how hard the prefixes become
     ramp : (float, float)
         shares of the steps between which prefixes go from short and clean to those of `steering`
@@ -230,7 +230,7 @@ def save(model: NirvanaForCausalLM, tokenizer: PreTrainedTokenizerFast, director
 
 
 @torch.no_grad()
-def exact_share(
+def exact_fraction(
     model: NirvanaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -245,7 +245,7 @@ def exact_share(
     right = 0
     count = 0
     while count < samples:
-        batch = make_batch(tokenizer, rng, batch_size, prefix_length, Steering(left_out=0.0), clean=clean)
+        batch = make_batch(tokenizer, rng, batch_size, prefix_length, PrefixDifficulty(left_out=0.0), clean=clean)
         # whether a volume was reviewed is not told by any prefix
         told = torch.tensor([facts.findings is not None for facts in batch.facts])
         prefix = prefix_embeddings(model.model.embeddings.weight, batch, generator)

@@ -47,7 +47,15 @@ def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
     values = {**record["notebooks"]["evaluate"]["config"], "device": device}
     # The run's data may be gone, or lie elsewhere; its weights and the backbone must be there.
     values |= dict.fromkeys(
-        ("val_dir", "test_dir", "annotations_dir", "reports_path", "control_checkpoint", "plain_checkpoint"), ""
+        (
+            "val_dir",
+            "test_dir",
+            "annotations_dir",
+            "reports_path",
+            "constant_prefix_checkpoint",
+            "no_token_decoder_checkpoint",
+        ),
+        "",
     )
     # Its own weights are those in this folder, whatever it was called when they were written, or is called so now.
     former = resolve(values["output_dir"])

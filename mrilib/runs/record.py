@@ -19,7 +19,7 @@ from mrilib import progress
 from mrilib.config import NOTEBOOKS, OutputParameters, ParameterError, TrainingParameters, display_path, resolve
 from mrilib.environment import git_state, hardware, versions
 from mrilib.files import _now, read_json, write_json
-from mrilib.processes import _held, hold, release
+from mrilib.processes import _held, lock_run, unlock_run
 
 logger = logging.getLogger("mrilib")
 
@@ -139,7 +139,7 @@ class Run:
         try:
             self.note(notebook, **{"status": status, "finished": _now(), **facts})
         finally:
-            release(self.directory)
+            unlock_run(self.directory)
 
     def save_figure(self, figure: Picture, name: str) -> Path:
         """Save a figure as figures/NAME.png."""
@@ -169,16 +169,16 @@ def start(notebook: str, config: OutputParameters) -> Run:
     ours = directory not in _held
     try:
         if directory.exists():
-            hold(directory)
+            lock_run(directory)
         if isinstance(config, TrainingParameters):
             from mrilib.training.resume import check_folder
 
             check_folder(directory, config)  # before anything is written
-        hold(directory)
+        lock_run(directory)
         run = Run(directory, [notebook])
     except ValueError:
         if ours:
-            release(directory)
+            unlock_run(directory)
         raise
     run.start(notebook, config)
     _log_to(run.directory / "logs" / f"{notebook}-{datetime.now():%Y%m%d-%H%M%S}.log")

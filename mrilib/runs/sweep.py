@@ -22,8 +22,14 @@ from mrilib.model.decoders import uses_tokens
 from mrilib.runs.record import read_record
 
 MRILIB = (sys.executable, "-m", "mrilib")
-MOST_RUNS = 1000
-LATER = ("data_dir", "stage1_checkpoint", "control_checkpoint", "stage2_checkpoint", "plain_checkpoint")
+MAX_RUNS = 1000
+LATER = (
+    "data_dir",
+    "stage1_checkpoint",
+    "constant_prefix_checkpoint",
+    "stage2_checkpoint",
+    "no_token_decoder_checkpoint",
+)
 
 
 class Variant(NamedTuple):
@@ -118,9 +124,9 @@ def variants(
             "nothing to sweep: give a parameter several values, -p stage1.epochs=3,6, or --methods, --seeds"
         )
     count = math.prod(map(len, grid.values())) * max(1, len(methods or {})) * max(1, len(seeds))
-    if count > MOST_RUNS:
+    if count > MAX_RUNS:
         what = [*varying, *(["--methods"] if methods else []), *(["--seeds"] if seeds else [])]
-        raise ParameterError(f"the values of {', '.join(what)} make {count} runs; at most {MOST_RUNS} are allowed")
+        raise ParameterError(f"the values of {', '.join(what)} make {count} runs; at most {MAX_RUNS} are allowed")
     for name, given in grid.items():
         if len({_number_or_text(value) for value in given}) < len(given):
             raise ParameterError(f"{name}: a value is given twice; leave one of them out")

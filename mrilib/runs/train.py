@@ -16,7 +16,7 @@ from mrilib.model import two_stage
 from mrilib.runs import record
 from mrilib.training import device as device_module
 from mrilib.training import loop, setup
-from mrilib.training.distributed import launched
+from mrilib.training.distributed import is_launched
 from mrilib.training.setup import StageParameters
 
 RUN_ENTRIES = {".lock", "stop", "params", "logs", "figures", "stage1_checkpoints", "stage2_checkpoints"}
@@ -51,7 +51,7 @@ def train(config: StageParameters, only: str = "") -> Path:
     """
     number = 1 if isinstance(config, Stage1Parameters) else 2
     notebook = f"stage{number}"
-    names = ("stage1", "control") if number == 1 else ("stage2", "plain")
+    names = ("stage1", "constant_prefix") if number == 1 else ("stage2", "no_token_decoder")
     if only and only not in names:
         raise ParameterError(f"--only {only}: stage {number} trains {' and '.join(names)}; give one of them")
     if only == names[1] and not config.train_control:
@@ -59,7 +59,7 @@ def train(config: StageParameters, only: str = "") -> Path:
     if config.output_dir:
         require_run_folder(resolve(config.output_dir))
     disable_progress_bar()
-    state = PartialState(cpu=device_module.pick_device(config.device).type == "cpu") if launched() else None
+    state = PartialState(cpu=device_module.pick_device(config.device).type == "cpu") if is_launched() else None
     name = [config.output_dir or f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"]
     if state is not None:
         broadcast_object_list(name)

@@ -87,7 +87,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
-    """Read a checkpoint of one stage ("stage1", "control", "stage2", "plain").
+    """Read a checkpoint of one stage ("stage1", "constant_prefix", "stage2", "no_token_decoder").
 
     The file's checksums are compared first, so that a damaged file is never taken for a whole one.
 

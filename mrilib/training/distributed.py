@@ -29,12 +29,12 @@ class TrainingStopped(Exception):
     """Training was asked to stop and did so, between two steps, with its state saved."""
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether this process is one of several that `accelerate launch` (or torchrun) has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def everyone(value: T) -> list[T]:
+def gather_from_processes(value: T) -> list[T]:
     """What each process has to say, in their order."""
     return gather_object([value])
 
@@ -75,7 +75,7 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
     log = parameters.with_suffix(".log")
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, **processes.ends_with_this_process()
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, **processes.child_process_options()
         )
         try:
             while True:
@@ -91,7 +91,7 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
         if any(line.startswith("stopped: ") for line in lines):
             raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
         # Of processes that fail the launcher ends the others by a signal, which they take for a request to stop.
-        processes.withdraw_stop(directory)
+        processes.cancel_stop(directory)
         raise RuntimeError(
             f"{config.num_processes} training processes failed, {reason(lines)}; see '{display_path(log)}'"
         )

@@ -87,7 +87,7 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
 
     Notes
     -----
-    On a CPU the peak is that of the whole process: call `report_apart` where it has done other things before.
+    On a CPU the peak is that of the whole process: call `report_in_subprocess` where it has done other things before.
     """
     device = setup.prepare(config)
     stage = setup.build_stage(config, device)
@@ -150,7 +150,7 @@ def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None
     )
 
 
-def report_apart(
+def report_in_subprocess(
     config: Stage1Parameters | Stage2Parameters, keep: Path | None = None, progress: bool = True
 ) -> Report:
     """`report` in a fresh process, so that the peak is the stage's own; without `progress` it shows no bars."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mrilib.config import TrainingParameters
 from mrilib.data.dataset import Batch
 from mrilib.training.checkpoint import rng_state, set_rng_state
-from mrilib.training.distributed import everyone
+from mrilib.training.distributed import gather_from_processes
 
 if TYPE_CHECKING:
     from mrilib.training.stages import Stage
@@ -86,7 +86,7 @@ class StepGradients:
             Naming the parameters to turn.
         """
         moved = [batch.to(self.stage.model.device) for batch in batches]
-        weight = sum(everyone(sum(self.stage.weight(batch) for batch in moved)))
+        weight = sum(gather_from_processes(sum(self.stage.weight(batch) for batch in moved)))
         rng = rng_state()
         try:
             own = self._accumulate(self.micro_batch, moved, weight)
@@ -94,7 +94,7 @@ class StepGradients:
             if not should_reduce_batch_size(error):
                 raise
             own = self._with_smaller_batches(error, moved, weight, rng, where)
-        parts = [part for one in everyone(own) for part in one]
+        parts = [part for one in gather_from_processes(own) for part in one]
         if self.accelerator.num_processes > 1:
             for parameter in self.parameters:
                 if parameter.grad is None:

@@ -49,7 +49,7 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 
 
 def read_history(run: Path, name: str) -> History | None:
-    """The history of a stage ("stage1", "control", "stage2", "plain") from a run's logs; None if it has none."""
+    """The history of a stage ("stage1", "constant_prefix", "stage2", "no_token_decoder"); None if there is none."""
     epochs = read_epochs(epochs_path(run, name))
     if not epochs:
         return None

@@ -36,7 +36,7 @@ from mrilib.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from mrilib.training.distributed import TrainingStopped, everyone, launched
+from mrilib.training.distributed import TrainingStopped, gather_from_processes, is_launched
 from mrilib.training.gradients import Part, StepGradients, combine_statistics, out_of_memory
 from mrilib.training.history import History, epochs_path, read_history, steps_path, write_epochs
 from mrilib.training.optimizer import build_optimizer
@@ -99,7 +99,7 @@ class Trainer:
             torch.distributed.broadcast(parameter.data, 0)
         self.optimizer = build_optimizer(self.parameters, config)
         # Batches of one step, over all processes; what this process takes of them is up to the sampler.
-        launched = self.accelerator.num_processes if distributed.launched() else config.num_processes
+        launched = self.accelerator.num_processes if distributed.is_launched() else config.num_processes
         self.step_batches = config.gradient_accumulation_steps * launched
         self.steps_per_epoch = -(-self.sampler.total // self.step_batches)
         self.total_steps = total_steps(config, self.steps_per_epoch)
@@ -170,7 +170,7 @@ class Trainer:
             "weights": self.stage.part.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "rng": everyone(self.rng),
+            "rng": gather_from_processes(self.rng),
             "losses": self.losses,
             "history": {
                 "epochs": history.epochs,
@@ -255,7 +255,7 @@ class Trainer:
     def run(self) -> History:
         """Train to the end, or take over a finished training."""
         if self.main:
-            processes.hold(self.directory)
+            processes.lock_run(self.directory)
         if not self.restore():
             if self.main:
                 self.log = files.JsonLines(self.steps_path, keep=lambda entry: entry["step"] <= self.step)
@@ -382,7 +382,8 @@ class Trainer:
         """Save when it is time to; end here if the run is to stop. All processes decide alike."""
         due = time.perf_counter() - self.last_save >= 60 * self.config.checkpoint_minutes
         stop, save = (
-            any(said) for said in zip(*everyone((processes.stop_requested(self.directory), due)), strict=True)
+            any(said)
+            for said in zip(*gather_from_processes((processes.stop_requested(self.directory), due)), strict=True)
         )
         if stop or save:
             self.save_to_resume()
@@ -417,10 +418,10 @@ class Trainer:
                         raise
                     where = f"{self.stage.name}, validation of epoch {self.epoch + 1}"
                     raise out_of_memory(where, len(chunk.slices), chunk, error) from None
-        if any(everyone(stop)):
+        if any(gather_from_processes(stop)):
             self.save_to_resume()
             raise self._stopped()
-        return [score for one in everyone(scores) for score in one]
+        return [score for one in gather_from_processes(scores) for score in one]
 
     def _end_epoch(self, scores: list[dict[str, Any]], seconds: float) -> None:
         config, history = self.config, self.history
@@ -504,7 +505,7 @@ class Trainer:
 
     def run_in_processes(self) -> History:
         """Train in ``config.num_processes`` processes of their own, and take over what they have learned."""
-        processes.hold(self.directory)
+        processes.lock_run(self.directory)
         if not self.restore():
             self.save_to_resume()  # the others begin with this model's weights
             with progress.progress_bar(self.total_steps, self.stage.name, self.interactive) as bar:
@@ -588,4 +589,4 @@ def fit(
         On the run's stop file (see `runs.request_stop`), after the step, with the state saved.
     """
     trainer = Trainer(stage, config, train_loader, val_loader, directory, interactive, on_step, on_epoch)
-    return trainer.run_in_processes() if config.num_processes > 1 and not launched() else trainer.run()
+    return trainer.run_in_processes() if config.num_processes > 1 and not is_launched() else trainer.run()

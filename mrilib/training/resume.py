@@ -137,7 +137,11 @@ def check_folder(directory: Path, config: TrainingParameters) -> None:
     CheckpointError
         Its checkpoint is damaged.
     """
-    number, names = (1, ("stage1", "control")) if isinstance(config, Stage1Parameters) else (2, ("stage2", "plain"))
+    number, names = (
+        (1, ("stage1", "constant_prefix"))
+        if isinstance(config, Stage1Parameters)
+        else (2, ("stage2", "no_token_decoder"))
+    )
     for name in names:
         final, unfinished = (
             directory / f"stage{number}_checkpoints" / f"{name}_{kind}.pt" for kind in ("final_model", "resume")

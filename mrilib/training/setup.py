@@ -35,7 +35,7 @@ from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.two_stage import (
     TwoStageModel,
     build_backbone,
-    build_control,
+    build_constant_prefix,
     build_encoder,
     hidden_size,
     tensor_hash,
@@ -99,7 +99,7 @@ def make_loaders(config: StageParameters) -> Loaders:
         training=True,
         masks_per_slice=0 if isinstance(config, Stage1Parameters) else config.masks_per_slice,
         max_slices=config.max_train_slices,
-        mirror_share=stage1.mirror_share if stage1 else 0.0,
+        mirror_fraction=stage1.mirror_fraction if stage1 else 0.0,
     )
     if stage1:
         require_boxes(train_data, stage1.finding_labels)
@@ -110,8 +110,8 @@ def make_loaders(config: StageParameters) -> Loaders:
 def _loaders(
     config: StageParameters, train_data: FastMRIDataset, val_data: FastMRIDataset
 ) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
-    share = config.finding_share if isinstance(config, Stage1Parameters) else 0.0
-    train = make_loader(train_data, config.batch_size, config.seed, shuffle=True, finding_share=share)
+    share = config.finding_fraction if isinstance(config, Stage1Parameters) else 0.0
+    train = make_loader(train_data, config.batch_size, config.seed, shuffle=True, finding_fraction=share)
     return train, make_loader(val_data, config.batch_size)
 
 
@@ -122,7 +122,7 @@ def stage_loaders(config: StageParameters, stage: stages.Stage, loaders: Loaders
     after what is missing has been computed.
     """
     train_data, val_data, cache = loaders.train_data, loaders.val_data, None
-    if stage.name == "control":
+    if stage.name == "constant_prefix":
         train_data, val_data = train_data.without_kspace(), val_data.without_kspace()
     elif isinstance(config, Stage2Parameters) and config.token_cache_dir and stage.model.uses_tokens:
         assert isinstance(stage, stages.ReconstructionStage)
@@ -170,11 +170,11 @@ def build_control_stage(config: StageParameters, stage: stages.Stage) -> stages.
     device_module.prepare(config)
     model = stage.model
     if isinstance(config, Stage1Parameters):
-        control = build_control(config, model.backbone).to(model.device)
+        control = build_constant_prefix(config, model.backbone).to(model.device)
         system = TwoStageModel(control, model.backbone, model.tokenizer)
-        return stages.AnalysisStage(system, "control", config.label_smoothing)
+        return stages.AnalysisStage(system, "constant_prefix", config.label_smoothing)
     decoder = build_decoder(without_tokens(config), 0).to(model.device)
-    return stages.ReconstructionStage(TwoStageModel(decoder=decoder), "plain")
+    return stages.ReconstructionStage(TwoStageModel(decoder=decoder), "no_token_decoder")
 
 
 def without_tokens(config: Stage2Parameters) -> Stage2Parameters:
@@ -223,11 +223,11 @@ def load_stage1(
     return TwoStageModel(encoder.to(backbone.device), backbone, tokenizer), config
 
 
-def load_control(path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TwoStageModel:
+def load_constant_prefix(path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TwoStageModel:
     """The control of stage 1 that sees no k-space."""
-    content = load_checkpoint(path, "control")
+    content = load_checkpoint(path, "constant_prefix")
     _check_backbone(content, backbone, path)
-    control = build_control(_restore(Stage1Parameters, content, path), backbone)
+    control = build_constant_prefix(_restore(Stage1Parameters, content, path), backbone)
     load_weights(control, content["weights"], display_path(path))
     return TwoStageModel(control.to(backbone.device), backbone, tokenizer)
 
@@ -248,7 +248,7 @@ def load_stage2(path: Path, model: TwoStageModel, control: bool = False) -> Stag
     CheckpointError
         As `load_stage1`, or trained on another encoder's tokens.
     """
-    content = load_checkpoint(path, "plain" if control else "stage2")
+    content = load_checkpoint(path, "no_token_decoder" if control else "stage2")
     config = _restore(Stage2Parameters, content, path)
     if control:
         config = without_tokens(config)

@@ -35,7 +35,7 @@ class Stage:
     Attributes
     ----------
     name : str
-        "stage1", "stage2", or their controls "control" and "plain"; names checkpoints and logs.
+        "stage1", "stage2", or their controls "constant_prefix" and "no_token_decoder"; names checkpoints and logs.
     model : TwoStageModel
     trainable : {"encoder", "decoder"}
     """
@@ -81,7 +81,7 @@ class AnalysisStage(Stage):
     Parameters
     ----------
     model : TwoStageModel
-    name : {"stage1", "control"}
+    name : {"stage1", "constant_prefix"}
     label_smoothing : float
     map_weight : float
         Weight of the loss of the encoder's detection maps, added to the cross-entropy per token.
@@ -144,7 +144,7 @@ class ReconstructionStage(Stage):
     Parameters
     ----------
     model : TwoStageModel
-    name : {"stage2", "plain"}
+    name : {"stage2", "no_token_decoder"}
 
     Attributes
     ----------

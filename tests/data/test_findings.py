@@ -1,0 +1,393 @@
+"""Findings to text and back, the fastMRI+ reader, users' reports, and the scores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mrilib.data import annotations as annotations_module
+from mrilib.data import findings as findings_module
+from mrilib.data.annotations import Box
+from mrilib.data.findings import Facts, Finding
+from mrilib.evaluation.inference import score_texts
+from mrilib.metrics import text_scores
+
+PLUS = Path(__file__).parents[2] / "data" / "fastmri_plus"
+CSV, FILE_LIST = PLUS / "brain.csv", PLUS / "brain_file_list.csv"
+HEADER = "file,slice,study_level,x,y,width,height,label\n"
+
+findings = st.builds(
+    Finding,
+    st.sampled_from(annotations_module.LABELS),
+    st.sampled_from(findings_module.SIDES),
+    st.sampled_from(findings_module.REGIONS),
+)
+found = st.lists(findings, max_size=6).map(tuple)
+contrasts, levels = (
+    st.sampled_from([*findings_module.CONTRASTS.values(), None]),
+    st.sampled_from(findings_module.LEVELS),
+)
+all_facts = st.one_of(
+    st.builds(Facts, contrasts, levels, st.none()),
+    st.builds(
+        Facts, contrasts, levels, found, st.lists(st.sampled_from(annotations_module.LABELS), max_size=3).map(tuple)
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def annotations():
+    return annotations_module.read_annotations(CSV, FILE_LIST)
+
+
+def write(tmp_path, rows, files="a\nb\n"):
+    (tmp_path / "brain.csv").write_text(HEADER + rows)
+    (tmp_path / "list.csv").write_text(files)
+    return tmp_path / "brain.csv", tmp_path / "list.csv"
+
+
+# ------------------------------------------------------------------------------------------------- text and back
+
+
+@given(all_facts)
+def test_parse_is_the_inverse_of_answer(facts):
+    assert findings_module.parse(findings_module.answer(facts)) == facts
+
+
+@given(all_facts, all_facts)
+def test_different_facts_have_different_texts(one, other):
+    assert (one == other) == (findings_module.answer(one) == findings_module.answer(other))
+
+
+def test_wording():
+    facts = Facts(
+        "FLAIR",
+        "upper",
+        (Finding("Mass", "right", "posterior"), Finding("Edema", "left", "anterior")),
+        ("Motion artifact",),
+    )
+    assert findings_module.answer(facts) == (
+        "Axial FLAIR image, upper third of the brain. Findings: edema, left anterior; "
+        "mass, right posterior. Whole study: motion artifact."
+    )
+    assert findings_module.answer(Facts("T2", "lower", ())).endswith(" Findings: none.")
+    assert "Findings" not in findings_module.answer(Facts("T2", "lower", None))
+
+
+def test_several_boxes_in_one_place_are_one_finding_and_order_does_not_matter():
+    mass, edema = Finding("Mass", "left", "central"), Finding("Edema", "left", "central")
+    assert Facts("T1", "lower", (mass, edema, mass)) == Facts("T1", "lower", (edema, mass))
+    text = "Axial T1 image, lower third of the brain. Findings: mass, left central; edema, left central."
+    assert findings_module.parse(text).findings == (edema, mass)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not an answer"),
+        ("Axial T1 image, lower third of the brain", "not an answer"),
+        ("Axial T1 image, lower third of the brain. Findings: none. And more.", "not an answer"),
+        ("Axial T3 image, lower third of the brain.", "unknown contrast 'T3'"),
+        ("Axial T1 image, top third of the brain.", "unknown level 'top'"),
+        (
+            "Axial T1 image, lower third of the brain. Findings: mas, left central.",
+            "unknown label 'mas'; did you mean 'ma",
+        ),
+        ("Axial T1 image, lower third of the brain. Findings: mass, centre central.", "unknown side"),
+        ("Axial T1 image, lower third of the brain. Findings: mass, left front.", "unknown region"),
+        ("Axial T1 image, lower third of the brain. Findings: mass left central.", "not of the form"),
+        ("Axial T1 image, lower third of the brain. Whole study: normal for age.", "not reviewed"),
+    ],
+)
+def test_text_that_says_something_else_is_refused(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        findings_module.parse(text)
+
+
+def test_the_prompt_tells_nothing():
+    told = [
+        *findings_module.CONTRASTS,
+        *findings_module.CONTRASTS.values(),
+        *findings_module.LEVELS,
+        *findings_module.SIDES,
+        *findings_module.REGIONS,
+    ]
+    assert not [word for word in told if word.lower() in findings_module.prompt().lower()]
+
+
+# ------------------------------------------------------------------------------------------------- fastMRI+ as it is
+
+
+def test_every_row_of_the_real_csv_round_trips(annotations):
+    table = pd.read_csv(CSV)
+    assert set(table["label"]) == set(annotations_module.LABELS)
+    boxes = 0
+    for (file, number), rows in table.groupby(["file", "slice"]):
+        acquisition = file.split("_")[2]
+        facts = findings_module.slice_facts(annotations, file, number, 16, acquisition, (320, 320))
+        assert findings_module.parse(findings_module.answer(facts)) == facts
+        assert facts.contrast == findings_module.CONTRASTS[acquisition]
+        assert {found.label for found in facts.findings} == set(rows.loc[rows["study_level"] == "No", "label"])
+        assert set(facts.study_labels) >= set(rows.loc[rows["study_level"] == "Yes", "label"])
+        boxes += len(annotations.boxes(file, number, 320))
+    assert boxes == (table["study_level"] == "No").sum() == 7570
+    assert len(annotations.files) == 1001
+
+
+def test_box_in_array_coordinates(annotations):
+    # the first row of the file: 2,No,91,132,7,6 on the flipped image of 320 rows
+    box = annotations.boxes("file_brain_AXFLAIR_200_6002425", 2, 320)[0]
+    assert box == Box(91, 320 - 132 - 6, 7, 6, "Nonspecific white matter lesion")
+    with pytest.raises(ValueError, match=r"slice 2.*reaches row 138 of 130 rows"):
+        annotations.boxes("file_brain_AXFLAIR_200_6002425", 2, 130)
+
+
+def test_reviewed_and_clean_is_not_unknown(annotations):
+    with_rows = {file for file, _ in annotations._boxes} | set(annotations._study)
+    clean = sorted(annotations.files - with_rows)[0]
+    assert findings_module.slice_facts(annotations, clean, 0, 16, "AXT1", (320, 320)).findings == ()
+    for known, file in ((annotations, "file_brain_AXT1_000_0000000"), (None, clean)):
+        facts = findings_module.slice_facts(known, file, 0, 16, "AXT1", (320, 320))
+        assert facts.findings is None and facts.study_labels == ()
+        assert "none" not in findings_module.answer(facts)
+
+
+def test_a_finding_on_a_slice_that_the_file_does_not_have(tmp_path):
+    csv, files = write(tmp_path, "a,3,No,3,1,2,4,Edema\n")
+    annotations = annotations_module.read_annotations(csv, files)
+    assert len(findings_module.slice_facts(annotations, "a", 3, 4, "AXT1", (20, 20)).findings) == 1
+    with pytest.raises(ValueError, match="a: the annotations have a finding on slice 3, the file has 3 slices"):
+        findings_module.slice_facts(annotations, "a", 0, 3, "AXT1", (20, 20))
+
+
+def test_side_and_region_are_those_of_the_flipped_image():
+    def place(x, y):
+        found = findings_module.box_finding(Box(x - 1, y - 1, 2, 2, "Mass"), (120, 100))
+        return found.side, found.region
+
+    assert place(20, 110) == ("left", "anterior")  # the array's last rows are displayed at the top
+    assert place(80, 10) == ("right", "posterior")
+    assert place(50, 60) == ("midline", "central")
+    assert place(44, 60)[0] == "left" and place(46, 60)[0] == "midline" and place(56, 60)[0] == "right"
+    assert place(20, 79)[1] == "central" and place(20, 81)[1] == "anterior"
+    with pytest.raises(ValueError, match="outside the image"):
+        place(101, 10)
+
+
+def test_flipping_up_and_down_keeps_the_box_on_its_pixels(tmp_path):
+    csv, files = write(tmp_path, "a,0,No,3,1,2,4,Edema\n")
+    (box,) = annotations_module.read_annotations(csv, files).boxes("a", 0, 11)
+    displayed = [[row in range(1, 5) and column in range(3, 5) for column in range(7)] for row in range(11)]
+    array = displayed[::-1]
+    inside = {(row, column) for row in range(11) for column in range(7) if array[row][column]}
+    assert inside == {
+        (row, column)
+        for row in range(int(box.y), int(box.y + box.height))
+        for column in range(int(box.x), int(box.x + box.width))
+    }
+
+
+def test_levels_of_odd_stacks():
+    assert [findings_module.slice_level(number, 5) for number in range(5)] == [
+        "lower",
+        "lower",
+        "middle",
+        "middle",
+        "upper",
+    ]
+    assert findings_module.slice_level(0, 1) == "lower"
+    with pytest.raises(ValueError, match="slice 16 of a volume of 16"):
+        findings_module.slice_level(16, 16)
+
+
+def test_unknown_acquisition_is_named():
+    with pytest.raises(ValueError, match="unknown acquisition 'AXT1POSTT'; did you mean 'AXT1POST'"):
+        findings_module.contrast_name("AXT1POSTT")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("a,0,No,1,2,3,x,Mass", "line 3: height 'x' is not a number"),
+        ("a,0,No,1,2,3,,Mass", "line 3: height '' is not a number"),
+        ("a,0,No,1,2,-3,4,Mass", "line 3: width is -3"),
+        ("a,0,No,nan,2,3,4,Mass", "line 3: x is nan"),
+        ("a,0.5,No,1,2,3,4,Mass", "line 3: slice '0.5'"),
+        ("a,-1,No,1,2,3,4,Mass", "line 3: slice '-1'"),
+        ("a,\N{ARABIC-INDIC DIGIT THREE},No,1,2,3,4,Mass", "line 3: slice"),
+        pytest.param(f"a,{'9' * 5000},No,1,2,3,4,Mass", "line 3: slice", id="slice with 5000 digits"),
+        ("a,0,no,1,2,3,4,Mass", "line 3: study_level is 'no'; it must be Yes or No"),
+        ("a,0,Yes,1,,,,Motion artifact", "line 3: study_level Yes, but x given"),
+        ("a,0,No,1,2,3,4,Masss", "line 3: unknown label 'Masss'; did you mean 'Mass'"),
+        ("c,0,No,1,2,3,4,Mass", "line 3: 'c' is not in"),
+        ("a,0,No,1,2,3", "line 3: unknown label ''"),
+        ("a,0,No,1,2,3,4,Mass,5", "brain.csv: not a readable CSV.*line 3"),
+    ],
+)
+def test_bad_rows_are_refused_with_file_and_line(tmp_path, row, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        annotations_module.read_annotations(*write(tmp_path, f"a,0,No,1,2,3,4,Edema\n{row}\n"))
+    assert "brain.csv" in str(error.value)
+
+
+def test_bad_files_are_refused(tmp_path):
+    csv, files = write(tmp_path, "")
+    csv.write_text("file,slice,label\na,0,Mass\n")
+    with pytest.raises(ValueError, match="line 1: column study_level, x, y, width, height missing"):
+        annotations_module.read_annotations(csv, files)
+    csv.write_text(HEADER + "a,0,No,1,2,3,4,Mass,5\n")
+    with pytest.raises(ValueError, match="line 2: more values"):
+        annotations_module.read_annotations(csv, files)
+    csv.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not a readable CSV"):
+        annotations_module.read_annotations(csv, files)
+    csv, files = write(tmp_path, "", files="a\n\nb\n")
+    with pytest.raises(ValueError, match=r"list\.csv, line 2"):
+        annotations_module.read_annotations(csv, files)
+    with pytest.raises(FileNotFoundError):
+        annotations_module.read_annotations(csv, tmp_path / "absent.csv")
+
+
+# ------------------------------------------------------------------------------------------------- reports
+
+
+def test_reports(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    line = {"file": "a", "slice": 3, "prompt": "What is seen?", "response": "A brain — normal."}
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert annotations_module.read_reports(path) == {
+        ("a", 3): annotations_module.Report("a", 3, "What is seen?", "A brain — normal.")
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"file": "a", "slice": 1, "prompt": "p"', "not a JSON object"),
+        ("", "not a JSON object"),
+        ("[1, 2]", "a JSON list"),
+        pytest.param("[" * 100_000, "not a JSON object", id="100,000 brackets"),
+        (r'{"file": "a", "slice": 1, "prompt": "p", "response": "\ud800"}', "response holds half a surrogate pair"),
+        ('{"file": "a", "slice": 1, "prompt": "p"}', "key 'response' is missing"),
+        ('{"file": "a", "slice": 1, "prompt": "p", "respons": "r"}', "unknown key 'respons'; did you mean 'response'"),
+        ('{"file": "a", "slice": "1", "prompt": "p", "response": "r"}', "slice is '1'"),
+        ('{"file": "a", "slice": true, "prompt": "p", "response": "r"}', "slice is True"),
+        ('{"file": "a", "slice": -1, "prompt": "p", "response": "r"}', "slice is -1"),
+        ('{"file": "a", "slice": 1, "prompt": "p", "response": " "}', "response is ' '"),
+        ('{"file": "a", "slice": 0, "prompt": "p", "response": "r"}', "slice 0 was already given in line 1"),
+    ],
+)
+def test_malformed_reports_are_refused_with_their_line(tmp_path, line, reason):
+    path = tmp_path / "reports.jsonl"
+    good = {"file": "a", "slice": 0, "prompt": "p", "response": "r"}
+    path.write_text(f"{json.dumps(good)}\n{line}\n{json.dumps({**good, 'slice': 9})}\n")
+    with pytest.raises(ValueError, match=rf"reports.jsonl, line 2: .*{reason}"):
+        annotations_module.read_reports(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    """Editors on Windows put one at the start of a text file."""
+    csv, names = write(tmp_path, "a,0,No,1,2,3,4,Edema\n")
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes())
+    assert annotations_module.read_annotations(csv, names).reviewed("a")
+    reports = tmp_path / "reports.jsonl"
+    reports.write_bytes(b"\xef\xbb\xbf" + b'{"file": "a", "slice": 0, "prompt": "p", "response": "r"}')
+    assert list(annotations_module.read_reports(reports)) == [("a", 0)]
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+MASS, EDEMA, CYST = (Finding(label, "left", "central") for label in ("Mass", "Edema", "Likely cysts"))
+
+
+def told(*found):
+    return Facts("T1", "lower", found)
+
+
+def test_scores_by_hand():
+    truth = [told(MASS, EDEMA), told(MASS), told(), told(), told(CYST), Facts("T1", "lower", None)]
+    guess = [told(MASS), told(Finding("Mass", "right", "central")), told(), told(EDEMA), None, told(MASS)]
+    scores = text_scores.finding_scores(truth, guess)
+    # hits: 1; false: wrong side, edema on a clean slice, the unreadable text; missed: edema, mass, cyst
+    assert scores["f1"] == pytest.approx(2 / (2 + 3 + 3))
+    assert scores["precision"] == pytest.approx(1 / 4) and scores["recall"] == pytest.approx(1 / 4)
+    assert scores["any_finding_accuracy"] == pytest.approx(3 / 5)
+    assert scores["parsed"] == pytest.approx(4 / 5) and scores["samples"] == 5
+
+
+def text_rows(truth, guess, patients):
+    """What `Evaluator.run` has of slices whose texts say `guess`."""
+    return [
+        {
+            "patient": patient,
+            "facts": facts,
+            "tokens": 3,
+            "nats_own": 1.0,
+            "correct_own": 2,
+            "generated": findings_module.answer(told) if told else "rubbish",
+            "generated_without_kspace": None,
+        }
+        for facts, told, patient in zip(truth, guess, patients, strict=True)
+    ]
+
+
+def test_standard_error_of_f1_goes_by_patients():
+    truth = [told(MASS), told(MASS), told(MASS, EDEMA), told(EDEMA), Facts("T1", "lower", None)]
+    guess = [told(MASS), None, told(MASS), told(CYST), told(MASS)]
+    rows = text_rows(truth, guess, patients="aabbb")
+    scores = score_texts(rows, truth)
+    # a: 1 hit, 1 unreadable that claims and misses; b: 1 hit, 2 missed, 1 false
+    halves, wholes = np.array([2.0, 2.0]), np.array([4.0, 5.0])
+    f1 = halves.sum() / wholes.sum()
+    assert scores["finding_f1"] == pytest.approx(f1) == text_scores.finding_scores(truth, guess)["f1"]
+    left_out = [halves[1] / wholes[1], halves[0] / wholes[0]]
+    residuals = (halves - f1 * wholes) / wholes.sum()
+    assert scores["finding_f1_se"] == pytest.approx(np.sqrt(2 * (residuals**2).sum()))
+    assert scores["finding_f1_se"] == pytest.approx(abs(left_out[0] - left_out[1]) / 2, rel=0.1)  # near the jackknife's
+    assert score_texts(text_rows(truth, guess, "aaaaa"), truth)["finding_f1_se"] is None  # one patient
+    clean = [told(), told()]
+    assert score_texts(text_rows(clean, clean, "ab"), clean)["finding_f1_se"] is None  # nothing to find
+
+
+def test_scores_at_the_ends():
+    truth = [told(MASS), told()]
+    assert text_scores.finding_scores(truth, truth)["f1"] == 1
+    assert text_scores.finding_scores(truth, [None, None])["f1"] == 0
+    assert text_scores.finding_scores(truth, [Facts("T1", "lower", None)] * 2)["parsed"] == 0
+    assert text_scores.finding_scores([told()], [told()])["f1"] is None  # nothing to find, nothing claimed
+    assert text_scores.finding_scores([told()], [None])["f1"] == 0
+    with pytest.raises(ValueError, match="shorter"):
+        text_scores.finding_scores(truth, truth[:1])
+
+
+@given(st.lists(st.lists(st.sampled_from([MASS, EDEMA, CYST]), max_size=3).map(lambda some: told(*some)), max_size=6))
+def test_no_constant_answer_beats_the_best_one(facts):
+    def score(constant):
+        f1 = text_scores.finding_scores(facts, [told(*constant)] * len(facts))["f1"]
+        return 1.0 if f1 is None else f1  # saying nothing where there is nothing
+
+    subsets = [[f for bit, f in enumerate((MASS, EDEMA, CYST)) if number >> bit & 1] for number in range(8)]
+    assert score(text_scores.best_constant_answer(facts)) == pytest.approx(max(score(some) for some in subsets))
+
+
+def test_attribute_accuracy():
+    truth = [Facts("T1", "lower"), Facts("T2", "upper"), Facts("T2", "upper")]
+    guess = [Facts("T1", "upper"), Facts("T2", "upper"), None]
+    assert text_scores.attribute_accuracy(truth, guess, "contrast") == pytest.approx(2 / 3)
+    assert text_scores.attribute_accuracy(truth, guess, "level") == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="neither"):
+        text_scores.attribute_accuracy(truth, guess, "findings")
+
+
+def test_reports_may_name_their_file_with_its_ending(tmp_path):
+    path = tmp_path / "reports.jsonl"
+    lines = [{"file": name, "slice": 1, "prompt": "p", "response": "r"} for name in ("a.h5", "b")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert set(annotations_module.read_reports(path)) == {("a", 1), ("b", 1)}
+    path.write_text("".join(json.dumps({**lines[0], "file": name}) + "\n" for name in ("a.h5", "a")))
+    with pytest.raises(ValueError, match="line 2: a, slice 1 was already given in line 1"):
+        annotations_module.read_reports(path)

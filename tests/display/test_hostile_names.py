@@ -1,0 +1,132 @@
+"""Names of files and runs come from elsewhere: none becomes HTML, Markdown, a formula or a terminal's command."""
+
+import html
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_results import history
+
+from mrilib.config import ROOT, printable
+from mrilib.display import compare_runs, live, tables
+from mrilib.display import curves as charts
+from mrilib.display import images as figures
+from mrilib.evaluation.reconstructions import Comparison
+
+NAMES = (
+    "<img src=x onerror=alert(1)>",
+    "<script>alert(1)</script>",
+    r"a$\frac$b",
+    r"$\href{javascript:alert(1)}{x}$",
+    "back\\slash",
+    "new\nline",
+    "\"quotes' & `ticks`",
+    "\x1b]0;title\x07\x1b[31mred",
+    "\u202egnp.5h",
+    "[link](javascript:alert(1)) | cell **bold**",
+)
+
+
+def assert_inert(shown: str, name: str) -> None:
+    """The name is there to be read, and neither a tag nor a formula nor a control character was made of it."""
+    known = r"</?(?:table|caption|thead|tbody|tr|th|td|b|i|code|p)(?: (?:style|scope|class|role)=\"[^\"<>]*\")*>"
+    rest = re.sub(known, "", shown)
+    assert "<" not in rest and ">" not in rest, rest
+    assert printable(name, keep="\n") in html.unescape(rest)
+    assert printable(shown, keep="\n") == shown
+    for table in re.findall(r"<table[^>]*>", shown):
+        assert "tex2jax_ignore" in table and "mathjax_ignore" in table
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder of a finished run, to be given any name."""
+    for folder, rate in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        entry = {"status": "failed", "error": f"DataError: {NAMES[0]}.h5", "config": {"data_dir": NAMES[rate]}}
+        record = {"status": "failed", "started": "", "planned": ["stage1"], "notebooks": {"stage1": entry}}
+        (tmp_path / folder / "run.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_table_takes_a_name_for_html(name, run):
+    text = "Axial T1 image, lower third of the brain."
+    row = {"file": name, "slice": 1, "acceleration": 4, "true": text, "generated": f"{text} {name}"}
+    runs = {name: run / "a", "other": run / "b"}
+    assert_inert(tables.texts_side_by_side([row], 8), name)
+    assert_inert(live.text_progress({1: pd.DataFrame([row])}), name)
+    assert_inert(tables.html_table((name,), [(name,)], caption=name), name)
+    assert_inert(tables.shown(pd.DataFrame({name: {name: name}}), index=True, caption=name).data, name)
+    assert_inert(tables.shown(compare_runs.metrics_table(runs), index=True).data, name)
+    assert_inert(tables.shown(compare_runs.differing_parameters(runs), index=True).data, name)
+    states = [(run, path, compare_runs.states(runs)[run]) for run, path in runs.items()]
+    assert_inert(tables.html_table(("run", "folder", "state"), states), name)
+
+
+def test_a_model_card_takes_no_path_for_html_or_markdown():
+    for name in NAMES:
+        shown = tables._code(name)
+        assert "\n" not in shown and not re.search(r"[\\`*_\[\]|$]", shown)
+        assert_inert(shown, printable(name))
+
+
+def test_figures_show_names_as_they_are():
+    image = np.random.default_rng(0).random((16, 16))
+    curves = charts.compare_curves({name: {"stage1": history()} for name in NAMES})
+    images = dict.fromkeys(NAMES[2:5], image)
+    shown = figures.reconstruction_comparison(Comparison(image, images, 1.0, title=NAMES[7]), title=NAMES[2])
+    for figure in (curves, shown):
+        figure.draw_without_rendering()  # a broken formula raises here
+        assert printable(figure.told()) == figure.told()
+    texts = {text.get_text() for text in curves.legends[0].get_texts()}
+    assert texts >= {f"{printable(name, keep=chr(10))} training" for name in NAMES}
+    assert shown.get_suptitle() == NAMES[2]
+
+
+def test_logarithmic_axes_keep_their_formulas():
+    figure = charts.training_curves(history())
+    figure.draw_without_rendering()
+    labels = [label for axis in figure.axes for label in axis.get_yticklabels(which="both") if "$" in label.get_text()]
+    assert labels and all(label.get_parse_math() for label in labels)
+
+
+def test_notebooks_make_their_tables_in_one_place():
+    """No notebook displays a DataFrame or a Styler, which escapes nothing; HTML comes from tables and live alone."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+            assert ".style." not in source and ".style)" not in source, path.name
+            assert not re.search(r"display\((?:tables|compare|\w+)\.\w*table\(", source), path.name
+            for made in re.findall(r"HTML\((?=[^)])(\w+\.\w+)", source):
+                assert made.startswith(("tables.", "live.")), (path.name, made)
+
+
+def test_the_log_says_what_failed(tmp_path, monkeypatch, caplog):
+    """An error's text may begin with an empty line, as that of a formula does."""
+    from mrilib import progress
+    from mrilib.runs import record as record_module
+
+    events = SimpleNamespace(
+        register=lambda name, function: monkeypatch.setattr(record_module, "after_cell", function, False)
+    )
+    monkeypatch.setattr(progress, "ipython_shell", lambda: SimpleNamespace(events=events))
+    run = SimpleNamespace(record={"notebooks": {"explore": {"status": "running"}}}, finish=lambda *a, **k: None)
+    record_module._mark_failures(run, "explore")
+    monkeypatch.setattr(record_module.logger, "propagate", True)
+    record_module.after_cell(
+        SimpleNamespace(error_in_exec=ValueError("\na$b\n  ^\nParseException"), error_before_exec=None)
+    )
+    assert "explore failed: ValueError: a$b" in caplog.text
+
+
+def test_the_table_of_runs_prints_no_control_character(tmp_path):
+    name = "a\nb\x1b[31m|x"
+    (tmp_path / name).mkdir()
+    record = {"started": "2026-01-01T00:00:00+0000", "status": "done", "planned": [], "notebooks": {}}
+    (tmp_path / name / "run.json").write_text(json.dumps(record))
+    lines = tables.runs_text(tmp_path).split("\n")
+    assert len(lines) == 2 and all(line.isprintable() for line in lines)

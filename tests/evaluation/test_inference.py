@@ -1,0 +1,227 @@
+"""What is not known is null and said in words: nothing reviewed, one patient, a contrast that is not in the list."""
+
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import systems
+import torch
+from made_results import score, volume_scores
+
+from mrilib.__main__ import main
+from mrilib.data import findings
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.fastmri_file import read_volume
+from mrilib.data.findings import Facts, Finding
+from mrilib.display import compare_runs, curves, tables
+from mrilib.evaluation import inference
+from mrilib.metrics import image, text_scores
+from mrilib.runs.record import Run
+
+MASS = Finding("Mass", "left", "central")
+
+
+def rows_of(truth, guess=None, patients="ab", **others):
+    """What `Evaluator.run` has of slices whose texts, and the control's, say `guess`."""
+    return [
+        {
+            "patient": patient,
+            "acceleration": 4,
+            "facts": facts,
+            "tokens": 3,
+            "nats_own": 1.0,
+            "correct_own": 2,
+            "generated": findings.answer(told),
+            "generated_without_kspace": findings.answer(told),
+            "nats_without_kspace": 2.0,
+            **others,
+        }
+        for facts, told, patient in zip(truth, guess or truth, patients, strict=True)
+    ]
+
+
+def texts_of(figure):
+    return [text.get_text() for axis in figure.axes for text in axis.texts]
+
+
+# ------------------------------------------------------------------------------------------------- nothing reviewed
+
+
+FINDING_KEYS = ("finding_f1", "finding_precision", "finding_recall", "any_finding_accuracy")
+
+
+def test_findings_that_nobody_reviewed_have_no_score(tmp_path):
+    unknown = [Facts("T1", "lower"), Facts("T2", "upper")]
+    claimed = [Facts("T1", "lower", (MASS,)), Facts("T2", "upper", ())]
+    scores = inference.score_texts(rows_of(unknown, claimed), unknown)
+    folder = tmp_path / "one"
+    Run(folder, []).update_metrics(analysis=scores)
+    strict = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)["analysis"]
+    assert strict["reviewed_samples"] == 0
+    for name in (*FINDING_KEYS, "finding_f1_without_kspace", "finding_f1_best_constant"):
+        assert name in strict and strict[name] is None, name
+
+    table = tables.analysis_table({"analysis": strict})
+    assert set(table.iloc[3, 1:]) == {"–"}
+    assert "no test sample was reviewed for findings" in tables.text_conclusion(strict)
+    figure = curves.analysis_comparison(strict)
+    assert not figure.axes[2].patches
+    assert "no test sample\nwas reviewed\nfor findings" in texts_of(figure)
+    (folder / "run.json").write_text(json.dumps({"status": "done", "started": "", "notebooks": {}, "planned": []}))
+    assert "finding F1" not in compare_runs.metrics_table({"one": folder}).index
+    assert tables.runs_table(tmp_path)["finding F1"].tolist() == ["–"]
+
+
+def test_nothing_over_nothing_is_no_score():
+    clean = [Facts("T1", "lower", ())]
+    scores = text_scores.finding_scores(clean, clean)
+    assert [scores[name] for name in ("f1", "precision", "recall")] == [None] * 3
+    assert scores["any_finding_accuracy"] == 1 and scores["samples"] == 1
+    told = inference.score_texts(rows_of(clean * 2), clean)
+    assert "nothing to find" in tables.text_conclusion(told)
+
+
+# ------------------------------------------------------------------------------------------------- one patient
+
+
+def test_one_patient_has_no_interval_and_no_verdict(tmp_path):
+    own, other = ([score("a", ssim), score("a", ssim + 0.1)] for ssim in (0.8, 0.7))
+    summary = image.summarize(own, 100)
+    assert summary["ssim"] == pytest.approx(0.85) and summary["patients"] == 1
+    assert [summary[f"{name}_ci95"] for name in image.METRICS] == [None] * len(image.METRICS)
+    table = tables.reconstruction_table({"reconstruction": {"4": {"model": summary}}})
+    assert table["95% interval"].tolist() == ["–"]
+    scores = {"4": {"model": own, "no_tokens": other}}
+    sentence = tables.token_conclusion(scores)
+    assert "one test patient: no interval" in sentence and "+0.1000" in sentence
+    assert not any(word in sentence for word in ("better", "worse", "no different", " to "))
+    figure = curves.token_swap(tables.token_variants(scores))
+    widths = [np.ptp(line.get_ydata()) for axis in figure.axes for line in axis.lines if len(line.get_ydata()) > 1]
+    assert len(widths) == 1  # the line at zero difference alone
+    curves.metrics_bars({"4": {"model": summary}})._repr_png_()
+
+
+def test_the_commonest_contrast_of_one_patient_has_no_error():
+    one, two = ([Facts("T1", "lower"), Facts("T1", "upper")] for _ in range(2))
+    scores = inference.score_texts(rows_of(one, patients="aa"), one)
+    assert scores["contrast_commonest"] == 1 and scores["contrast_commonest_se"] is None
+    assert "±" not in tables.text_conclusion(scores)
+    curves.analysis_comparison(scores, (scores["contrast_commonest"], scores["contrast_commonest_se"]))._repr_png_()
+    assert inference.score_texts(rows_of(two, patients="ab"), two)["contrast_commonest_se"] is not None
+
+
+def test_samples_without_another_patient_are_left_out_and_counted():
+    known = [Facts("T1", "lower", ()), Facts("T2", "upper", ())]
+    rows = rows_of(known, nats_other_patient=3.0, correct_other_patient=1)
+    rows += rows_of(known[:1], patients="c")  # alone at its acceleration: nobody to swap with
+    rows[-1] |= {"nats_own": 10.0, "nats_without_kspace": 11.0, "acceleration": 6}
+    scores = inference.score_texts(rows, known)
+    assert scores["cross_entropy"] == pytest.approx(12 / 9)
+    assert scores["cross_entropy_other_patient"] == pytest.approx(1.0)
+    assert scores["cross_entropy_gain_over_other_patient"] == pytest.approx(2 / 3)  # to the same samples' own
+    assert scores["other_patient_samples"] == 2
+    assert "1 of 3 samples" in tables.text_conclusion(scores)
+
+    alone = inference.score_texts(rows_of(known[:1], patients="c"), known)
+    assert alone["cross_entropy_other_patient"] is None and alone["other_patient_samples"] == 0
+    assert "no other patient" in tables.text_conclusion(alone)
+    assert tables.analysis_table({"analysis": alone})["another patient's tokens"].tolist() == ["–"] * 4
+    curves.analysis_comparison(alone)._repr_png_()
+
+
+def test_the_token_swap_has_a_gap_where_there_is_no_other_patient():
+    own, other = volume_scores(0.8), volume_scores(0.79)
+    variants = {"4": {"own tokens": own, "another patient's": other, "none": other}}
+    figure = curves.token_swap({**variants, "6": {"own tokens": own[:2], "none": other[:2]}})
+    means, differences = figure.axes
+    assert len(differences.texts) == 3
+    assert sum(np.isfinite(bar.get_height()) for bar in means.patches) == 5
+
+
+# ------------------------------------------------------------------------------------------------- an unlisted contrast
+
+
+def as_contrast(volume, folder, acquisition="AXT2STAR"):
+    path = folder / volume.path.name
+    shutil.copy(volume.path, path)
+    with h5py.File(path, "r+") as h5:
+        h5.attrs["acquisition"] = acquisition
+    return path
+
+
+def test_a_contrast_that_is_not_in_the_list_is_a_warning(volumes, tmp_path, capsys):
+    path = as_contrast(volumes[0], tmp_path)
+    assert main(["check", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "1 usable" in told and "warning: unknown acquisition 'AXT2STAR'; did you mean 'AXT2'?" in told
+    assert "contrasts: AXT2STAR (1)" in told
+    assert read_volume(path).acquisition == "AXT2STAR"
+
+
+def test_a_knee_is_no_brain(volumes, tmp_path, capsys):
+    as_contrast(volumes[0], tmp_path, "CORPD_FBK")
+    assert main(["check", str(tmp_path)]) == 1
+    assert "knee" in capsys.readouterr().out
+
+
+def test_the_text_of_an_unlisted_contrast_leaves_it_out(volumes, tmp_path, phantom_dir, backbone_dir):
+    volume = read_volume(as_contrast(volumes[0], tmp_path))
+    config = systems.stage1_config(phantom_dir, backbone_dir)
+    one = FastMRIDataset([volume], config, training=True)[0]
+    same = FastMRIDataset(volumes[:1], config, training=True)[0]
+    assert torch.equal(one.kspace, same.kspace)  # images do not need the label
+    text = findings.answer(one.facts)
+    assert one.facts.contrast is None and text == "Axial image, lower third of the brain."
+    assert findings.parse(text) == one.facts
+    system = systems.build(config)
+    texts = system.tokenize([one])  # what stage 1 learns to say
+    assert "T2" not in system.tokenizer.decode(texts.ids[0])
+
+
+def test_an_unlisted_contrast_is_not_scored():
+    truth = [Facts(None, "lower", ()), Facts("T1", "lower", ()), Facts("T2", "upper", ())]
+    guess = [Facts("T2", "lower", ()), Facts("T1", "lower", ()), Facts(None, "upper", ())]
+    scores = inference.score_texts(rows_of(truth, guess, "abc"), truth)
+    assert scores["contrast_accuracy"] == scores["contrast_commonest"] == 0.5 and scores["contrast_samples"] == 2
+    assert scores["level_accuracy"] == 1 and scores["samples"] == 3
+    assert "of 2 slices" in tables.text_conclusion(scores)
+
+    unknown = inference.score_texts(rows_of(truth[:1] * 2, guess[:1] * 2), truth)
+    names = ("contrast_accuracy", "contrast_accuracy_se", "contrast_commonest", "contrast_accuracy_without_kspace")
+    assert [unknown[name] for name in names] == [None] * len(names) and unknown["contrast_samples"] == 0
+    assert "no test sample has a contrast that is in the list" in tables.text_conclusion(unknown)
+    assert tables.analysis_table({"analysis": unknown}).iloc[1, 1:].tolist() == ["–"] * 4
+    figure = curves.analysis_comparison(unknown, (unknown["contrast_commonest"], unknown["contrast_commonest_se"]))
+    assert "no test sample has\na listed contrast" in texts_of(figure)
+
+
+@pytest.mark.parametrize(
+    ("true", "generated", "wanted"),
+    [
+        (
+            "Axial image, lower third of the brain.",
+            "Axial T1 image, lower third of the brain.",
+            "Axial T1 image, lower",
+        ),
+        ("Axial T1 image, lower third of the brain.", "Axial image, lower third of the brain.", "Axial image, lower"),
+        (
+            "Axial image, lower third of the brain.",
+            "Axial image, upper third of the brain.",
+            "image, <b>upper</b> third",
+        ),
+    ],
+)
+def test_texts_side_by_side_without_a_contrast(true, generated, wanted):
+    assert wanted in tables.marked_text(true, generated)
+
+
+def test_examples_of_an_unlisted_contrast_say_so(volumes, tmp_path, phantom_dir, backbone_dir):
+    volume = read_volume(as_contrast(volumes[0], tmp_path))
+    config = systems.stage1_config(phantom_dir, backbone_dir)
+    data = FastMRIDataset([volume], config)
+    system = systems.build(config)
+    assert len(inference.example_texts(system, data, 2, max_new_tokens=2)) == 2
+    shown = inference.preview(system, data, 1, lambda batch: batch.target)
+    assert shown[0].title.startswith("contrast unknown, slice")

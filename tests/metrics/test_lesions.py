@@ -1,0 +1,99 @@
+"""Lesion contrast: what is kept, what is lost, what is left out."""
+
+import h5py
+import numpy as np
+import pytest
+
+from mrilib.data.annotations import Box, read_annotations
+from mrilib.evaluation.reconstructions import write_reconstruction
+from mrilib.metrics import lesions
+from mrilib.metrics.image import head_mask
+
+BOX = Box(x=30, y=24, width=7, height=6, label="Mass")
+OTHER = Box(x=39, y=24, width=5, height=6, label="Edema")
+
+
+@pytest.fixture
+def scene():
+    """A head of 1 with a lesion of 1.5 and one of 0.6 beside it; scalp of 3, air of 0."""
+    y, x = np.mgrid[:64, :64] - 32.0
+    radius = np.hypot(x, y)
+    image = np.where(radius < 28, 1.0, 0.0) + np.where((radius > 26) & (radius < 28), 2.0, 0.0)
+    for box, value in ((BOX, 1.5), (OTHER, 0.6)):
+        image[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)] = value
+    return image, head_mask(image[None])[0]
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.4, 0.0, -0.5])
+def test_ratio_is_the_contrast_that_is_left(scene, kept):
+    target, head = scene
+    image = np.where((target > 0.5) & (target < 2), 1 + kept * (target - 1), target)
+    found = lesions.measure(target, image, [BOX, OTHER], head)
+    assert [box for box, _, _ in found] == [BOX, OTHER]
+    for (_, own, left), wanted in zip(found, (0.5, -0.4), strict=True):
+        assert own == pytest.approx(wanted) and left == pytest.approx(kept * wanted)
+
+
+def test_outliers_and_a_common_factor_or_offset_do_not_decide(scene):
+    target, head = scene
+    image = 0.9 * target + 0.2
+    image[26, 32] = image[22, 28] = 50
+    (_, own, left), _ = lesions.measure(target, image, [BOX, OTHER], head)
+    assert left == pytest.approx(0.9 * own)
+
+
+def test_ring_is_in_the_head_and_in_no_box(scene):
+    _, head = scene
+    edge = Box(x=4, y=30, width=6, height=4, label="Mass")
+    for box, others in ((BOX, [BOX, OTHER]), (edge, [edge])):
+        lesion, ring = lesions.regions(box, others, head)
+        assert lesion.any() and not (ring & ~head).any()
+        for other in others:
+            rows = slice(int(other.y), int(other.y + other.height))
+            assert not ring[rows, int(other.x) : int(other.x + other.width)].any()
+    assert lesions.regions(edge, [edge], head)[1].sum() < lesions.regions(BOX, [BOX], head)[1].sum()
+
+
+def test_what_the_target_does_not_show_is_left_out(scene):
+    target, head = scene
+    faint = np.where(target == 1.5, 1.09, target)
+    assert [box for box, _, _ in lesions.measure(faint, target, [BOX, OTHER], head)] == [OTHER]
+    outside = Box(x=0, y=0, width=3, height=3, label="Mass")
+    assert lesions.measure(target, target, [outside], head) == []
+
+
+def test_phantom_lesions(phantom_dir, volumes, tmp_path):
+    annotations = read_annotations(phantom_dir / "brain.csv", phantom_dir / "brain_file_list.csv")
+    for volume in volumes:
+        with h5py.File(volume.path) as h5:
+            target = h5["reconstruction_rss"][()]
+        write_reconstruction(tmp_path / "same" / volume.path.name, target)
+        write_reconstruction(tmp_path / "flat" / volume.path.name, np.ones_like(target))
+    same, left_out = lesions.volume_lesions(volumes, annotations, tmp_path / "same")
+    flat, also_left_out = lesions.volume_lesions(volumes, annotations, tmp_path / "flat")
+    total = sum(
+        len(annotations.boxes(volume.file, number, volume.recon[0]))
+        for volume in volumes
+        for number in range(volume.slices)
+        if annotations.reviewed(volume.file)
+    )
+    assert len(same) + left_out == total and left_out == also_left_out and len(same) > 5
+    assert {one.ratio for one in same} == {1.0} and {one.ratio for one in flat} == {0.0}
+    table = lesions.lesion_table({"4": {"model": same, "zero_filled": flat}})
+    everything = table[table["lesions"] == "all"]
+    assert everything["lost"].tolist() == [0, len(flat)] and everything["number"].tolist() == [len(same)] * 2
+    by_size = table[(table["method"] == "zero-filled") & (table["lesions"] != "all")]
+    assert by_size["number"].sum() == len(flat)
+
+
+def test_a_reconstruction_of_another_size_is_refused(phantom_dir, volumes, tmp_path):
+    annotations = read_annotations(phantom_dir / "brain.csv", phantom_dir / "brain_file_list.csv")
+    reviewed = next(volume for volume in volumes if annotations.reviewed(volume.file))
+    write_reconstruction(tmp_path / reviewed.path.name, np.ones((3, 8, 8)))
+    with pytest.raises(ValueError, match=reviewed.path.name):
+        lesions.volume_lesions([reviewed], annotations, tmp_path)
+
+
+@pytest.mark.parametrize(("size", "name"), [(5.9, 0), (6.0, 1), (9.9, 1), (10.0, 2), (40.0, 2)])
+def test_size_classes(size, name):
+    assert lesions.size_name(size) == lesions.SIZE_NAMES[name]

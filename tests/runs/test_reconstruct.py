@@ -1,0 +1,289 @@
+"""One file to images and analyses: what is written, what it says of itself, and what is refused."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import heads
+import numpy as np
+import pytest
+import systems
+from refusals import Refusal, assert_refused
+
+from mrilib.__main__ import main
+from mrilib.config import EvaluateParameters
+from mrilib.data.dataset import FastMRIDataset
+from mrilib.data.sampler import make_loader
+from mrilib.data.splits import split_volumes
+from mrilib.display import tables
+from mrilib.evaluation import inference, reconstructions
+from mrilib.metrics import image as image_module
+from mrilib.model import decoders, two_stage
+from mrilib.runs import reconstruct
+from mrilib.training import loop, setup, stages
+
+COMMON = ("data_dir", "val_fraction", "test_fraction", "split_seed", "img_size", "config_path", "backbone_path")
+
+
+@pytest.fixture(scope="module")
+def run(phantom_dir, backbone_dir, tmp_path_factory) -> Path:
+    """A run folder with what `reconstruct` reads of it: weights of a step of each stage, and its record."""
+    directory = tmp_path_factory.mktemp("runs") / "small"
+    few = {"epochs": 1, "max_train_slices": 3, "max_val_slices": 3, "num_coils": 4}
+    one = systems.stage1_config(phantom_dir, backbone_dir, **few)
+    volumes = split_volumes(one)
+    val = make_loader(FastMRIDataset(volumes["val"], one, max_slices=3), 3)
+    train = make_loader(FastMRIDataset(volumes["train"], one, training=True, max_slices=3), 3, shuffle=True)
+    loop.fit(stages.AnalysisStage(systems.build(one)), one, train, val, directory)
+    checkpoint = directory / "stage1_checkpoints" / "stage1_best_model.pt"
+    two = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, **few)
+    backbone, tokenizer = two_stage.build_backbone(two, "cpu")
+    system, _ = setup.load_stage1(checkpoint, backbone, tokenizer)
+    system.decoder = decoders.build_decoder(two, two_stage.hidden_size(backbone))
+    loop.fit(stages.ReconstructionStage(system), two, train, val, directory)
+    values = systems.values(phantom_dir, backbone_dir)
+    config = EvaluateParameters.create(
+        {name: values[name] for name in COMMON}
+        | {
+            "output_dir": str(directory),
+            "stage1_checkpoint": str(checkpoint),
+            "stage2_checkpoint": str(directory / "stage2_checkpoints" / "stage2_best_model.pt"),
+            "constant_prefix_checkpoint": "",
+            "num_coils": 4,
+            "max_new_tokens": 4,
+            "batch_size": 3,
+        }
+    )
+    record = {"name": "small", "notebooks": {"evaluate": {"status": "done", "config": config.to_dict()}}}
+    record |= {"status": "done", "started": "2026-01-01T00:00:00+0000", "planned": ["evaluate"]}
+    (directory / "run.json").write_text(json.dumps(record))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    """The run's model, loaded once for all tests."""
+    return reconstruct.load_run(run)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _load_once(loaded) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct, "load_run", lambda directory: loaded)
+        yield
+
+
+@pytest.fixture(scope="module")
+def written(run, volumes, tmp_path_factory) -> tuple[Path, str]:
+    """The first volume at the run's first acceleration: the folder, and what the console said. Not to be written to."""
+    folder = tmp_path_factory.mktemp("written")
+    return folder, "\n".join(reconstruct.reconstruct(run, volumes[0].path, folder))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_another_acceleration_is_not_written_over_the_first(run, volumes, written, tmp_path, capsys):
+    out = shutil.copytree(written[0], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(before) == {f"{volumes[0].file}{suffix}" for suffix in (".h5", ".jsonl", ".png")}
+    command = ["reconstruct", str(run), str(volumes[0].path), "--out", str(out)]
+    words = (f"{volumes[0].file}.h5", "acceleration 4", "--out")
+    assert_refused([*command, "--acceleration", "8"], words, capsys)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*command, "--acceleration", "4"]) == 0  # the same again
+
+
+@pytest.mark.parametrize("name", ["{}.h5", "{}.jsonl", "{}.png"])
+def test_what_something_else_has_written_is_left(run, volumes, tmp_path, capsys, name):
+    path = tmp_path / name.format(volumes[0].file)
+    path.write_bytes(b"precious")
+    assert_refused(
+        ["reconstruct", str(run), str(volumes[0].path), "--out", str(tmp_path)], (path.name, "--out"), capsys
+    )
+    assert path.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_file_of_the_same_name_is_not_written_over_the_first(run, volumes, written, tmp_path, capsys):
+    other = tmp_path / "data" / volumes[0].path.name
+    other.parent.mkdir()
+    shutil.copy(volumes[1].path, other)
+    words = (other.name, "of another file_sha256", "--out")
+    assert_refused(["reconstruct", str(run), str(other), "--out", str(written[0])], words, capsys)
+
+
+def test_what_is_written_says_where_it_is_from(run, volumes, tmp_path):
+    volume = volumes[0]
+    assert main(["reconstruct", str(run), str(volume.path), "--out", str(tmp_path), "--acceleration", "8"]) == 0
+    with h5py.File(tmp_path / volume.path.name) as h5:
+        assert list(h5) == ["reconstruction"]
+        attributes = {name: value.item() if hasattr(value, "item") else value for name, value in h5.attrs.items()}
+    assert attributes["acceleration"] == 8 and attributes["mask_type"] == "equispaced_fraction"
+    assert attributes["seed"] == 0 and attributes["run"] == "small" and attributes["num_coils"] == 4
+    for stage in ("stage1", "stage2"):
+        path = run / f"{stage}_checkpoints" / f"{stage}_best_model.pt"
+        assert attributes[f"{stage}_checkpoint_sha256"] == digest(path)
+    assert attributes["file_sha256"] == digest(volume.path)
+    assert len(attributes["git_commit"]) == 40 and attributes["mrilib_version"]
+    rows = rows_of(tmp_path / f"{volume.file}.jsonl")
+    assert [row["slice"] for row in rows] == list(range(volume.slices))
+    assert all(row["provenance"] == attributes for row in rows)
+
+
+def test_a_files_own_mask_is_told(run, volumes, tmp_path):
+    path = tmp_path / volumes[0].path.name
+    shutil.copy(volumes[0].path, path)
+    heads.as_test_file(path, acceleration=6)
+    assert main(["reconstruct", str(run), str(path), "--out", str(tmp_path / "out")]) == 0
+    with h5py.File(tmp_path / "out" / path.name) as h5:
+        assert h5.attrs["acceleration"] == 6 and h5.attrs["mask_type"] == "the file's own"
+
+
+def test_all_files_are_written_or_none(tmp_path, monkeypatch):
+    replace, failing, files = os.replace, [""], dict.fromkeys(("a", "b", "c"), lambda path: path.write_text("new"))
+
+    def full(source, target):
+        if Path(target).name == failing[0]:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    for failing[0] in files:
+        with pytest.raises(OSError, match="No space"):
+            reconstruct.write_together(tmp_path, files)
+        assert not list(tmp_path.iterdir())
+
+    def fails(path):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        reconstruct.write_together(tmp_path, files | {"c": fails})
+    assert not list(tmp_path.iterdir())
+
+
+def with_own_mask(folder: Path) -> Path:
+    path = heads.write_head(folder / "own.h5")
+    heads.as_test_file(path)
+    return path
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1", "5", "4.5", str(10**30), "nan", "four"])
+def test_impossible_accelerations_are_refused(run, volumes, tmp_path, capsys, value):
+    command = ["reconstruct", str(run), str(volumes[0].path), "--out", str(tmp_path / "out"), f"--acceleration={value}"]
+    words = ("acceleration", value, "4, 8") if value in ("1", "5") else ("acceleration", value)
+    assert_refused(command, words, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+REFUSALS = [
+    Refusal(
+        "own mask", lambda folder: [str(with_own_mask(folder)), "--acceleration=4"], ("own mask", "--acceleration")
+    ),
+    Refusal("no file", lambda folder: [str(folder / "nothing.h5")], ("nothing.h5",)),
+]
+
+
+@pytest.mark.parametrize("bad", REFUSALS, ids=str)
+def test_bad_input_is_refused(run, tmp_path, capsys, bad):
+    assert_refused(["reconstruct", str(run), *bad.prepare(tmp_path), "--out", str(tmp_path / "o")], bad.words, capsys)
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(run, volumes, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    words = ("--out", "is no folder")
+    assert_refused(["reconstruct", str(run), str(volumes[0].path), "--out", str(tmp_path / "out")], words, capsys)
+
+
+def test_an_unlisted_contrast_is_reconstructed_with_a_warning(run, volumes, written, tmp_path, capsys):
+    path = tmp_path / volumes[0].path.name
+    shutil.copy(volumes[0].path, path)
+    with h5py.File(path, "r+") as h5:
+        h5.attrs["acquisition"] = "AXT2STAR"
+    assert main(["reconstruct", str(run), str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "warning: unknown acquisition 'AXT2STAR'" in capsys.readouterr().out
+    with h5py.File(tmp_path / "out" / path.name) as one, h5py.File(written[0] / path.name) as same:
+        np.testing.assert_array_equal(one["reconstruction"][()], same["reconstruction"][()])
+
+
+# ------------------------------------------------------------------------------------------------- coil compression
+
+
+def all_coils(volume, config, acceleration: int) -> np.ndarray:
+    """Zero-filled from all coils, by NumPy alone."""
+    whole = FastMRIDataset([volume], config.model_copy(update={"num_coils": 99}), acceleration=acceleration)
+    images = []
+    for one in (whole[number] for number in range(len(whole))):
+        spectrum = np.fft.ifftshift(one.kspace.numpy() * one.scale, axes=(-2, -1))
+        coils = np.fft.fftshift(np.fft.ifft2(spectrum, norm="ortho"), axes=(-2, -1))
+        image = np.sqrt((np.abs(coils) ** 2).sum(0))
+        rows, columns = image.shape
+        (h, w) = one.recon
+        images.append(image[(rows - h) // 2 :, (columns - w) // 2 :][:h, :w])
+    return np.stack(images)
+
+
+def test_zero_filled_images_are_of_all_coils(loaded, volumes, tmp_path):
+    system, config = loaded
+    tested = volumes[:1]
+    assert all(volume.coils > config.num_coils for volume in tested)
+    writer = inference.VolumeWriter(tmp_path, tested)
+    inference.Evaluator(system, max_new_tokens=2).run(FastMRIDataset(tested, config, acceleration=4), 3, writer)
+    for volume in tested:
+        with h5py.File(tmp_path / "zero_filled" / "4" / volume.path.name) as h5:
+            written = h5["reconstruction"][()]
+        wanted = all_coils(volume, config, 4)
+        np.testing.assert_allclose(written, wanted, rtol=1e-3, atol=1e-4 * wanted.max())
+
+    scores = reconstructions.score_reconstructions(tmp_path, tested, [4])
+    section = reconstructions.summarize_methods(scores, 100)["4"]
+    more, fewer = section["zero_filled"], section["zero_filled_compressed"]
+    assert more["compression_cost_ssim"] == pytest.approx(more["ssim"] - fewer["ssim"])
+    assert more["compression_cost_psnr"] == pytest.approx(more["psnr"] - fewer["psnr"])
+    assert more["compression_cost_psnr"] > 0
+
+
+def test_nothing_compressed_costs_nothing(loaded, volumes, tmp_path):
+    system, config = loaded
+    config = config.model_copy(update={"num_coils": 99})
+    writer = inference.VolumeWriter(tmp_path, volumes[:1])
+    inference.Evaluator(system, max_new_tokens=2).run(FastMRIDataset(volumes[:1], config, acceleration=4), 3, writer)
+    scores = reconstructions.score_reconstructions(tmp_path, volumes[:1], [4])
+    section = reconstructions.summarize_methods(scores, 100)["4"]
+    assert "zero_filled_compressed" not in section
+    assert section["zero_filled"]["compression_cost_ssim"] == section["zero_filled"]["compression_cost_psnr"] == 0
+
+
+def test_previews_show_zero_filled_images_of_all_coils(loaded, volumes):
+    system, config = loaded
+    data = FastMRIDataset(volumes[:1], config, acceleration=4)
+    (shown,) = inference.preview(system, data, 1, lambda batch: batch.target)
+    wanted = all_coils(volumes[0], config, 4)[1]
+    np.testing.assert_allclose(shown.images["zero_filled"], wanted, rtol=1e-3, atol=1e-4 * wanted.max())
+
+
+def test_reconstruct_tells_what_compression_costs(written, loaded, volumes):
+    with h5py.File(volumes[0].path) as h5:
+        scores = image_module.score_volume(h5["reconstruction_rss"][()], all_coils(volumes[0], loaded[1], 4))
+    assert f"{volumes[0].coils} coils compressed to 4" in written[1]
+    assert f"all coils SSIM {scores['ssim']:.3f}, PSNR {scores['psnr']:.2f} dB" in written[1]
+
+
+@pytest.mark.parametrize("cost", [0.021, 0.0])
+def test_the_table_tells_what_compression_costs(cost, tmp_path):
+    scores = dict.fromkeys((*image_module.METRICS, "volumes"), 0.5) | {"ssim_ci95": [0.4, 0.6]}
+    methods = {"zero_filled": scores | {"compression_cost_ssim": cost, "compression_cost_psnr": 6 * cost}}
+    methods |= {"zero_filled_compressed": scores} if cost else {}
+    (tmp_path / "metrics.json").write_text(json.dumps({"reconstruction": {"4": methods}}))
+    told = tables.metrics_text(tmp_path / "metrics.json")
+    wanted = "costs zero-filled images 0.021 in SSIM and 0.13 dB in PSNR at 4x" if cost else "nothing was compressed"
+    assert wanted in told and ("zero-filled, compressed coils" in told) == bool(cost)
