@@ -1,8 +1,8 @@
 """The 1.3B backbone at its real size: filled without a second copy, one forward, one backward to the embeddings.
 
 Run by hand, some minutes and 6 GB: pytest -m fullsize tests/comparison/test_full_size.py -s. The file of random
-weights (2.7 GB) is written to pytest's temporary folder and removed again. A fresh process does the work, so that what it holds is the
-model's alone.
+weights (2.7 GB) is written to pytest's temporary folder and removed
+again. A fresh process does the work, so that what it holds is the model's alone.
 """
 
 import json

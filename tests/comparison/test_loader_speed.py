@@ -24,7 +24,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[Volume]:
 
 
 def config_of(volumes: list[Volume], **others: int) -> DataParameters:
-    return DataParameters.create({"data_dir": str(volumes[0].path.parent), "img_size": 48, **others})
+    return DataParameters.create({"data_dir": str(volumes[0].path.parent), "img_size": 48, "num_coils": 16, **others})
 
 
 def test_all_ways_deliver_the_same_lines(small: list[Volume]) -> None:

@@ -29,7 +29,8 @@ SIZE = 64
 
 
 def parameters(directory: Path, **changes: Any) -> DataParameters:
-    return DataParameters.create({"data_dir": str(directory), "img_size": SIZE, **changes})
+    values = {"img_size": SIZE, "num_coils": 16, "center_fractions": [0.08, 0.04]}
+    return DataParameters.create({"data_dir": str(directory), **values, **changes})
 
 
 def encoder() -> KSpaceEncoder:

@@ -256,8 +256,7 @@ def test_a_read_only_folder_is_told(config, tmp_path):
 
 def test_a_second_process_is_refused(config, tmp_path):
     processes.lock_run(tmp_path)
-    code = "import sys; from pathlib import Path; from mrilib.processes import lock_run; "
-        "lock_run(Path(sys.argv[1]), wait=0)"
+    code = "import sys, pathlib; from mrilib import processes as p; p.lock_run(pathlib.Path(sys.argv[1]), wait=0)"
     environment = {name: value for name, value in os.environ.items() if name != processes.RUN_VARIABLE}
     command = [sys.executable, "-c", code, str(tmp_path)]
     stranger = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -270,8 +269,7 @@ def test_a_folder_that_was_given_up_is_claimed_anew(tmp_path):
     """A notebook that has finished, another process that goes on in its folder, and the notebook run again."""
     processes.lock_run(tmp_path)
     processes.unlock_run(tmp_path)
-    code = "import sys; from pathlib import Path; from mrilib.processes import lock_run; "
-        "lock_run(Path(sys.argv[1])); input()"
+    code = "import sys, pathlib; from mrilib import processes as p; p.lock_run(pathlib.Path(sys.argv[1])); input()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True)
     while not (tmp_path / ".lock").read_text().startswith(f"process {other.pid} "):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def contents(directory: Path) -> dict[str, dict[str, Any]]:
     """All checkpoints of a run folder, but what they cost."""
     found = {}
     for path in sorted(directory.glob("*_checkpoints/*.pt")):
-        found[path.name] = load_checkpoint(path, path.name.split("_")[0])
+        found[path.name] = load_checkpoint(path, re.sub("_(best|final|epoch|resume).*", "", path.stem))
         del found[path.name]["cost"]
         del found[path.name]["config"]["output_dir"]
         for epoch in found[path.name]["history"]["epochs"]:
