@@ -119,6 +119,7 @@ def logged(directory: Path) -> dict[str, list[dict[str, float]]]:
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(phantom_dir, backbone_dir, tmp_path):
     rng = random.Random(5)
     values = {"epochs": 2, "resume": True, "checkpoint_minutes": 0, "save_interval": 1, "max_train_slices": 9}
+    values["train_control"] = True
     config: Config = systems.stage1_config(phantom_dir, backbone_dir, gradient_accumulation_steps=2, **values)
     moments = []
     for names in (("stage1", "constant_prefix"), ("stage2", "no_token_decoder")):
