@@ -168,6 +168,12 @@ def test_what_would_change_the_result_is_refused():
     for name in ("cache", "past_key_values"):
         with pytest.raises(TypeError, match=r"NirvanaCache, got DynamicCache.*use_cache=True.*prefix tuning"):
             model(ids, **{name: DynamicCache()})
+    for kind in ("static", "offloaded", "quantized", "paged"):
+        with pytest.raises(ValueError, match=rf"cache_implementation='{kind}' is not supported.*leave it out"):
+            model.generate(ids, cache_implementation=kind, max_new_tokens=1)
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match="leave it out"):
+        model.generate(ids, max_new_tokens=1)
     with pytest.raises(TypeError, match="cu_seq_lens_q"):
         model(ids, cu_seq_lens_q=packed)
 
