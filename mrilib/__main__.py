@@ -215,7 +215,7 @@ def run_notebooks(options: argparse.Namespace) -> int:
     if name and not Path(name).is_absolute() and (Path(name).name != name or name == ".."):
         raise ParameterError(f"--name {name}: the name of a folder in outputs/ is wanted, or an absolute path")
     directory = resolve("outputs") / (options.name or folder.resolve().name)
-    resumed = options.resume and (directory / "run.json").is_file()
+    resumed = options.resume and (directory / "run.json").exists()
     if options.resume and not resumed:
         print(f"'{display_path(directory)}' is not there yet: the run starts from its beginning", flush=True)
     given = parse_overrides(options.parameter, names)

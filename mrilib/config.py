@@ -71,6 +71,14 @@ def display_path(path: str | Path) -> str:
     return absolute.relative_to(ROOT).as_posix() if absolute.is_relative_to(ROOT) else str(absolute)
 
 
+def require_utf8(path: str | Path) -> None:
+    """Refuse a path that is not valid UTF-8: no record, table or params file can hold it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ParameterError(f"the name of '{path}' is no UTF-8; choose another name") from None
+
+
 def printable(text: str, keep: str = "") -> str:
     """A text without control characters, which a terminal would obey: they become escapes such as \\x1b."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -33,9 +33,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a ParameterError names it if it is missing or damaged."""
+    """Read a JSON file; a ParameterError names it if it is missing, no regular file or damaged."""
     if not path.is_file():
-        raise ParameterError(f"'{display_path(path)}' does not exist")
+        raise ParameterError(f"'{display_path(path)}' {'is no regular file' if path.exists() else 'does not exist'}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 30)
 )
 ESCAPE = "\x1b[31mred\x1b[0m"
+NO_UTF8 = os.fsdecode(b"data\xff")
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,54 @@ def damaged_overrides(text: str) -> Callable[[Path], list[str]]:
     return prepare
 
 
+def of_bad_record(make: Callable[[Path], object], *command: str) -> Callable[[Path], list[str]]:
+    """A command on the folder run/, in which something that is no file is called run.json."""
+
+    def prepare(folder: Path) -> list[str]:
+        (folder / "run").mkdir()
+        make(folder / "run" / "run.json")
+        return [part.replace("FOLDER", str(folder)) for part in command]
+
+    return prepare
+
+
+RECONSTRUCT = ("reconstruct", "FOLDER/run", "FOLDER/stage1.yaml")
+RUN = ("run", "FOLDER", "--name", "FOLDER/run", "--stage1-only", "--resume")
+
+
+def checked(name: str) -> Callable[[Path], list[str]]:
+    """`check` of a folder of this name."""
+
+    def prepare(folder: Path) -> list[str]:
+        (folder / name).mkdir()
+        (folder / name / "a.h5").touch()
+        return ["check", str(folder / name)]
+
+    return prepare
+
+
 COMMAND_LINES = [
+    Refusal("check of a folder that is no UTF-8", checked(NO_UTF8), ("data\\udcff", "no UTF-8", "another name")),
+    Refusal("check of a missing folder that is no UTF-8", lambda f: ["check", str(f / NO_UTF8)], ("not a folder",)),
+    Refusal(
+        "make-data in a folder that is no UTF-8",
+        lambda f: ["make-data", str(f / NO_UTF8 / "x")],
+        ("data\\udcff", "no UTF-8", "another name"),
+    ),
+    Refusal(
+        "make-data in a file",
+        lambda f: ["make-data", str(f / "stage1.yaml")],
+        ("stage1.yaml' is a file; give a folder",),
+    ),
+    Refusal(
+        "reconstruct with its arguments swapped",
+        lambda f: ["reconstruct", str(f / "stage1.yaml"), str(f)],
+        ("stage1.yaml' is a file", "the first argument is the run folder, the second the file"),
+    ),
+    Refusal("FIFO as record", of_bad_record(os.mkfifo, *RECONSTRUCT), ("run.json' is no regular file",)),
+    Refusal("folder as record", of_bad_record(Path.mkdir, *RECONSTRUCT), ("run.json' is no regular file",)),
+    Refusal("FIFO as record of all runs", of_bad_record(os.mkfifo, "runs", "FOLDER"), ("is no regular file",)),
+    Refusal("FIFO as record to go on with", of_bad_record(os.mkfifo, *RUN), ("run.json' is no regular file",)),
     Refusal(
         "stage 2's network of stage 1",
         lambda f: [*option()(f), "--only", "stage2"],

@@ -5,6 +5,8 @@ import json
 import logging
 import re
 from collections.abc import Iterable
+from csv import Error as CsvError
+from csv import reader as csv_reader
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -186,8 +188,9 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
     Raises
     ------
     ValueError
-        naming file and line: a missing column, something that is not a number, a negative or infinite box, a
-        study_level that is neither Yes nor No, an unknown label, a row of a file that the list does not hold
+        naming file and line: a missing column, a row with fewer cells than the header, something that is not a number,
+        a negative or infinite box, a study_level that is neither Yes nor No, an unknown label, a row of a file that the
+        list does not hold
     FileNotFoundError
         if either file is missing
     """
@@ -199,7 +202,9 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
         # everything as text first: pandas would turn a column with one bad number silently into strings
         table = pd.read_csv(csv, dtype=str, keep_default_na=False, skip_blank_lines=False)
         header = [str(name) for name in pd.read_csv(csv, dtype=str, header=None, nrows=1).iloc[0]]
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        with open(csv, encoding="utf-8-sig", newline="") as file:  # pandas fills a row that is too short
+            cells = [len(row) for row in csv_reader(file)]
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, CsvError) as error:
         raise ValueError(f"{csv}: not a readable CSV file: {str(error).splitlines()[0]}") from error
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
@@ -214,7 +219,9 @@ def read_annotations(csv: str | Path, file_list: str | Path) -> Annotations:
     study: dict[str, set[str]] = {}
     for line, row in enumerate(table.to_dict("records"), start=2):
         where = f"{csv}, line {line}"
-        values = {name: _text(row[name]) for name in _COLUMNS}
+        if cells[line - 1] < len(header):
+            raise ValueError(f"{where}: the row has {cells[line - 1]} cells, the header {len(header)}")
+        values = {name: row[name].strip() for name in _COLUMNS}
         file, label = values["file"], values["label"]
         if file not in files:
             raise ValueError(f"{where}: {_cut(file)} is not in {file_list}, which must list every reviewed file")
@@ -261,10 +268,6 @@ def _read_file_list(path: Path) -> set[str]:
 
 def _of_line(box: Box) -> str:
     return f" (line {box.line} of the CSV)" if box.line else ""
-
-
-def _text(value: object) -> str:
-    return value.strip() if isinstance(value, str) else ""  # pandas puts NaN where a line is too short
 
 
 def _pixels(text: str, name: str, where: str) -> float:

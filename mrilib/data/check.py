@@ -18,7 +18,7 @@ import joblib
 import numpy as np
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from mrilib.config import display_path, printable, resolve
+from mrilib.config import display_path, printable, require_utf8, resolve
 from mrilib.data import findings
 from mrilib.data.fastmri_file import (
     LARGEST_SCALE,
@@ -204,11 +204,14 @@ def h5_files(directory: str | Path) -> list[Path]:
     Raises
     ------
     DataError
-        If it is no folder or has none, folders below that hold some being named; or if a name is no UTF-8.
+        If it is no folder or has none, folders below that hold some being named; or if a file's name is no UTF-8.
+    ParameterError
+        If the folder's path is no UTF-8.
     """
     folder = resolve(directory)
     if not folder.is_dir():
         raise DataError(f"{display_path(folder)} is not a folder")
+    require_utf8(folder)
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".h5")
     if not paths:
         below = sorted({path.parent for path in folder.glob("*/*.h5")} | {p.parent for p in folder.glob("*/*/*.h5")})

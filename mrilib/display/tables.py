@@ -140,7 +140,7 @@ def runs_text(directory: str | Path = "outputs") -> str:
     """The table of run records for the console."""
     table = runs_table(directory)
     if not len(table):
-        return f"no run in {display_path(resolve(directory))}"
+        return f"no run in {printable(display_path(resolve(directory)))}"
     return "\n".join(printable(line) for line in table.map(str).map(printable).to_string(index=False).split("\n"))
 
 

@@ -26,7 +26,7 @@ from scipy.spatial.transform import Rotation
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from mrilib.config import ExploreParameters, resolve
+from mrilib.config import ExploreParameters, require_utf8, resolve
 from mrilib.data.fastmri_file import MARK
 from mrilib.phantom.anatomy import Patient, add_lesions, draw_patient, render
 from mrilib.phantom.scanner import (
@@ -225,11 +225,14 @@ def make_dataset(
     Raises
     ------
     ValueError
-        If a parameter is out of range.
+        If a parameter is out of range, or the directory's path is no UTF-8.
     FileExistsError
-        If the directory holds h5 files that these parameters would not write.
+        If the directory is a file, or holds h5 files that these parameters would not write.
     """
     directory = Path(directory)
+    require_utf8(directory)
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"'{directory}' is a file; give a folder")
     parameters = {"volumes": volumes, "slices": slices, "img_size": img_size, "coils": coils, "seed": seed}
     lowest = {"volumes": 1, "slices": 1, "img_size": 16, "coils": 2, "seed": 0}
     for name, value in parameters.items():

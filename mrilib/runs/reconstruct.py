@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
-from mrilib.config import EvaluateParameters, ParameterError, display_path, resolve
+from mrilib.config import EvaluateParameters, ParameterError, display_path, require_utf8, resolve
 from mrilib.data import findings
-from mrilib.data.check import unlisted_contrast
+from mrilib.data.check import _listed, unlisted_contrast
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.fastmri_file import Volume, read_volume
 from mrilib.data.sampler import make_loader
@@ -189,7 +189,13 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     str
         A line for the console.
     """
+    if run.is_file():
+        raise ParameterError(
+            f"'{run}' is a file, not a run folder; the first argument is the run folder, the second the file"
+        )
+    require_utf8(run.resolve())
     config, volume = run_config(run), read_volume(file)
+    require_utf8(file.name)
     if volume.has_mask and acceleration is not None:
         raise ParameterError(f"{file.name} brings its own mask; leave --acceleration out")
     if acceleration is not None and acceleration not in config.accelerations:
@@ -203,14 +209,19 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     model, config = load_run(run)
     dataset = FastMRIDataset([volume], config, acceleration=chosen)
     images, compressed, texts = [], [], []
+    empty: list[int] = []
     for cpu_batch in make_loader(dataset, config.batch_size):
         batch = cpu_batch.to(model.device)
+        empty += [one.slice_num for one, data in zip(batch.slices, cpu_batch.kspace, strict=True) if not data.any()]
         images.append(model(batch).cpu().numpy())
         compressed.append(zero_filled(cpu_batch.kspace, cpu_batch.scale, cpu_batch.recon).numpy())
         if model.encoder is not None:
             prefix = model.encoder(batch.kspace, batch.mask)
             texts += model.generate(prefix, [findings.prompt()] * len(batch.slices), config.max_new_tokens)
     stack = np.concatenate(images)
+    if empty:
+        yield f"warning: {file.name}: k-space is all zero in {_listed(empty)}; the image is zero there"
+        stack[empty] = 0  # the model's magnitude is not below 1e-19, which the picture would show as white
     rows = [
         {"file": volume.file, "slice": number, "analysis": text, "provenance": made_with}
         for number, text in enumerate(texts)

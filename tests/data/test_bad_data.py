@@ -208,10 +208,22 @@ def twice_x(folder: Path, file: str) -> None:
     (folder / "brain.csv").write_text(f"file,slice,study_level,x,y,width,height,label,x\n{file},0,No,1,1,9,9,Edema,5\n")
 
 
+def short_row(rest: str) -> Callable[[Path, str], None]:
+    """A table with one good row and one that ends too early."""
+
+    def write(folder: Path, file: str) -> None:
+        (folder / "brain.csv").write_text(f"{CSV}{file},0,No,1,1,9,9,Edema\n{file},{rest}\n")
+
+    return write
+
+
 ANNOTATIONS: tuple[tuple[str, Callable[[Path, str], None], tuple[str, ...]], ...] = (
     ("a pipe as table", special("brain.csv", os.mkfifo), ("brain.csv", "must be a file")),
     ("a pipe as list", special("brain_file_list.csv", os.mkfifo), ("brain_file_list.csv", "must be a file")),
     ("a column twice", twice_x, ("line 1", "column x is given twice")),
+    ("a row that is cut off", short_row("0,No,10,10"), ("brain.csv, line 3", "the row has 5 cells, the header 8")),
+    ("a row without its label", short_row("0,No,1,1,2,2"), ("brain.csv, line 3", "the row has 7 cells, the header 8")),
+    ("a row of a name alone", short_row(""), ("brain.csv, line 3", "the row has 2 cells, the header 8")),
     ("a folder as table", special("brain.csv", Path.mkdir), ("brain.csv", "must be a file")),
     ("a device as table", special("brain.csv", lambda p: p.symlink_to("/dev/zero")), ("brain.csv", "must be a file")),
     ("a terabyte as table", special("brain.csv", sparse), ("brain.csv", "that large")),

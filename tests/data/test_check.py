@@ -243,6 +243,23 @@ def test_a_file_that_kills_its_process_is_named(tmp_path: Path) -> None:
     assert [report.problems for report in reports] == [[], ["reading it killed the process"], []]
 
 
+def test_no_more_processes_than_files(
+    volumes: list[Volume], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for volume in volumes[:2]:
+        shutil.copy(volume.path, tmp_path)
+    started: list[int] = []
+    genuine = check.joblib.Parallel
+
+    def parallel(n_jobs: int, **others: str) -> object:
+        started.append(n_jobs)
+        return genuine(n_jobs=1, **others)
+
+    monkeypatch.setattr(check.joblib, "Parallel", parallel)
+    assert main(["check", str(tmp_path), "--processes", "200"]) == 0
+    assert started == [2] and "2 files: 2 usable" in capsys.readouterr().out
+
+
 def test_processes_find_the_same(volumes: list[Volume]) -> None:
     paths = [volume.path for volume in volumes[:4]]
     assert check.check_files(paths, jobs=2) == check.check_files(paths, jobs=1)

@@ -224,7 +224,7 @@ def test_unknown_acquisition_is_named():
         ("a,0,Yes,1,,,,Motion artifact", "line 3: study_level Yes, but x given"),
         ("a,0,No,1,2,3,4,Masss", "line 3: unknown label 'Masss'; did you mean 'Mass'"),
         ("c,0,No,1,2,3,4,Mass", "line 3: 'c' is not in"),
-        ("a,0,No,1,2,3", "line 3: unknown label ''"),
+        ("a,0,No,1,2,3", "line 3: the row has 6 cells, the header 8"),
         ("a,0,No,1,2,3,4,Mass,5", "brain.csv: not a readable CSV.*line 3"),
     ],
 )

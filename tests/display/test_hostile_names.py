@@ -130,3 +130,5 @@ def test_the_table_of_runs_prints_no_control_character(tmp_path):
     (tmp_path / name / "run.json").write_text(json.dumps(record))
     lines = tables.runs_text(tmp_path).split("\n")
     assert len(lines) == 2 and all(line.isprintable() for line in lines)
+    (tmp_path / "empty\udcff").mkdir()
+    assert tables.runs_text(tmp_path / "empty\udcff").endswith("empty\\udcff")

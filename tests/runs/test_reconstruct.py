@@ -12,6 +12,7 @@ import heads
 import numpy as np
 import pytest
 import systems
+from PIL import Image
 from refusals import Refusal, assert_refused
 
 from mrilib.__main__ import main
@@ -213,6 +214,44 @@ def test_an_unlisted_contrast_is_reconstructed_with_a_warning(run, volumes, writ
     assert "warning: unknown acquisition 'AXT2STAR'" in capsys.readouterr().out
     with h5py.File(tmp_path / "out" / path.name) as one, h5py.File(written[0] / path.name) as same:
         np.testing.assert_array_equal(one["reconstruction"][()], same["reconstruction"][()])
+
+
+@pytest.mark.parametrize(("empty", "told"), [([1], "slice 1"), ([0, 1, 2], "slices 0 to 2")])
+def test_empty_kspace_gives_an_image_of_zeros_and_a_warning(run, volumes, tmp_path, capsys, empty, told):
+    path = tmp_path / volumes[0].path.name
+    shutil.copy(volumes[0].path, path)
+    with h5py.File(path, "r+") as h5:
+        for number in empty:
+            h5["kspace"][number] = 0
+    assert main(["reconstruct", str(run), str(path), "--out", str(tmp_path / "out")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert lines == [f"warning: {path.name}: k-space is all zero in {told}; the image is zero there"]
+    with h5py.File(tmp_path / "out" / path.name) as h5:
+        is_zero = [not image.any() for image in h5["reconstruction"]]
+    assert [number for number, zero in enumerate(is_zero) if zero] == empty
+    with Image.open(tmp_path / "out" / f"{volumes[0].file}.png") as picture:
+        assert (np.asarray(picture).max() == 0) == (len(empty) == volumes[0].slices)
+
+
+def test_names_that_are_no_utf8_are_refused_in_one_line(run, volumes, tmp_path, capsys):
+    file, copy = (Path(os.fsdecode(bytes(tmp_path / name) + b"\xff.h5")) for name in ("file", "run"))
+    shutil.copy(volumes[0].path, file)
+    shutil.copytree(run, copy)
+    out = ["--out", str(tmp_path / "out")]
+    words = ("no UTF-8", "choose another name")
+    assert_refused(["reconstruct", str(run), str(file), *out], ("file\\udcff.h5", *words), capsys)
+    assert_refused(["reconstruct", str(copy), str(volumes[0].path), *out], ("run\\udcff.h5", *words), capsys)
+    missing = str(file).replace("file", "none")
+    assert_refused(["reconstruct", str(run), missing, *out], ("none\\udcff.h5", "not a file"), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_no_utf8_is_printed_escaped(run, volumes, tmp_path, capsys):
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/out\xff"))
+    assert main(["reconstruct", str(run), str(volumes[0].path), "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "out\\udcff" in lines[-1] and all(line.isprintable() for line in lines)
+    assert (out / volumes[0].path.name).is_file()
 
 
 # ------------------------------------------------------------------------------------------------- coil compression

@@ -108,6 +108,8 @@ def test_a_fact_that_json_cannot_hold_does_not_spoil_the_record(tmp_path: Path) 
 def test_missing_and_damaged_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match=r"x.json' does not exist"):
         files.read_json(tmp_path / "x.json")
+    with pytest.raises(ParameterError, match="is no regular file"):
+        files.read_json(tmp_path)
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(ParameterError, match=r"x.json' is not JSON"):
         files.read_json(tmp_path / "x.json")
