@@ -310,7 +310,7 @@ def _hint(name: str) -> str:
         "data_dir": "Put fastMRI brain files there, or make phantom data: python -m mrilib make-data DIR",
         "stage1_checkpoint": "Run stage 1 first: python -m mrilib run params/demo --stage1-only",
         "stage2_checkpoint": "Run stage 2 first: python -m mrilib run params/demo",
-        "backbone_path": "See README, 'From the demo to real data', for where the weights go.",
+        "backbone_path": "See docs/your-data.md for where the weights go.",
     }.get(name, "")
 
 

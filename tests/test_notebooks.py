@@ -180,7 +180,7 @@ def test_documented_papermill_commands_are_right():
 def test_documented_mrilib_commands_are_right(capsys):
     """Names and options of the commands in README and docs, and the params files that they name."""
     text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    commands = re.findall(r" -m mrilib ([\w-]+)([^\n#`]*)", text)
+    commands = re.findall(r" -m mrilib ([a-z][\w-]*)([^\n#`]*)", text)
     assert {name for name, _ in commands} == set(COMMANDS)
     for name, rest in commands:
         with pytest.raises(SystemExit):
