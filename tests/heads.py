@@ -31,7 +31,7 @@ def write_shape(
     path: Path,
     coils: int,
     matrix: tuple[int, int],
-    recon: tuple[int, int],
+    image_shape: tuple[int, int],
     padding: tuple[int, int] = (0, 0),
     header_width: int = 0,
 ) -> Path:
@@ -40,7 +40,7 @@ def write_shape(
     Parameters
     ----------
     matrix : (H, W) of the k-space
-    recon : (h, w) of the target
+    image_shape : (h, w) of the target
     header_width : int
         reconSpace's y where it is not the target's: fastMRI's FLAIR 203 asks for more columns than there are.
     """
@@ -55,13 +55,15 @@ def write_shape(
     lines = np.zeros(matrix[1], np.float32)
     lines[padding[0] : matrix[1] - padding[1]] = 1
     data = np.stack([image, 0 * image, 1e-6 * (noise[0] + 1j * noise[1]) * lines])
-    write_h5(path, data, recon, "AXFLAIR", f"patient of {path.stem}", sequence=SEQUENCES["AXFLAIR"], padding=padding)
+    write_h5(
+        path, data, image_shape, "AXFLAIR", f"patient of {path.stem}", sequence=SEQUENCES["AXFLAIR"], padding=padding
+    )
     if header_width:
         with h5py.File(path, "r+") as h5:
             xml = h5["ismrmrd_header"][()].decode()
             start = xml.index("<reconSpace>")
             del h5["ismrmrd_header"]
             h5["ismrmrd_header"] = (
-                xml[:start] + xml[start:].replace(f"<y>{recon[1]}</y>", f"<y>{header_width}</y>", 1)
+                xml[:start] + xml[start:].replace(f"<y>{image_shape[1]}</y>", f"<y>{header_width}</y>", 1)
             ).encode()
     return path

@@ -157,13 +157,13 @@ def _each(batch: Batch, settings: Settings) -> list[dict[str, Tensor]]:
 def _both(batch: Batch, number: int, settings: Settings) -> dict[str, Tensor]:
     kspace, mask = batch.kspace[number].cpu(), batch.mask[number].cpu()
     if not kspace.abs().any():
-        return dict.fromkeys(("combined", "rss"), torch.zeros(batch.recon))
+        return dict.fromkeys(("combined", "rss"), torch.zeros(batch.image_shape))
     acquired = torch.ones_like(mask) if batch.acquired is None else batch.acquired[number].cpu()
     with tempfile.TemporaryDirectory(prefix="bart-") as temporary:
         combined, rss = reconstruct_slice(kspace, mask, acquired, settings, Path(temporary))
     scale = float(batch.scale[number])
     images = {"combined": combined, "rss": rss}
-    return {name: fourier.center_crop_or_pad(image, batch.recon) * scale for name, image in images.items()}
+    return {name: fourier.center_crop_or_pad(image, batch.image_shape) * scale for name, image in images.items()}
 
 
 def choose(batches: Iterable[Batch]) -> tuple[Settings, list[dict[str, Any]]]:

@@ -82,7 +82,7 @@ def fewer_coils(volume: Volume, directory: Path, coils: int) -> Volume:
     kept = np.linspace(0, kspace.shape[1], min(coils, kspace.shape[1]), endpoint=False).astype(int)
     kspace = kspace[:, kept]
     images = torch.stack([rss(ifft2c(torch.from_numpy(one))) for one in kspace])
-    return _copy(volume, directory, kspace, center_crop_or_pad(images, volume.recon).numpy())
+    return _copy(volume, directory, kspace, center_crop_or_pad(images, volume.image_shape).numpy())
 
 
 def _copy(volume: Volume, directory: Path, kspace: NDArray[np.complexfloating], target: NDArray[np.floating]) -> Volume:

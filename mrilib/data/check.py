@@ -427,7 +427,7 @@ def summary(reports: Sequence[FileReport]) -> list[str]:
         f"contrasts: {_counts(volume.acquisition for volume in volumes)}",
         f"coils: {_counts(volume.coils for volume in volumes)}",
         f"k-space (readout × phase): {_counts(f'{v.matrix[0]}×{v.matrix[1]}' for v in volumes)}",
-        f"images: {_counts(f'{v.recon[0]}×{v.recon[1]}' for v in volumes)}",
+        f"images: {_counts(f'{v.image_shape[0]}×{v.image_shape[1]}' for v in volumes)}",
     ]
 
 

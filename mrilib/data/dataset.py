@@ -43,7 +43,7 @@ class Slice(NamedTuple):
     scale: float  # [file units]: normalised value × scale = file value
     target: Tensor | None  # float32 (h, w) RSS of the fully sampled data [file units]
     maximum: float  # of the target volume [file units]
-    recon: tuple[int, int]  # h, w of the evaluated image
+    image_shape: tuple[int, int]  # h, w of the evaluated image
     acceleration: int
     file: str
     slice_num: int
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     scale: Tensor  # float32 (B,) [file units]
     target: Tensor | None  # float32 (B, h, w) [file units]
     maximum: Tensor  # float32 (B,) [file units]
-    recon: tuple[int, int]
+    image_shape: tuple[int, int]
     slices: list[Slice]  # what is not stacked above; without their tensors
     acquired: Tensor | None = None  # bool (B, phase)
     tokens: Tensor | None = None  # image tokens (B, N, hidden) if a token cache holds them for all the slices
@@ -97,7 +97,7 @@ def _require_unchanged(h5: h5py.File, volume: Volume) -> None:
     """Refuse a file that is no longer the one that the run began with."""
     wanted: dict[str, tuple[int, ...]] = {"kspace": (volume.slices, volume.coils, *volume.matrix)}
     if volume.has_target:
-        wanted["reconstruction_rss"] = (volume.slices, *volume.recon)
+        wanted["reconstruction_rss"] = (volume.slices, *volume.image_shape)
     if volume.has_mask:
         wanted["mask"] = volume.matrix[1:]
     for name, shape in wanted.items():
@@ -230,13 +230,13 @@ class FastMRIDataset(Dataset[Slice]):
         if self.config.crop == "image":
             return (min(volume.coils, self.config.num_coils), int(volume.has_target))
         coils = min(volume.coils, self.config.num_coils)
-        return (coils, volume.readout, volume.matrix[1], *volume.recon, int(volume.has_target))
+        return (coils, volume.readout, volume.matrix[1], *volume.image_shape, int(volume.has_target))
 
     def facts(self, index: int) -> Facts:
         """Contrast, level and findings of a slice, for its text and its scores; not for its input."""
         volume, slice_num = self._sample(index)
         return findings.slice_facts(
-            self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.recon
+            self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.image_shape
         )
 
     def boxes(self, index: int) -> tuple[Box, ...] | None:
@@ -244,10 +244,10 @@ class FastMRIDataset(Dataset[Slice]):
         volume, slice_num = self._sample(index)
         if self.annotations is None or not self.annotations.reviewed(volume.file):
             return None
-        boxes = self.annotations.boxes(volume.file, slice_num, volume.recon[0])
+        boxes = self.annotations.boxes(volume.file, slice_num, volume.image_shape[0])
         if self.config.crop == "image":  # as `kspace.center_crop_or_pad` crops and pads
             size = self.config.img_size
-            down, across = ((size - n) // 2 if n < size else -((n - size) // 2) for n in volume.recon)
+            down, across = ((size - n) // 2 if n < size else -((n - size) // 2) for n in volume.image_shape)
             boxes = tuple(replace(box, x=box.x + across, y=box.y + down) for box in boxes)
         return boxes
 
@@ -261,11 +261,13 @@ class FastMRIDataset(Dataset[Slice]):
         volume, slice_num = self._sample(index)
         if self.texts_only:
             nothing = torch.zeros(0)
-            return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0, look)
-        padding, recon, readout, width = volume.padding, volume.recon, volume.readout, volume.matrix[1]
+            return self._slice(
+                index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.image_shape, 0, look
+            )
+        padding, image_shape, readout, width = volume.padding, volume.image_shape, volume.readout, volume.matrix[1]
         if cropped := self.config.crop == "image":
-            recon = (self.config.img_size, self.config.img_size)
-            padding, readout, width = (0, recon[1]), recon[0], recon[1]
+            image_shape = (self.config.img_size, self.config.img_size)
+            padding, readout, width = (0, image_shape[1]), image_shape[0], image_shape[1]
         try:
             with h5py.File(volume.path, "r") as h5:
                 _require_unchanged(h5, volume)
@@ -282,13 +284,13 @@ class FastMRIDataset(Dataset[Slice]):
                 measured = mask.nonzero().squeeze(1)
                 if cropped:
                     raw = torch.from_numpy(h5["kspace"][slice_num].astype(np.complex64, copy=False))
-                    lines = fourier.fft2c(fourier.center_crop_or_pad(fourier.ifft2c(raw), recon))[..., measured]
+                    lines = fourier.fft2c(fourier.center_crop_or_pad(fourier.ifft2c(raw), image_shape))[..., measured]
                 else:
                     lines = self._read_lines(h5["kspace"], slice_num, measured)
         except (OSError, RuntimeError) as error:  # h5py raises both on a damaged chunk
             raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({told(error)})") from None
         if cropped and target is not None:
-            target = fourier.center_crop_or_pad(target, recon)
+            target = fourier.center_crop_or_pad(target, image_shape)
         if not mask[width // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
             raise DataError(
                 f"{volume.path.name}, slice {slice_num}: the mask does not sample the centre of k-space; "
@@ -308,7 +310,7 @@ class FastMRIDataset(Dataset[Slice]):
         if 0 < scale < SMALLEST_SCALE:
             raise DataError(f"{volume.path.name}, slice {slice_num}: too small for single precision; scale the file")
         masked[..., measured] = lines / scale if scale else lines
-        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration, look)
+        return self._slice(index, masked, mask, scale or 1.0, target, image_shape, acceleration, look)
 
     def _read_lines(self, stored: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
         """The measured lines (coil, readout, line) of a slice, the readout being the fastest axis in memory.
@@ -339,7 +341,7 @@ class FastMRIDataset(Dataset[Slice]):
         mask: Tensor,
         scale: float,
         target: Tensor | None,
-        recon: tuple[int, int],
+        image_shape: tuple[int, int],
         acceleration: int,
         look: int = 0,
     ) -> Slice:
@@ -360,7 +362,7 @@ class FastMRIDataset(Dataset[Slice]):
             scale=scale,
             target=target,
             maximum=volume.maximum,
-            recon=recon,
+            image_shape=image_shape,
             acceleration=acceleration,
             file=volume.file,
             slice_num=slice_num,

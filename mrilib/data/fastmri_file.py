@@ -44,7 +44,7 @@ class Volume(NamedTuple):
     slices: int
     coils: int
     matrix: tuple[int, int]  # readout H, phase W of the k-space
-    recon: tuple[int, int]  # h, w of the evaluated image
+    image_shape: tuple[int, int]  # h, w of the evaluated image
     readout: int  # readout length without oversampling
     padding: tuple[int, int]  # phase-encoding lines outside [left, right) were not acquired
     acquisition: str
@@ -166,17 +166,17 @@ def _volume(
     slices, coils, height, width = shape
     readout = min(height, header.recon[0])
     # As fastMRI does for the volumes of FLAIR 203, whose header asks for more columns than there are: a square.
-    recon = (readout, header.recon[1]) if header.recon[1] <= width else (min(readout, width), width)
+    image_shape = (readout, header.recon[1]) if header.recon[1] <= width else (min(readout, width), width)
     if target is not None:
-        recon = target.shape[1:]
+        image_shape = target.shape[1:]
     return Volume(
         path=path,
         file=path.stem,
         slices=slices,
         coils=coils,
         matrix=(height, width),
-        recon=recon,
-        readout=max(readout, recon[0]),
+        image_shape=image_shape,
+        readout=max(readout, image_shape[0]),
         padding=header.padding,
         acquisition=texts["acquisition"],
         patient=texts["patient_id"],

@@ -110,7 +110,7 @@ def collate(slices: list[Slice]) -> Batch:
         scale=torch.tensor([s.scale for s in slices], dtype=torch.float32),
         target=torch.stack(targets) if len(targets) == len(slices) else None,
         maximum=torch.tensor([s.maximum for s in slices], dtype=torch.float32),
-        recon=slices[0].recon,
+        image_shape=slices[0].image_shape,
         # stacked here; not sent twice
         slices=[s._replace(kspace=s.kspace[:0], target=None, tokens=None) for s in slices],
         acquired=torch.stack([torch.ones_like(s.mask) if s.acquired is None else s.acquired for s in slices]),

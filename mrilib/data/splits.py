@@ -180,5 +180,5 @@ def _labels_with_boxes(dataset: "FastMRIDataset") -> set[str]:
         box.label
         for volume in dataset.volumes
         for number in range(volume.slices if annotations.reviewed(volume.file) else 0)
-        for box in annotations.boxes(volume.file, number, volume.recon[0])
+        for box in annotations.boxes(volume.file, number, volume.image_shape[0])
     }

@@ -260,7 +260,7 @@ class SliceBrowser(_Browser):
         volume = self.volumes[self.volume.value]
         slice_num = min(self.slice.value, volume.slices - 1)
         one, parts = self._parts(self.volume.value, slice_num, self.acceleration.value, self.mask_type.value)
-        boxes = self.annotations.boxes(one.file, slice_num, one.recon[0]) if self.annotations else ()
+        boxes = self.annotations.boxes(one.file, slice_num, one.image_shape[0]) if self.annotations else ()
         if self.config.crop == "image":
             boxes = ()  # they are those of the uncropped image
         coil = min(self.coil.value, len(parts.maps)) - 1

@@ -91,7 +91,7 @@ class SliceParts(NamedTuple):
 def slice_parts(one: Slice) -> SliceParts:
     """Compute the parts of an overview from a slice."""
     with torch.inference_mode():
-        coil_images = fourier.center_crop_or_pad(fourier.ifft2c(one.kspace), one.recon)
+        coil_images = fourier.center_crop_or_pad(fourier.ifft2c(one.kspace), one.image_shape)
         maps = coils_module.center_coil_maps(one.kspace[None], one.mask[None])[0]
         coil_magnitude = display_image(coil_images.abs())
         return SliceParts(
@@ -100,7 +100,7 @@ def slice_parts(one: Slice) -> SliceParts:
             target=None if one.target is None else display_image(one.target),
             coil_images=coil_magnitude,
             coil_window=display_window(coil_magnitude[:, ::2, ::2]),
-            maps=display_image(fourier.center_crop_or_pad(maps, one.recon).abs()),
+            maps=display_image(fourier.center_crop_or_pad(maps, one.image_shape).abs()),
         )
 
 
@@ -499,7 +499,7 @@ def _label_counts(
     found: Counter[tuple[str, str]] = Counter()
     for volume in volumes:
         for number in range(volume.slices):
-            boxes = annotations.boxes(volume.file, number, volume.recon[0])
+            boxes = annotations.boxes(volume.file, number, volume.image_shape[0])
             found.update((label, volume.acquisition) for label in {box.label for box in boxes})
     totals: Counter[str] = Counter()
     for (label, _), count in found.items():

@@ -140,7 +140,7 @@ class Evaluator:
         for cpu_batch in loader:
             batch = cpu_batch.to(self.model.device)
             if dataset.compresses:
-                compressed = zero_filled(batch.kspace, batch.scale, batch.recon)
+                compressed = zero_filled(batch.kspace, batch.scale, batch.image_shape)
                 writer.add("zero_filled_compressed", batch.slices[0].acceleration, batch.slices, compressed)
             else:
                 self._write_unlearned(batch, writer)
@@ -164,7 +164,7 @@ class Evaluator:
 
     def _write_unlearned(self, batch: Batch, writer: VolumeWriter) -> None:
         acceleration, slices = batch.slices[0].acceleration, batch.slices
-        writer.add("zero_filled", acceleration, slices, zero_filled(batch.kspace, batch.scale, batch.recon))
+        writer.add("zero_filled", acceleration, slices, zero_filled(batch.kspace, batch.scale, batch.image_shape))
         for name, reconstruct in self.others.items():
             writer.add(name, acceleration, slices, reconstruct(batch))
 
@@ -342,11 +342,11 @@ def check_covers(dataset: FastMRIDataset) -> None:
     config = dataset.config
     if config.crop == "image":
         for volume in dataset.volumes:
-            if volume.has_target and config.img_size < min(volume.recon[1], max(volume.recon)):
+            if volume.has_target and config.img_size < min(volume.image_shape[1], max(volume.image_shape)):
                 raise ParameterError(
                     f"img_size: crop: image to {config.img_size} pixels does not cover {volume.path.name}'s target, "
-                    f"{volume.recon[0]}×{volume.recon[1]}, and metrics need all of it: take img_size "
-                    f"{max(volume.recon)} or more, or crop: readout"
+                    f"{volume.image_shape[0]}×{volume.image_shape[1]}, and metrics need all of it: take img_size "
+                    f"{max(volume.image_shape)} or more, or crop: readout"
                 )
 
 

@@ -118,7 +118,7 @@ class NearestTrainingSlice:
         with_target = [volume for volume in volumes if volume.has_target]
         if not with_target:
             raise ValueError("the nearest training slice needs training volumes with reconstruction_rss")
-        self.side = max(max(volume.recon) for volume in with_target)  # of the common grid [pixels]
+        self.side = max(max(volume.image_shape) for volume in with_target)  # of the common grid [pixels]
         self.places: list[tuple[Volume, int]] = []
         features = []
         for volume in with_target:

@@ -38,11 +38,11 @@ class UNetBaseline(nn.Module):
         kspace: Tensor,
         mask: Tensor,
         scale: Tensor,
-        recon: tuple[int, int],
+        image_shape: tuple[int, int],
         acquired: Tensor | None = None,
     ) -> Tensor:
         """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
-        image = zero_filled(kspace, torch.ones_like(scale), recon)[:, None]
+        image = zero_filled(kspace, torch.ones_like(scale), image_shape)[:, None]
         mean = image.mean((-2, -1), keepdim=True)
         deviation = image.std((-2, -1), keepdim=True) + 1e-11  # fastMRI's normalize_instance
         output = self.unet(((image - mean) / deviation).clamp(-6, 6)).float()
@@ -81,13 +81,13 @@ class VarNetBaseline(nn.Module):
         kspace: Tensor,
         mask: Tensor,
         scale: Tensor,
-        recon: tuple[int, int],
+        image_shape: tuple[int, int],
         acquired: Tensor | None = None,
     ) -> Tensor:
         """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
         known = mask if acquired is None else mask | ~acquired  # what no scan acquires is zero in the target too
         image = refine_nonempty_slices(self._image, kspace, torch.stack([mask, known], dim=1), torch.float32)
-        return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
+        return fourier.center_crop_or_pad(image, image_shape) * scale[:, None, None]
 
     def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:
         measured, (lines, known) = torch.view_as_real(kspace), masks[:, :, None, None, :, None].unbind(1)
@@ -126,13 +126,13 @@ class CombinedVarNet(nn.Module):
         kspace: Tensor,
         mask: Tensor,
         scale: Tensor,
-        recon: tuple[int, int],
+        image_shape: tuple[int, int],
         acquired: Tensor | None = None,
     ) -> Tensor:
         """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
         acquired = torch.ones_like(mask) if acquired is None else acquired
         image = refine_nonempty_slices(self._image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
-        return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
+        return fourier.center_crop_or_pad(image, image_shape) * scale[:, None, None]
 
     def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:
         mask, acquired = masks.unbind(1)
@@ -144,22 +144,22 @@ class CombinedVarNet(nn.Module):
         return fourier.rss(sense.data_consistency(image, maps, kspace, mask, acquired, measured))
 
 
-def zero_filled(kspace: Tensor, scale: Tensor, recon: tuple[int, int]) -> Tensor:
+def zero_filled(kspace: Tensor, scale: Tensor, image_shape: tuple[int, int]) -> Tensor:
     """The baseline: RSS of the inverse Fourier transform of the masked k-space, cropped [file units].
 
     Parameters
     ----------
     kspace : Tensor, complex64, shape (B, coil, readout, phase)
     scale : Tensor, float32, shape (B,) [file units]
-    recon : (h, w) [pixels]
+    image_shape : (h, w) [pixels]
 
     Returns
     -------
     Tensor, float32, shape (B, h, w) [file units]
     """
-    return fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(kspace)), recon) * scale[:, None, None]
+    return fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(kspace)), image_shape) * scale[:, None, None]
 
 
 def zero_filled_image(one: Slice) -> Tensor:
     """RSS of the inverse Fourier transform of a slice's measured k-space, cropped: (h, w) [file units], not flipped."""
-    return zero_filled(one.kspace[None], torch.tensor([one.scale]), one.recon)[0]
+    return zero_filled(one.kspace[None], torch.tensor([one.scale]), one.image_shape)[0]

@@ -100,7 +100,7 @@ class ImageDecoder(nn.Module):
         kspace: Tensor,
         mask: Tensor,
         scale: Tensor,
-        recon: tuple[int, int],
+        image_shape: tuple[int, int],
         acquired: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct a batch of slices.
@@ -113,7 +113,7 @@ class ImageDecoder(nn.Module):
             Masked k-space divided by its root mean square.
         mask : Tensor, bool, shape (B, phase)
         scale : Tensor, float32, shape (B,) [file units]
-        recon : (h, w) [pixels]
+        image_shape : (h, w) [pixels]
         acquired : Tensor, bool, shape (B, phase), optional
             False on lines that no scan of this acquisition has; by default all are.
 
@@ -127,7 +127,7 @@ class ImageDecoder(nn.Module):
             square = (self.img_size, self.img_size)
             features = self.unet(None, self._token_map(normed, kspace, square))
             image = F.softplus(features[:, 0].float())
-            return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
+            return fourier.center_crop_or_pad(image, image_shape) * scale[:, None, None]
         maps = coils.center_coil_maps(kspace, mask)
         measured = fourier.ifft2c(kspace)  # coil images
         zero_filled = coils.combine(measured, maps)
@@ -152,7 +152,7 @@ class ImageDecoder(nn.Module):
         # The target is an RSS of noisy lines: the missing ones' noise too adds to its power, and no image predicts it.
         power = fourier.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()
         magnitude = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        return fourier.center_crop_or_pad(magnitude, recon) * scale[:, None, None]
+        return fourier.center_crop_or_pad(magnitude, image_shape) * scale[:, None, None]
 
     def _padded(self, length: int) -> int:
         # img_size plus a multiple of 32: the ViT's crop then starts on a token's edge; tokens meet their own pixels.

@@ -2,7 +2,7 @@
 
 A decoder is an `nn.Module` with the call of `ImageDecoder.forward`,
 
-    (tokens, kspace, mask, scale, recon, acquired) → image (B, h, w) [file units],
+    (tokens, kspace, mask, scale, image_shape, acquired) → image (B, h, w) [file units],
 
 and an attribute `token_dim`, 0 if it uses no image tokens. To add one, write the module and give it an entry in
 `DECODERS`. Notebook 03 and `python -m mrilib train` then train it, 04 scores it and 05 compares it with the others.

@@ -160,7 +160,7 @@ def findings_from_maps(maps: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.float32, device=maps.device).view(-1, 4)
 
 
-def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]) -> Tensor:
+def ellipses(boxes: Sequence[Box], labels: Sequence[str], image_shape: tuple[int, int]) -> Tensor:
     """What the maps of a slice should show: for each label the ellipses that its boxes enclose.
 
     Parameters
@@ -168,15 +168,15 @@ def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]
     boxes : sequence of Box
         In array coordinates of the evaluated image; those with other labels are left out.
     labels : sequence of str
-    recon : (h, w) [pixels]
+    image_shape : (h, w) [pixels]
 
     Returns
     -------
     Tensor, float32, shape (labels, h, w)
         Area of the smallest ellipse that a pixel's centre lies in [pixels], 0 where there is none.
     """
-    rows, columns = torch.arange(recon[0]) + 0.5, torch.arange(recon[1]) + 0.5
-    areas = torch.full((len(labels), *recon), math.inf)
+    rows, columns = torch.arange(image_shape[0]) + 0.5, torch.arange(image_shape[1]) + 0.5
+    areas = torch.full((len(labels), *image_shape), math.inf)
     for box in (one for one in boxes if one.label in labels):
         down = (rows - box.y - box.height / 2) / (box.height / 2)
         across = (columns - box.x - box.width / 2) / (box.width / 2)
@@ -202,7 +202,7 @@ def encoder_ellipses(
     """
     seen = []
     for one in slices:
-        marked = fourier.center_crop_or_pad(ellipses(one.boxes or (), labels, one.recon), matrix)
+        marked = fourier.center_crop_or_pad(ellipses(one.boxes or (), labels, one.image_shape), matrix)
         marked = fourier.center_crop_or_pad(marked, size)
         seen.append(marked.flip(-1) if one.mirrored else marked)
     return torch.stack(seen)

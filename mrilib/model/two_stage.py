@@ -248,7 +248,7 @@ class TwoStageModel(nn.Module):
         """The decoder's image (B, h, w) [file units] from image tokens, or from none."""
         if self.decoder is None:
             raise ValueError("this model has no image decoder; train stage 2 first")
-        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
+        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.image_shape, batch.acquired)
 
     def forward(self, batch: Batch) -> Tensor:
         """From masked k-space to the image (B, h, w) [file units]."""

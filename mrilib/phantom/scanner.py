@@ -256,7 +256,7 @@ _HEADER = """<?xml version="1.0" encoding="utf-8"?>
 def write_h5(
     path: str | Path,
     kspace: Complex,
-    recon_size: tuple[int, int],
+    image_shape: tuple[int, int],
     acquisition: str,
     patient_id: str,
     *,
@@ -275,7 +275,7 @@ def write_h5(
     path : path
         Ends in .h5.
     kspace : ndarray, complex64, shape (slices, coils, readout, phase)
-    recon_size : (h, w) [pixels]
+    image_shape : (h, w) [pixels]
         Of `reconstruction_rss`, the centre of the RSS image.
     acquisition : str
         Such as AXT2.
@@ -293,21 +293,21 @@ def write_h5(
     Raises
     ------
     ValueError
-        If k-space has other axes, is not zero in the padding or is smaller than `recon_size`.
+        If k-space has other axes, is not zero in the padding or is smaller than `image_shape`.
     """
     path = Path(path)
     if kspace.ndim != 4:
         raise ValueError(f"{path.name}: kspace must be (slices, coils, readout, phase), not of shape {kspace.shape}")
     slices, coils, readout, width = kspace.shape
-    height, recon_width = recon_size
+    height, recon_width = image_shape
     if height > readout or recon_width > width:
-        raise ValueError(f"{path.name}: recon_size {recon_size} exceeds the k-space of {(readout, width)}")
+        raise ValueError(f"{path.name}: image_shape {image_shape} exceeds the k-space of {(readout, width)}")
     left, right = padding
     acquired = width - left - right
     if kspace[..., :left].any() or kspace[..., width - right :].any():
         raise ValueError(f"{path.name}: kspace is not zero in the padding {padding}; zero it there or mend the padding")
     images = [rss(ifft2c(torch.from_numpy(one.astype(np.complex64)))) for one in kspace]
-    reconstruction = center_crop_or_pad(torch.stack(images), recon_size).numpy()
+    reconstruction = center_crop_or_pad(torch.stack(images), image_shape).numpy()
     header = _HEADER.format(
         acquisition=acquisition, vendor=vendor, field=field_strength, coils=coils,
         larmor=round(42.577e6 * field_strength), enc_x=readout, enc_y=width, rec_x=height, rec_y=recon_width,

@@ -214,7 +214,7 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
         batch = cpu_batch.to(model.device)
         empty += [one.slice_num for one, data in zip(batch.slices, cpu_batch.kspace, strict=True) if not data.any()]
         images.append(model(batch).cpu().numpy())
-        compressed.append(zero_filled(cpu_batch.kspace, cpu_batch.scale, cpu_batch.recon).numpy())
+        compressed.append(zero_filled(cpu_batch.kspace, cpu_batch.scale, cpu_batch.image_shape).numpy())
         if model.encoder is not None:
             prefix = model.encoder(batch.kspace, batch.mask)
             texts += model.generate(prefix, [findings.prompt()] * len(batch.slices), config.max_new_tokens)

@@ -98,9 +98,9 @@ class CachedSlices(FastMRIDataset):
         lines = torch.view_as_complex(tensors["lines"])
         masked = torch.zeros(*lines.shape[:-1], mask.shape[0], dtype=lines.dtype)
         masked[..., mask] = lines
-        recon = (facts["recon"][0], facts["recon"][1])
+        image_shape = (facts["recon"][0], facts["recon"][1])
         scale = float(tensors["scale"])
-        one = self._slice(index, masked, mask, scale, tensors.get("target"), recon, facts["acceleration"])
+        one = self._slice(index, masked, mask, scale, tensors.get("target"), image_shape, facts["acceleration"])
         return one._replace(tokens=tensors["tokens"])
 
 
@@ -285,7 +285,7 @@ class TokenCache:
             }
             if cpu_batch.target is not None:
                 entry["target"] = cpu_batch.target[row]
-            facts = {"recon": list(one.recon), "acceleration": one.acceleration}
+            facts = {"recon": list(one.image_shape), "acceleration": one.acceleration}
             rows.append({**facts, "checksum": _checksum(entry, facts)})
             tensors |= {f"{row}.{name}": tensor for name, tensor in entry.items()}
         try:
@@ -307,16 +307,16 @@ def _input_bytes(dataset: FastMRIDataset, index: int) -> int:
     """Bytes of a slice's sampled lines, mask, scale and target."""
     number, slice_num = dataset.samples[index]
     volume, config = dataset.volumes[number], dataset.config
-    readout, width, padding, recon = volume.readout, volume.matrix[1], volume.padding, volume.recon
+    readout, width, padding, image_shape = volume.readout, volume.matrix[1], volume.padding, volume.image_shape
     if config.crop == "image":
         readout = width = config.img_size
-        padding, recon = (0, width), (width, width)
+        padding, image_shape = (0, width), (width, width)
     if volume.has_mask:
         lines = width  # at most; such files are for testing
     else:
         seed = dataset._mask_seed(volume, slice_num)
         lines = int(masks_module.sample_mask(dataset.mask_func, width, seed, padding)[0].sum())
-    target = 4 * recon[0] * recon[1] if volume.has_target else 0
+    target = 4 * image_shape[0] * image_shape[1] if volume.has_target else 0
     return 8 * min(volume.coils, config.num_coils) * readout * lines + width + 8 + target
 
 

@@ -50,7 +50,7 @@ def test_fully_sampled_data_comes_back(batch):
         scale=torch.tensor([3.0]),
         slices=batch.slices[:1],
     )
-    full = full._replace(recon=(64, 63))
+    full = full._replace(image_shape=(64, 63))
     wanted = 3.0 * head.abs()
     inside = wanted > 0.1 * wanted.max()  # ESPIRiT's maps are zero where there is no signal
     for output, near_enough in (("combined", 0.02), ("rss", 1e-4)):
@@ -77,7 +77,7 @@ def test_undersampled_slices_get_better_than_zero_filled(batch):
     assert batch.target is not None
     image = bart.reconstruct(batch, bart.Settings(kernel=4, strength=0.002))
     assert image.shape == batch.target.shape and image.dtype == torch.float32
-    plain = zero_filled(batch.kspace, batch.scale, batch.recon)
+    plain = zero_filled(batch.kspace, batch.scale, batch.image_shape)
     scores = [score_volume(batch.target.numpy(), one.numpy()) for one in (image, plain)]
     assert scores[0]["psnr_head"] > scores[1]["psnr_head"] + 1
     assert scores[0]["ssim_head"] > scores[1]["ssim_head"] + 0.05
@@ -90,7 +90,7 @@ def test_measured_lines_stay_measured(batch):
     mask[:, 3] = False
     full = batch._replace(mask=mask, kspace=torch.where(mask[:, None, None], batch.kspace + 1e-9, 0))
     wanted = fourier.rss(fourier.ifft2c(full.kspace))
-    wanted = fourier.center_crop_or_pad(wanted, batch.recon) * batch.scale[:, None, None]
+    wanted = fourier.center_crop_or_pad(wanted, batch.image_shape) * batch.scale[:, None, None]
     image = bart.reconstruct(full, bart.Settings(kernel=4))
     assert float((image - wanted).norm() / wanted.norm()) < 0.02
 

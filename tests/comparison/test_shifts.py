@@ -49,7 +49,7 @@ def test_twice_the_noise(volumes, tmp_path):
 def test_fewer_coils_are_a_scanner_of_its_own(volumes, tmp_path):
     for volume in volumes[:4]:
         small = shifts.fewer_coils(volume, tmp_path, 4)
-        assert small.coils == 4 and small.matrix == volume.matrix and small.recon == volume.recon
+        assert small.coils == 4 and small.matrix == volume.matrix and small.image_shape == volume.image_shape
         with h5py.File(volume.path) as before, h5py.File(small.path) as after:
             kspace, target = after["kspace"][()], after["reconstruction_rss"][()]
             assert target.max() == pytest.approx(after.attrs["max"])
@@ -82,7 +82,7 @@ def test_shifted_files_are_written_once(volumes, phantom_dir, tmp_path):
 
 def test_other_patients_are_made_like_the_phantom(volumes, phantom_dir, tmp_path):
     made = shifts.shifted(config_with("patients 3", phantom_dir), volumes[:3], tmp_path)
-    assert len(made) == 3 and {one.recon[0] for one in made} == {one.recon[0] for one in volumes}
+    assert len(made) == 3 and {one.image_shape[0] for one in made} == {one.image_shape[0] for one in volumes}
     assert {one.patient for one in made}.isdisjoint(one.patient for one in volumes)
     with pytest.raises(ParameterError, match=r"shift: patients 52: .*choose another seed"):
         shifts.shifted(config_with("patients 52", phantom_dir), volumes[:3], tmp_path)

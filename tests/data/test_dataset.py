@@ -158,7 +158,7 @@ def test_normalised_kspace_has_unit_rms_and_its_scale_restores_it(volumes: list[
         raw = fourier.remove_readout_oversampling(raw, volume.readout)
         torch.testing.assert_close(sample.kspace[..., sample.mask] * sample.scale, raw[..., sample.mask])
         # with all lines, the image is the target
-        image = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(raw)), volume.recon)
+        image = fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(raw)), volume.image_shape)
         torch.testing.assert_close(image, sample.target, rtol=1e-4, atol=1e-5 * volume.maximum)
 
 
@@ -227,11 +227,11 @@ def test_crop_image_is_the_crop_of_the_fully_sampled_image(volumes: list[Volume]
         for volume in (padded(volumes), next(v for v in volumes if v.matrix[1] % 2)):
             config = parameters(tmp_path, crop="image", img_size=img_size, mask_type="random", accelerations=[1, 1])
             sample = FastMRIDataset([volume], config)[1]
-            assert sample.kspace.shape[1:] == (img_size, img_size) and sample.recon == (img_size, img_size)
+            assert sample.kspace.shape[1:] == (img_size, img_size) and sample.image_shape == (img_size, img_size)
             assert sample.mask.all()
             image = fourier.rss(fourier.ifft2c(sample.kspace)) * sample.scale
-            expected = fourier.center_crop_or_pad(sample.target, volume.recon)
-            image = fourier.center_crop_or_pad(image, volume.recon)
+            expected = fourier.center_crop_or_pad(sample.target, volume.image_shape)
+            image = fourier.center_crop_or_pad(image, volume.image_shape)
             inside = expected > 0
             torch.testing.assert_close(image[inside], expected[inside], rtol=1e-3, atol=1e-4 * volume.maximum)
 
@@ -250,7 +250,7 @@ def test_test_files_bring_their_mask_and_no_target(volumes: list[Volume], tmp_pa
     mask[::3] = mask[30:40] = True
     volume = read_volume(copy_of(original, tmp_path, as_test_file(mask)))
     assert volume.has_mask and not volume.has_target and volume.maximum == 0
-    assert volume.recon == original.recon and volume.readout == original.readout
+    assert volume.image_shape == original.image_shape and volume.readout == original.readout
     dataset = FastMRIDataset([volume], parameters(tmp_path))
     sample = dataset[0]
     assert sample.target is None and sample.acceleration == 4
@@ -278,13 +278,13 @@ def test_a_volume_narrower_than_its_header_says_is_evaluated_as_a_square(volumes
         h5.attrs["acceleration"] = 1
         header = h5["ismrmrd_header"][()].decode()
         start = header.index("<reconSpace>")
-        header = header[:start] + header[start:].replace(f"<y>{original.recon[1]}</y>", f"<y>{SIZE}</y>", 1)
+        header = header[:start] + header[start:].replace(f"<y>{original.image_shape[1]}</y>", f"<y>{SIZE}</y>", 1)
         del h5["ismrmrd_header"]
         h5["ismrmrd_header"] = header.encode()
 
     assert width < SIZE
     volume = read_volume(copy_of(original, tmp_path, change))
-    assert volume.recon == (width, width) and volume.readout == SIZE  # as fastMRI does for FLAIR 203
+    assert volume.image_shape == (width, width) and volume.readout == SIZE  # as fastMRI does for FLAIR 203
 
 
 def test_zero_coils_and_empty_slices_make_no_nan(volumes: list[Volume], tmp_path: Path) -> None:
@@ -539,7 +539,7 @@ def test_loaded_batches_stack(phantom_dir: Path, volumes: list[Volume], crop: st
     count = 0
     for batch in make_loader(dataset, 4):
         count += len(batch.slices)
-        assert batch.target is not None and batch.target.shape[1:] == batch.recon
+        assert batch.target is not None and batch.target.shape[1:] == batch.image_shape
         assert batch.kspace.shape[0] == len(batch.slices) == len(batch.scale) == len(batch.maximum)
         assert batch.mask.shape == (len(batch.slices), batch.kspace.shape[-1])
         assert batch.to("cpu").kspace.equal(batch.kspace)

@@ -196,7 +196,7 @@ def test_header_encodings(volumes: list[Volume]) -> None:
     with h5py.File(volumes[0].path) as h5:
         xml = h5["ismrmrd_header"][()].decode()
     found = read_header(xml.encode())
-    assert found.recon == volumes[0].recon and found.encoded == volumes[0].matrix
+    assert found.recon == volumes[0].image_shape and found.encoded == volumes[0].matrix
     assert read_header(xml.encode() + b"\0\0") == found == read_header(xml)
     assert read_header(xml.replace("utf-8", "utf-16").encode("utf-16")) == found
     assert read_header(b"\xef\xbb\xbf" + xml.encode()) == found

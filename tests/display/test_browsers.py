@@ -159,7 +159,7 @@ def reconstructions(volumes, tmp_path):
         for acceleration in (4, 8):
             for volume in volumes:
                 images = [factor * evaluation.read_target(volume, number) for number in range(volume.slices)]
-                noisy = np.stack(images) * (1 + 0.01 * acceleration * rng.random((volume.slices, *volume.recon)))
+                noisy = np.stack(images) * (1 + 0.01 * acceleration * rng.random((volume.slices, *volume.image_shape)))
                 evaluation.write_reconstruction(tmp_path / method / str(acceleration) / volume.path.name, noisy)
     return tmp_path
 

@@ -81,9 +81,9 @@ def test_montage_with_an_odd_number():
 
 def test_slice_parts(one):
     parts = images_module.slice_parts(one)
-    assert parts.zero_filled.shape == parts.target.shape == tuple(one.recon)
-    assert parts.maps.shape == parts.coil_images.shape == (one.kspace.shape[0], *one.recon)
-    expected = fourier.rss(fourier.center_crop_or_pad(fourier.ifft2c(one.kspace), one.recon)) * one.scale
+    assert parts.zero_filled.shape == parts.target.shape == tuple(one.image_shape)
+    assert parts.maps.shape == parts.coil_images.shape == (one.kspace.shape[0], *one.image_shape)
+    expected = fourier.rss(fourier.center_crop_or_pad(fourier.ifft2c(one.kspace), one.image_shape)) * one.scale
     assert np.allclose(parts.zero_filled, expected.numpy()[::-1])
     assert np.allclose(baselines.zero_filled_image(one).numpy()[::-1], parts.zero_filled)
     assert np.allclose(np.sqrt((parts.maps**2).sum(0)), 1, atol=1e-4)
@@ -105,7 +105,7 @@ def test_slice_overview(one):
     assert np.allclose(error, np.abs(shown[zero_filled][0] - target))
     axis = next(axis for axis in figure.axes if axis.get_title().startswith("target"))
     rectangle = axis.patches[0]
-    assert (rectangle.get_x() + 0.5, rectangle.get_y() + 0.5) == (10, one.recon[0] - 5 - 6)
+    assert (rectangle.get_x() + 0.5, rectangle.get_y() + 0.5) == (10, one.image_shape[0] - 5 - 6)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["Mass"]
 
 
@@ -194,7 +194,7 @@ def test_dataset_summary_counts(phantom_dir, volumes):
         heights[round(patch.get_x(), 3)] = heights.get(round(patch.get_x(), 3), 0) + patch.get_height()
     assert list(heights.values()) == [8, 4]
     slices = sum(
-        len({box.label for box in annotations.boxes(volume.file, number, volume.recon[0])})
+        len({box.label for box in annotations.boxes(volume.file, number, volume.image_shape[0])})
         for volume in volumes
         for number in range(volume.slices)
     )

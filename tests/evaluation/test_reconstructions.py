@@ -45,7 +45,7 @@ def target_of(volume: Volume) -> np.ndarray:
 
 
 def test_means_are_those_of_fastmris_evaluate(volumes: list[Volume], tmp_path: Path) -> None:
-    assert any(v.recon[0] > v.recon[1] for v in volumes)  # narrower than high: only a square is evaluated
+    assert any(v.image_shape[0] > v.image_shape[1] for v in volumes)  # narrower than high: only a square is evaluated
     folder = tmp_path / "model" / "4"
     for number, volume in enumerate(volumes):
         write_reconstruction(folder / volume.path.name, disturbed(volume, number))
@@ -60,8 +60,8 @@ def test_means_are_those_of_fastmris_evaluate(volumes: list[Volume], tmp_path: P
 
 
 def test_predictions_of_other_sizes_are_cropped_as_fastmri_does(volumes: list[Volume], tmp_path: Path) -> None:
-    volume = min(volumes, key=lambda v: v.recon[1])
-    width = volume.recon[1]
+    volume = min(volumes, key=lambda v: v.image_shape[1])
+    width = volume.image_shape[1]
     square = disturbed(volume, 3)
     top = (square.shape[1] - width) // 2
     folder = tmp_path / "predictions"
@@ -223,7 +223,7 @@ def test_every_method_and_acceleration_is_scored(volumes: list[Volume], tmp_path
     scores = reconstructions.score_reconstructions(tmp_path, volumes[:1])
     assert {a: set(methods) for a, methods in scores.items()} == {"4": {"model", "zero_filled"}, "8": {"model"}}
     assert scores["4"]["model"][0].ssim > scores["8"]["model"][0].ssim
-    assert reconstructions.read_slice(tmp_path, "model", 8, volumes[0], 2).shape == volumes[0].recon
+    assert reconstructions.read_slice(tmp_path, "model", 8, volumes[0], 2).shape == volumes[0].image_shape
     assert np.array_equal(reconstructions.read_target(volumes[0], 1), target_of(volumes[0])[1])
 
 
@@ -263,7 +263,7 @@ def test_own_masks_are_evaluated_once_at_their_acceleration(volumes: list[Volume
 def test_the_nearest_slice_of_another_size_is_cropped_or_padded_not_stretched(
     volumes: list[Volume], tmp_path: Path
 ) -> None:
-    volume = max(volumes, key=lambda v: v.recon[1])
+    volume = max(volumes, key=lambda v: v.image_shape[1])
     oracle = NearestTrainingSlice([volume])
     target = target_of(volume)[1]
     for shape in ((50, 40), (64, 90), (100, 50)):

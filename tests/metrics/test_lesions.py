@@ -72,7 +72,7 @@ def test_phantom_lesions(phantom_dir, volumes, tmp_path):
     same, left_out = lesions.volume_lesions(volumes, annotations, tmp_path / "same")
     flat, also_left_out = lesions.volume_lesions(volumes, annotations, tmp_path / "flat")
     total = sum(
-        len(annotations.boxes(volume.file, number, volume.recon[0]))
+        len(annotations.boxes(volume.file, number, volume.image_shape[0]))
         for volume in volumes
         for number in range(volume.slices)
         if annotations.reviewed(volume.file)

@@ -66,13 +66,15 @@ def test_parameters_are_those_of_the_description_within_2_percent(decoder_type: 
 
 @pytest.mark.parametrize("decoder_type", ["full", "lightweight"])
 @pytest.mark.parametrize(
-    ("height", "width", "recon"), [(32, 32, (32, 32)), (32, 27, (32, 27)), (33, 45, (30, 29)), (64, 40, (32, 36))]
+    ("height", "width", "image_shape"), [(32, 32, (32, 32)), (32, 27, (32, 27)), (33, 45, (30, 29)), (64, 40, (32, 36))]
 )
-def test_the_output_is_the_evaluated_crop(decoder_type: str, height: int, width: int, recon: tuple[int, int]) -> None:
+def test_the_output_is_the_evaluated_crop(
+    decoder_type: str, height: int, width: int, image_shape: tuple[int, int]
+) -> None:
     model = decoder(decoder_type).eval()
     with torch.no_grad():
-        image = model(some_tokens(), **measured(height=height, width=width), recon=recon)
-    assert image.shape == (2, *recon) and image.dtype == torch.float32
+        image = model(some_tokens(), **measured(height=height, width=width), image_shape=image_shape)
+    assert image.shape == (2, *image_shape) and image.dtype == torch.float32
     assert image.isfinite().all() and (image >= 0).all()
 
 
@@ -85,14 +87,14 @@ def test_a_new_decoder_gives_data_consistency_of_the_zero_filled_image(width: in
     coil_images = sense_module.data_consistency(combined, maps, data["kspace"], data["mask"])
     expected = fourier.center_crop_or_pad(fourier.rss(coil_images), (30, 25)) * data["scale"][:, None, None]
     with torch.no_grad():
-        torch.testing.assert_close(model(some_tokens(), **data, recon=(30, 25)), expected, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(model(some_tokens(), **data, image_shape=(30, 25)), expected, rtol=1e-4, atol=1e-8)
 
 
 def test_measured_lines_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = decoder().eval(), measured(width=45)
     with torch.no_grad():
-        images = coil_images_before_rss(lambda: model(some_tokens(), **data, recon=(32, 45)), monkeypatch)
-        plain = coil_images_before_rss(lambda: decoder(trained=False)(None, **data, recon=(32, 45)), monkeypatch)
+        images = coil_images_before_rss(lambda: model(some_tokens(), **data, image_shape=(32, 45)), monkeypatch)
+        plain = coil_images_before_rss(lambda: decoder(trained=False)(None, **data, image_shape=(32, 45)), monkeypatch)
     found = fourier.fft2c(images)
     for one in range(2):
         mask = data["mask"][one]
@@ -141,7 +143,7 @@ def unet_output(model: ImageDecoder, tokens: Tensor, data: dict[str, Tensor]) ->
     height, width = data["kspace"].shape[-2:]
     kept: list[Tensor] = []
     handle = model.unet.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    model(tokens, **data, recon=(height, width))
+    model(tokens, **data, image_shape=(height, width))
     handle.remove()
     return fourier.center_crop_or_pad(kept[0], (height, width))
 
@@ -149,26 +151,28 @@ def unet_output(model: ImageDecoder, tokens: Tensor, data: dict[str, Tensor]) ->
 def test_file_units_follow_the_scale_alone() -> None:
     model, data = decoder().eval(), measured()
     with torch.no_grad():
-        image = model(some_tokens(), **data, recon=(32, 32))
-        doubled = model(some_tokens(), **{**data, "scale": 2 * data["scale"]}, recon=(32, 32))
+        image = model(some_tokens(), **data, image_shape=(32, 32))
+        doubled = model(some_tokens(), **{**data, "scale": 2 * data["scale"]}, image_shape=(32, 32))
         torch.testing.assert_close(doubled, 2 * image)
         # and the network sees an image of unit size: twice the k-space is twice the image
         torch.testing.assert_close(
-            model(some_tokens(), **{**data, "kspace": 2 * data["kspace"]}, recon=(32, 32)),
+            model(some_tokens(), **{**data, "kspace": 2 * data["kspace"]}, image_shape=(32, 32)),
             2 * image,
             rtol=1e-4,
             atol=1e-8,
         )
         from_tokens = decoder(image_skip=False).eval()
-        one, two = (from_tokens(some_tokens(), **{**data, "scale": data["scale"] * f}, recon=(32, 32)) for f in (1, 2))
+        one, two = (
+            from_tokens(some_tokens(), **{**data, "scale": data["scale"] * f}, image_shape=(32, 32)) for f in (1, 2)
+        )
         torch.testing.assert_close(two, 2 * one)
 
 
 def test_slices_of_a_batch_do_not_matter_to_each_other() -> None:
     model, data, tokens = decoder("full").eval(), measured(3), some_tokens(3)
     with torch.no_grad():
-        together = model(tokens, **data, recon=(32, 32))
-        one = model(tokens[1:2], **{name: value[1:2] for name, value in data.items()}, recon=(32, 32))
+        together = model(tokens, **data, image_shape=(32, 32))
+        one = model(tokens[1:2], **{name: value[1:2] for name, value in data.items()}, image_shape=(32, 32))
     torch.testing.assert_close(together[1:2], one, rtol=1e-4, atol=1e-8)
 
 
@@ -188,21 +192,21 @@ def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch
     model = decoder(sense=True, trained=False).eval()
     assert model.unet.stem.in_channels == 4 * 4
     with torch.no_grad():
-        image = model(some_tokens(), **data, recon=(33, 45))
+        image = model(some_tokens(), **data, image_shape=(33, 45))
         torch.testing.assert_close(calls[1], start, rtol=1e-4, atol=1e-5)
         again = original(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=start)
         coils = sense_module.data_consistency(again, maps, data["kspace"], data["mask"])
         torch.testing.assert_close(image, fourier.rss(coils) * data["scale"][:, None, None], rtol=1e-4, atol=1e-8)
         trained = decoder(sense=True).eval()
-        together = trained(some_tokens(), **data, recon=(32, 32))
-        one = trained(some_tokens()[1:], **{name: value[1:] for name, value in data.items()}, recon=(32, 32))
+        together = trained(some_tokens(), **data, image_shape=(32, 32))
+        one = trained(some_tokens()[1:], **{name: value[1:] for name, value in data.items()}, image_shape=(32, 32))
     torch.testing.assert_close(together[1:], one, rtol=1e-3, atol=1e-8)
     assert not torch.allclose(calls[-1], start[1:])
 
 
 def test_sense_learns_through_its_steps() -> None:
     model, data = decoder(sense=True), measured()
-    model(some_tokens(), **data, recon=(32, 32)).sum().backward()
+    model(some_tokens(), **data, image_shape=(32, 32)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model.unet.stem.weight.grad[:, 8:].abs().max() > 0  # type: ignore[index]
 
@@ -215,11 +219,14 @@ def test_noise_power_is_added_under_the_root(sense: bool) -> None:
     maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
     zero = coils_module.combine(fourier.ifft2c(data["kspace"]), maps)
     power = zero.abs().square().mean((-2, -1)) * data["scale"].square()
-    recon = (30, 40)
+    image_shape = (30, 40)
     for added in (0.7, -1e6):
         with torch.no_grad():
             noisy.unet.head.bias.view(3, 4)[2] = added
-            before, after = model_pair = plain(None, **data, recon=recon), noisy(None, **data, recon=recon)
+            before, after = model_pair = (
+                plain(None, **data, image_shape=image_shape),
+                noisy(None, **data, image_shape=image_shape),
+            )
         assert all(image.isfinite().all() for image in model_pair)
         expected = (before.square() + added * power[:, None, None]).clamp_min(0).sqrt()
         torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-9)
@@ -228,21 +235,23 @@ def test_noise_power_is_added_under_the_root(sense: bool) -> None:
 def test_without_the_skip_only_tokens_matter() -> None:
     model, data = decoder(image_skip=False).eval(), measured(width=45)
     with torch.no_grad():
-        image = model(some_tokens(), **data, recon=(40, 30))
-        other = model(some_tokens(), **{**measured(width=45, seed=9), "scale": data["scale"]}, recon=(40, 30))
+        image = model(some_tokens(), **data, image_shape=(40, 30))
+        other = model(some_tokens(), **{**measured(width=45, seed=9), "scale": data["scale"]}, image_shape=(40, 30))
         assert image.shape == (2, 40, 30) and torch.equal(image, other) and (image >= 0).all()
-        assert not torch.equal(image, model(some_tokens().flip(1), **data, recon=(40, 30)))
+        assert not torch.equal(image, model(some_tokens().flip(1), **data, image_shape=(40, 30)))
 
 
 def test_without_tokens_the_measured_data_is_enough() -> None:
     data = measured()
     plain = decoder(token_dim=0).eval()
     with torch.no_grad():
-        assert plain(None, **data, recon=(32, 32)).isfinite().all()
+        assert plain(None, **data, image_shape=(32, 32)).isfinite().all()
         with pytest.raises(ValueError, match="built without image tokens"):
-            plain(some_tokens(), **data, recon=(32, 32))
+            plain(some_tokens(), **data, image_shape=(32, 32))
         model = decoder().eval()
-        assert not torch.equal(model(None, **data, recon=(32, 32)), model(some_tokens(), **data, recon=(32, 32)))
+        assert not torch.equal(
+            model(None, **data, image_shape=(32, 32)), model(some_tokens(), **data, image_shape=(32, 32))
+        )
 
 
 @pytest.mark.parametrize("bilinear", [True, False])
@@ -250,7 +259,7 @@ def test_up_sampling_and_checkpointing(bilinear: bool) -> None:
     data, gradients = measured(), []
     for on in (False, True):
         model = decoder(use_bilinear_upsample=bilinear, activation_checkpointing=on).train()
-        image = model(some_tokens(), **data, recon=(32, 32))
+        image = model(some_tokens(), **data, image_shape=(32, 32))
         (image / data["scale"][:, None, None]).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -263,9 +272,9 @@ def test_up_sampling_and_checkpointing(bilinear: bool) -> None:
 def test_autocast_keeps_images_in_float32() -> None:
     model, data = decoder().eval(), measured()
     with torch.no_grad():
-        expected = model(some_tokens(), **data, recon=(32, 32))
+        expected = model(some_tokens(), **data, image_shape=(32, 32))
         with torch.autocast("cpu", torch.bfloat16):
-            image = model(some_tokens(), **data, recon=(32, 32))
+            image = model(some_tokens(), **data, image_shape=(32, 32))
     assert image.dtype == torch.float32
     assert (image - expected).norm() < 0.1 * expected.norm()
 
@@ -288,7 +297,7 @@ def test_what_cannot_be_built_is_refused(changes: dict[str, Any], sentence: str)
 @pytest.mark.parametrize("shape", [(2, 3, 12), (2, 4, 13), (2, 6, 12)])
 def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"image tokens \(2, .*\) are not \(B, 4, 12\)"):
-        decoder()(torch.zeros(shape), **measured(), recon=(32, 32))
+        decoder()(torch.zeros(shape), **measured(), image_shape=(32, 32))
 
 
 def test_zero_filled_is_the_rss_of_the_masked_data_in_file_units() -> None:
@@ -339,7 +348,7 @@ def test_gradients_are_finite_for_empty_slices(image_skip: bool, sense: bool) ->
     model, data = decoder(image_skip=image_skip, sense=sense).train(), measured()
     data["kspace"][0] = 0
     data["scale"][0] = 1.0
-    image = model(some_tokens(), **data, recon=(32, 32))
+    image = model(some_tokens(), **data, image_shape=(32, 32))
     assert image.isfinite().all() and (not image_skip or image[0].max() < 1e-12)
     target = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0)) * 1e-4
     target[0] = 0

@@ -59,17 +59,17 @@ def test_an_ellipse_fills_its_box_on_its_labels_map_alone():
 
 
 @pytest.mark.parametrize(
-    ("matrix", "recon", "size"), [((40, 36), (40, 36), 32), ((33, 45), (27, 30), 32), ((64, 21), (32, 32), 48)]
+    ("matrix", "image_shape", "size"), [((40, 36), (40, 36), 32), ((33, 45), (27, 30), 32), ((64, 21), (32, 32), 48)]
 )
-def test_maps_lie_where_the_encoder_sees_the_finding(matrix, recon, size, dataset):
+def test_maps_lie_where_the_encoder_sees_the_finding(matrix, image_shape, size, dataset):
     """A spot of the evaluated image, and its box, through all crops: odd sizes, narrower and wider than the ViT's."""
-    box = Box(recon[1] // 3, recon[0] // 2, 3, 3, "Mass")
-    evaluated = torch.zeros(recon)
+    box = Box(image_shape[1] // 3, image_shape[0] // 2, 3, 3, "Mass")
+    evaluated = torch.zeros(image_shape)
     evaluated[int(box.y) + 1, int(box.x) + 1] = 1
     image = fourier.center_crop_or_pad(evaluated, matrix)  # what the evaluated image is cropped or padded from
-    assert torch.equal(fourier.center_crop_or_pad(image, recon), evaluated)
+    assert torch.equal(fourier.center_crop_or_pad(image, image_shape), evaluated)
     seen = fourier.center_crop_or_pad(image, (size, size))
-    one = dataset[0]._replace(boxes=(box,), recon=recon)
+    one = dataset[0]._replace(boxes=(box,), image_shape=image_shape)
     # Logits that are right at the spot alone: the loss of a marked pixel is there if the map is, and only there.
     logits = torch.full((1, len(LABELS), size, size), -20.0)
     logits[0, LABELS.index("Mass")] = torch.where(seen > 0, 20.0, -20.0)
@@ -85,10 +85,10 @@ def test_unknown_findings_count_nothing_and_known_ones_add_up(dataset):
     first = dataset[0]
     box = Box(4, 5, 6, 6, "Edema")
     slices = [first._replace(boxes=boxes) for boxes in ((box,), None, ())]
-    losses = finding_map_losses(logits, slices, LABELS, first.recon)
+    losses = finding_map_losses(logits, slices, LABELS, first.image_shape)
     assert losses[1] == 0 and losses[0] > 0 and losses[2] > 0
     for number, one in enumerate(slices):
-        alone = finding_map_losses(logits[number : number + 1], [one], LABELS, first.recon)
+        alone = finding_map_losses(logits[number : number + 1], [one], LABELS, first.image_shape)
         torch.testing.assert_close(alone[0], losses[number])
     inside = torch.nn.functional.softplus(logits[2])
     torch.testing.assert_close(losses[2], inside.sum(0).mean())  # nothing there: every label's −log(1 − p)
@@ -117,9 +117,9 @@ def test_boxes_go_with_a_crop_of_the_image(config, dataset, img_size):
     for index in range(len(dataset)):
         one, other = dataset[index], cropped[index]
         for whole, part in zip(one.boxes or (), other.boxes or (), strict=True):
-            spot = ellipses([whole], LABELS, one.recon).amax(0)
+            spot = ellipses([whole], LABELS, one.image_shape).amax(0)
             expected = fourier.center_crop_or_pad(spot, (img_size, img_size))
-            assert torch.equal(ellipses([part], LABELS, other.recon).amax(0), expected)
+            assert torch.equal(ellipses([part], LABELS, other.image_shape).amax(0), expected)
             seen += int(expected.any())
         assert (one.boxes is None) == (other.boxes is None) and one.facts == other.facts
     assert seen > 3
@@ -156,10 +156,10 @@ def test_mirrored_slices_are_seen_and_told_flipped(config, dataset):
         assert other.mirrored and not one.mirrored and torch.equal(one.kspace, other.kspace)
         assert other.facts == mirrored_facts(one.facts) and mirrored_facts(other.facts) == one.facts
         if one.boxes:
-            flipped = [Box(one.recon[1] - b.x - b.width, b.y, b.width, b.height, b.label) for b in one.boxes]
-            assert sorted({box_finding(box, one.recon) for box in flipped}) == list(other.facts.findings)
-            matrix = (one.kspace.shape[-2], one.recon[1] + 2 * ((one.kspace.shape[-1] - one.recon[1]) // 2))
-            logits = torch.randn(1, len(LABELS), one.recon[0], one.recon[1])
+            flipped = [Box(one.image_shape[1] - b.x - b.width, b.y, b.width, b.height, b.label) for b in one.boxes]
+            assert sorted({box_finding(box, one.image_shape) for box in flipped}) == list(other.facts.findings)
+            matrix = (one.kspace.shape[-2], one.image_shape[1] + 2 * ((one.kspace.shape[-1] - one.image_shape[1]) // 2))
+            logits = torch.randn(1, len(LABELS), one.image_shape[0], one.image_shape[1])
             expected = finding_map_losses(logits.flip(-1), [one], LABELS, matrix)
             torch.testing.assert_close(finding_map_losses(logits, [other], LABELS, matrix), expected)
     half = FastMRIDataset(dataset.volumes, config, annotations, training=True, mirror_fraction=0.5)
@@ -295,8 +295,8 @@ def test_maps_learn_where_findings_are(config, dataset):
     def gap() -> float:
         with torch.no_grad():
             maps = system.encoder.tokens_and_maps(found.kspace, found.mask)[1]
-        wanted = torch.stack([ellipses(one.boxes or (), LABELS, one.recon) for one in found.slices])
-        maps = fourier.center_crop_or_pad(maps, found.slices[0].recon)
+        wanted = torch.stack([ellipses(one.boxes or (), LABELS, one.image_shape) for one in found.slices])
+        maps = fourier.center_crop_or_pad(maps, found.slices[0].image_shape)
         return float(maps[wanted > 0].mean() - maps[wanted == 0].mean())
 
     before = gap()
@@ -321,10 +321,10 @@ def spoken() -> FindingWords:
     return words
 
 
-@pytest.mark.parametrize(("size", "recon"), [(128, (128, 128)), (128, (128, 113)), (96, (96, 96))])
-def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
+@pytest.mark.parametrize(("size", "image_shape"), [(128, (128, 128)), (128, (128, 113)), (96, (96, 96))])
+def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, image_shape):
     words, rng = spoken(), torch.Generator().manual_seed(0)
-    rows, columns = recon
+    rows, columns = image_shape
     for _ in range(40):
         width, height = (int(torch.randint(4, 24, (1,), generator=rng)) for _ in range(2))
         x = int(torch.randint(0, columns - width, (1,), generator=rng))
@@ -335,12 +335,12 @@ def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, recon):
         edges = [abs(across - 0.45), abs(across - 0.55), abs(down - 1 / 3), abs(down - 2 / 3)]
         if min(edges) < 0.02:  # at a boundary rounding decides, and an odd width lies half a pixel beside its crop
             continue
-        marked = fourier.center_crop_or_pad(ellipses([box], LABELS, recon), (size, size))
+        marked = fourier.center_crop_or_pad(ellipses([box], LABELS, image_shape), (size, size))
         said = words((20 * marked - 10)[None])[0]
         left = (size - columns) // 2
         patch = (int(down * rows) // 16) * (size // 16) + int(across * columns + left) // 16
         found, side, region = said[patch].split([len(LABELS), 3, 3])
-        told = box_finding(box, recon)
+        told = box_finding(box, image_shape)
         assert LABELS[int(found.argmax())] == told.label and found.max() > 0.99
         assert SIDES[int(side.argmax())] == told.side and REGIONS[int(region.argmax())] == told.region, (box, told)
 

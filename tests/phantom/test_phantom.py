@@ -303,7 +303,7 @@ def test_simulate_and_write_refuse_bad_input(tmp_path: Path) -> None:
     arguments = {"acquisition": "AXT1", "patient_id": "x", "sequence": scanner.SEQUENCES["AXT1"]}
     with pytest.raises(ValueError, match=r"x\.h5.*padding"):
         phantom.write_h5(tmp_path / "x.h5", kspace, (8, 8), padding=(1, 0), **arguments)
-    with pytest.raises(ValueError, match=r"x\.h5.*recon_size"):
+    with pytest.raises(ValueError, match=r"x\.h5.*image_shape"):
         phantom.write_h5(tmp_path / "x.h5", kspace, (8, 9), **arguments)
     with pytest.raises(ValueError, match=r"x\.h5.*shape"):
         phantom.write_h5(tmp_path / "x.h5", kspace[0], (8, 8), **arguments)

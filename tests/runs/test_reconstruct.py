@@ -266,7 +266,7 @@ def all_coils(volume, config, acceleration: int) -> np.ndarray:
         coils = np.fft.fftshift(np.fft.ifft2(spectrum, norm="ortho"), axes=(-2, -1))
         image = np.sqrt((np.abs(coils) ** 2).sum(0))
         rows, columns = image.shape
-        (h, w) = one.recon
+        (h, w) = one.image_shape
         images.append(image[(rows - h) // 2 :, (columns - w) // 2 :][:h, :w])
     return np.stack(images)
 

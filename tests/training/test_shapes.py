@@ -37,8 +37,8 @@ COILS = 6  # after compression; sixteen would take the tests three times as long
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shapes")
-    for number, (coils, matrix, recon, padding, header_width) in enumerate(SHAPES):
-        write_shape(directory / f"file{number}.h5", coils, matrix, recon, padding, header_width)
+    for number, (coils, matrix, image_shape, padding, header_width) in enumerate(SHAPES):
+        write_shape(directory / f"file{number}.h5", coils, matrix, image_shape, padding, header_width)
     return directory
 
 
@@ -71,18 +71,18 @@ def test_both_stages_train_on_every_shape(
     whole, config = system
     config = config.model_copy(update={"crop": crop})
     volume = volumes_of(folder)[number]
-    coils, matrix, recon, padding, _ = SHAPES[number]
+    coils, matrix, image_shape, padding, _ = SHAPES[number]
     dataset = FastMRIDataset([volume], config, training=True)
     batch = collate([dataset[index] for index in range(3)])
     if crop == "readout":
-        assert batch.kspace.shape == (3, min(coils, COILS), recon[0], matrix[1])
+        assert batch.kspace.shape == (3, min(coils, COILS), image_shape[0], matrix[1])
         outside = torch.ones(matrix[1], dtype=torch.bool)
         outside[padding[0] : matrix[1] - padding[1]] = False
         assert not batch.mask[:, outside].any() and not batch.kspace[..., outside].any()
         assert batch.acquired is not None and torch.equal(batch.acquired[0], ~outside)
-        assert batch.recon == recon
+        assert batch.image_shape == image_shape
     else:
-        assert batch.kspace.shape == (3, min(coils, COILS), 320, 320) and batch.recon == (320, 320)
+        assert batch.kspace.shape == (3, min(coils, COILS), 320, 320) and batch.image_shape == (320, 320)
     stages = {"encoder": training.AnalysisStage(whole), "decoder": training.ReconstructionStage(whole)}
     for part, stage in stages.items():
         whole.freeze(part)
@@ -95,7 +95,7 @@ def test_both_stages_train_on_every_shape(
         whole.zero_grad()
     with torch.no_grad():
         image = whole(batch)
-    assert image.shape == (3, *batch.recon) and image.isfinite().all()
+    assert image.shape == (3, *batch.image_shape) and image.isfinite().all()
     assert image[1].max() < 1e-9 * image[0].max()  # nothing measured, nothing shown
 
 
@@ -147,8 +147,8 @@ def test_test_files_are_reconstructed_with_their_own_mask(
     system: tuple[two_stage.TwoStageModel, Stage1Parameters], tmp_path: Path, number: int
 ) -> None:
     whole, config = system
-    coils, matrix, recon, padding, header_width = SHAPES[number]
-    path = write_shape(tmp_path / "test.h5", coils, matrix, recon, padding, header_width)
+    coils, matrix, image_shape, padding, header_width = SHAPES[number]
+    path = write_shape(tmp_path / "test.h5", coils, matrix, image_shape, padding, header_width)
     as_test_file(path, acceleration=6)
     report = check.check_file(path)
     assert report.problems == []
@@ -157,4 +157,4 @@ def test_test_files_are_reconstructed_with_their_own_mask(
     batch = collate([FastMRIDataset([volume], config)[0]])
     with torch.no_grad():
         image = whole(batch)
-    assert image.shape == (1, *volume.recon) and image.isfinite().all() and batch.slices[0].acceleration == 6
+    assert image.shape == (1, *volume.image_shape) and image.isfinite().all() and batch.slices[0].acceleration == 6

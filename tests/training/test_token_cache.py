@@ -84,7 +84,7 @@ def test_entries_are_the_slices_bit_for_bit_under_every_mask(filled):
                 a, b = plain[index], cached[index]
                 for name in ("kspace", "mask", "target"):
                     assert torch.equal(getattr(a, name), getattr(b, name)), name
-                rest = ("scale", "maximum", "recon", "acceleration", "file", "slice_num", "patient", "report")
+                rest = ("scale", "maximum", "image_shape", "acceleration", "file", "slice_num", "patient", "report")
                 assert all(getattr(a, name) == getattr(b, name) for name in rest)
                 with torch.no_grad():
                     tokens = system.image_tokens(systems.collate([a]))[0]
