@@ -416,9 +416,6 @@ class BackboneParameters(DataParameters):
         "float32", "type that the frozen backbone's weights are kept in; bfloat16 takes half the memory"
     )
     device: Literal["auto", "cuda", "cpu"] = parameter("auto", "cuda asked for and absent is an error")
-    delta_rule: Literal["auto", "fused", "plain"] = parameter(
-        "auto", "auto: fused kernels on GPUs if installed; plain: without"
-    )
 
     @field_validator("device")
     @classmethod

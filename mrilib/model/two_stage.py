@@ -286,7 +286,6 @@ def build_backbone(
     Without a tokenizer_path the tokenizer is that of the backbone's folder; Nirvana without one has Mistral's.
     """
     path = resolve(config.backbone_path)
-    kernels.choose(config.delta_rule)
     dtype = getattr(torch, config.backbone_dtype)
     backbone = load_backbone(resolve(config.config_path), path, dtype, device)
     if getattr(config, "activation_checkpointing", False):

@@ -399,7 +399,6 @@ def describe(model: TwoStageModel, config: Stage2Parameters) -> dict[str, Any]:
         "code": hashlib.sha256("".join(_code(Path(str(m.__file__))) for m in COMPUTING_CODE).encode()).hexdigest(),
         "versions": {name: packages[name] for name in ("torch", "transformers", "fastmri", "numpy")},
         "device": model.device.type,
-        # the path that is taken, not the choice: auto and plain are the same on a CPU
         "delta_rule": [path["path"], path.get("package")],
         **{name: getattr(config, name) for name in ("mixed_precision", "num_coils", "img_size", "crop", "mask_type")},
     }

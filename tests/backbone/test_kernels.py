@@ -1,7 +1,6 @@
-"""Which path the delta rule takes, and the check that fused kernels must pass first.
+"""Choice between fused kernels and PyTorch, and the check that fused kernels must pass.
 
-No GPU is needed: the check runs on any device, and stands-in for the kernels are given that are right, or wrong in
-one thing. What the real kernels do on a chip is what the check itself finds out there.
+No GPU is needed: the check runs on any device. Substitutes for the kernels are right, or wrong in one value.
 """
 
 import logging
@@ -11,34 +10,33 @@ import pytest
 import torch
 
 from mrilib.backbone import delta_rule, kernels
+from mrilib.backbone.kernels import FusedKernels, KernelError
 from mrilib.backbone.nirvana import NirvanaConfig, NirvanaForCausalLM
 
 CPU = torch.device("cpu")
-RIGHT = kernels.Fused(delta_rule.gated_delta_rule, delta_rule.gated_delta_rule)
+RIGHT = FusedKernels(delta_rule.gated_delta_rule, delta_rule.gated_delta_rule)
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Nothing chosen, nothing checked, nothing known of what is installed, and back to that afterwards."""
-    kernels.installed.cache_clear()
-    monkeypatch.setattr(kernels, "_choice", "auto")
-    monkeypatch.setattr(kernels, "_checked", {})
+def forget_checks(monkeypatch):
+    kernels.installed_kernels.cache_clear()
+    monkeypatch.setattr(kernels, "_errors", {})
 
 
 @pytest.fixture
-def plug(monkeypatch):
-    """Make the CPU a device that fuses, with the given kernels installed."""
+def install(monkeypatch):
+    """Install substitute kernels and make the CPU a device that supports them."""
 
-    def use(fused):
-        monkeypatch.setattr(kernels, "_fuses", lambda device: True)
-        monkeypatch.setattr(kernels, "installed", lambda: fused)
+    def install(substitutes):
+        monkeypatch.setattr(kernels, "_supports_fused", lambda device: True)
+        monkeypatch.setattr(kernels, "installed_kernels", lambda: substitutes)
         monkeypatch.setattr(kernels, "version", lambda name: "9.9")
 
-    return use
+    return install
 
 
-class Spoil(torch.autograd.Function):
-    """x, and on the way back a gradient that is wrong by a factor."""
+class ScaledGradient(torch.autograd.Function):
+    """The identity, with a gradient that is wrong by a factor."""
 
     @staticmethod
     def forward(ctx, x, factor):
@@ -53,7 +51,7 @@ class Spoil(torch.autograd.Function):
 def wrong_backward(name, factor=1.1):
     def rule(q, k, v, g, beta, **kwargs):
         x = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-        x[name] = Spoil.apply(x[name], factor)
+        x[name] = ScaledGradient.apply(x[name], factor)
         return delta_rule.gated_delta_rule(**x, **kwargs)
 
     return rule
@@ -61,14 +59,21 @@ def wrong_backward(name, factor=1.1):
 
 def wrong_forward(index):
     def rule(*args, **kwargs):
-        found = list(delta_rule.gated_delta_rule(*args, **kwargs))
-        found[index] = found[index] * 1.05
-        return tuple(found)
+        outputs = list(delta_rule.gated_delta_rule(*args, **kwargs))
+        outputs[index] = outputs[index] * 1.05
+        return tuple(outputs)
 
     return rule
 
 
-def tiny():
+def failing(error):
+    def rule(*args, **kwargs):
+        raise error
+
+    return rule
+
+
+def tiny_model():
     torch.manual_seed(0)
     return NirvanaForCausalLM(
         NirvanaConfig(vocab_size=20, hidden_size=32, num_hidden_layers=3, num_heads=2, concept_dim=4, logit_dim=2)
@@ -83,52 +88,37 @@ def test_right_kernels_pass(dtype, head_dim):
     assert max(errors.values()) < kernels.BOUND[dtype]
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
-def test_a_wrong_gradient_is_found_and_named(name):
-    with pytest.raises(kernels.KernelError, match=rf"wrong on cpu.*\bd{name} .*delta_rule: plain"):
-        kernels.check(RIGHT._replace(chunk=wrong_backward(name)), CPU, torch.float32, 16)
-
-
 @pytest.mark.parametrize(
-    ("fused", "told"),
+    ("changes", "message"),
     [
-        (RIGHT._replace(chunk=wrong_forward(0)), "error of o 0.05"),
-        (RIGHT._replace(chunk=wrong_forward(1)), "final_state 0.05"),
-        (RIGHT._replace(recurrent=wrong_forward(0)), "o of a single token"),
-        (RIGHT._replace(chunk=wrong_backward("v", float("nan"))), "dv nan"),
+        *[({"chunk": wrong_backward(x)}, rf"wrong on cpu.*\bd{x} .*uninstall") for x in ("q", "k", "g", "beta")],
+        ({"chunk": wrong_backward("v", float("nan"))}, "dv nan"),
+        ({"chunk": wrong_forward(0)}, "error of o 0.05"),
+        ({"chunk": wrong_forward(1)}, "final_state 0.05"),
+        ({"recurrent": wrong_forward(0)}, "o of a single token"),
+        ({"chunk": failing(RuntimeError("no such instruction"))}, "no such instruction.*uninstall flash-linear"),
     ],
 )
-def test_a_wrong_output_is_found_and_named(fused, told):
-    with pytest.raises(kernels.KernelError, match=told):
-        kernels.check(fused, CPU, torch.float32, 16)
+def test_wrong_kernels_are_an_error_that_names_the_value(changes, message):
+    with pytest.raises(KernelError, match=message):
+        kernels.check(RIGHT._replace(**changes), CPU, torch.float32, 16)
 
 
-def test_a_kernel_that_does_not_run_is_told_with_the_way_out():
-    def broken(*args, **kwargs):
-        raise RuntimeError("no such instruction")
-
-    with pytest.raises(kernels.KernelError, match=r"no such instruction.*delta_rule: plain"):
-        kernels.check(RIGHT._replace(chunk=broken), CPU, torch.float32, 16)
-
-
-def test_memory_that_is_full_is_not_the_kernels_fault():
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("20 GiB")
-
+def test_full_memory_is_not_a_kernel_error():
     with pytest.raises(torch.OutOfMemoryError, match="20 GiB"):
-        kernels.check(RIGHT._replace(chunk=full), CPU, torch.float32, 16)
+        kernels.check(RIGHT._replace(chunk=failing(torch.OutOfMemoryError("20 GiB"))), CPU, torch.float32, 16)
 
 
-def test_a_package_that_cannot_be_imported_is_told_with_the_way_out(monkeypatch):
-    """Installed by its name, but without Triton, say."""
-    monkeypatch.setattr(kernels, "_fuses", lambda device: True)
+def test_failing_import_is_an_error(monkeypatch):
+    """The package is installed, but Triton, for example, is not."""
+    monkeypatch.setattr(kernels, "_supports_fused", lambda device: True)
     monkeypatch.setattr(kernels, "version", lambda name: "9.9")
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
-    with pytest.raises(kernels.KernelError, match=r"cannot be imported.*delta_rule: plain"):
+    with pytest.raises(KernelError, match=r"cannot be imported.*uninstall flash-linear-attention"):
         kernels.path(CPU, torch.float32, 16)
 
 
-def test_check_leaves_the_callers_state_alone():
+def test_check_keeps_the_callers_random_state():
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -137,28 +127,20 @@ def test_check_leaves_the_callers_state_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_plain_on_cpu_and_said_so(caplog):
+def test_pytorch_on_cpu_is_logged(caplog):
     with caplog.at_level(logging.INFO, "mrilib"):
-        told = kernels.path(CPU, torch.float32, 16)
-    assert told == {"path": "plain", "because": "the fused kernels need CUDA, the backbone is on cpu"}
+        path = kernels.path(CPU, torch.float32, 16)
+    assert path == {"path": "plain", "because": "the fused kernels need CUDA, the backbone is on cpu"}
     assert "plain PyTorch" in caplog.text
 
 
-def test_not_installed_is_said(plug):
-    plug(None)
+def test_pytorch_where_nothing_is_installed(install):
+    install(None)
     assert "pip install" in kernels.path(CPU, torch.float32, 16)["because"]
 
 
-def test_asked_for_and_absent_is_an_error():
-    kernels.choose("fused")
-    with pytest.raises(kernels.KernelError, match=r"need CUDA.*auto or plain"):
-        kernels.path(CPU, torch.float32, 16)
-    with pytest.raises(ValueError, match="auto, fused, plain"):
-        kernels.choose("fast")
-
-
-def test_backbone_runs_on_checked_kernels_once(plug, caplog):
-    """The chunk kernel for many tokens, the recurrent one for single ones, one check for all layers and calls."""
+def test_backbone_uses_kernels_that_are_checked_once(install, caplog):
+    """The chunk kernel for many tokens, the recurrent one for single tokens, one check for all layers and calls."""
     calls = []
 
     def counted(name):
@@ -168,10 +150,10 @@ def test_backbone_runs_on_checked_kernels_once(plug, caplog):
 
         return rule
 
-    model = tiny()
+    model = tiny_model()
     ids = torch.arange(9)[None]
     expected = model(ids).logits
-    plug(kernels.Fused(counted("chunk"), counted("recurrent")))
+    install(FusedKernels(counted("chunk"), counted("recurrent")))
     with caplog.at_level(logging.INFO, "mrilib"), torch.no_grad():
         out = model(ids[:, :8], use_cache=True)
         assert calls == ["chunk", "recurrent", "chunk", "chunk", "chunk"]  # the first two are the check's
@@ -180,15 +162,11 @@ def test_backbone_runs_on_checked_kernels_once(plug, caplog):
     assert calls == ["recurrent"] * 3
     assert caplog.text.count("checked") == 1
     torch.testing.assert_close(torch.cat((out.logits, last), 1), expected, atol=1e-5, rtol=1e-4)
-    told = kernels.path(CPU, torch.float32, 16)
-    assert told["path"] == "fused" and told["package"].endswith("9.9") and max(told["errors"].values()) < 5e-3
-    kernels.choose("plain")
-    calls.clear()
-    model(ids)
-    assert not calls and kernels.path(CPU, torch.float32, 16)["because"] == "delta_rule is plain"
+    path = kernels.path(CPU, torch.float32, 16)
+    assert path["path"] == "fused" and path["package"].endswith("9.9") and max(path["errors"].values()) < 5e-3
 
 
-def test_backbone_refuses_wrong_kernels(plug):
-    plug(RIGHT._replace(chunk=wrong_backward("k")))
-    with pytest.raises(kernels.KernelError, match="dk"):
-        tiny()(torch.arange(9)[None])
+def test_backbone_refuses_wrong_kernels(install):
+    install(RIGHT._replace(chunk=wrong_backward("k")))
+    with pytest.raises(KernelError, match="dk"):
+        tiny_model()(torch.arange(9)[None])
