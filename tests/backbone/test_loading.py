@@ -231,7 +231,7 @@ def test_sequences_beyond_the_backbones_positions_are_refused(phantom_dir, tmp_p
         lambda: system.generate(prefix, ["Describe"], 20),
         lambda: system.hidden_states(torch.zeros(1, 27, 32)),
     ):
-        with pytest.raises(ValueError, match="knows 24 positions"):
+        with pytest.raises(ValueError, match="has 24 positions"):
             run()
 
 

@@ -94,7 +94,7 @@ def test_the_combined_varnet_is_the_encoders_cascades_and_keeps_the_measured_lin
     encoder.varnet.cascades = baseline.cascades
     with torch.no_grad():
         maps = coils.center_coil_maps(batch.kspace, batch.mask)
-        monkeypatch.setattr(encoder, "_maps", lambda *_: torch.view_as_real(maps))
+        monkeypatch.setattr(encoder, "_coil_maps", lambda *_: maps)
         refined = encoder.refined_image(batch.kspace, batch.mask)
         coil_images = sense.data_consistency(refined, maps, batch.kspace, batch.mask)
         wanted = fourier.center_crop_or_pad(fourier.rss(coil_images), batch.image_shape) * batch.scale[:, None, None]

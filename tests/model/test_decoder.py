@@ -10,7 +10,7 @@ from fastmri.losses import SSIMLoss
 from torch import Tensor, nn
 
 from mrilib.model.baselines import zero_filled
-from mrilib.model.decoder import SENSE_ITERATIONS, SENSE_START, SENSE_WEIGHT, ImageDecoder
+from mrilib.model.decoder import FINAL_SENSE_ITERATIONS, FINAL_SENSE_WEIGHT, INITIAL_SENSE_ITERATIONS, ImageDecoder
 from mrilib.model.unet import ChannelNorm
 from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier
@@ -180,7 +180,7 @@ def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch
     """Untrained, the decoder is SENSE twice; trained, its image is what the last one makes of the U-Net's."""
     data = measured(height=33, width=45)
     maps = coils_module.center_coil_maps(data["kspace"], data["mask"])
-    start = sense_module.sense(data["kspace"], data["mask"], maps, iterations=SENSE_START)
+    start = sense_module.sense(data["kspace"], data["mask"], maps, iterations=INITIAL_SENSE_ITERATIONS)
     calls: list[Tensor | None] = []
     original = sense_module.sense
 
@@ -194,7 +194,7 @@ def test_sense_starts_from_its_image_and_ends_in_line_with_the_coils(monkeypatch
     with torch.no_grad():
         image = model(some_tokens(), **data, image_shape=(33, 45))
         torch.testing.assert_close(calls[1], start, rtol=1e-4, atol=1e-5)
-        again = original(data["kspace"], data["mask"], maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=start)
+        again = original(data["kspace"], data["mask"], maps, FINAL_SENSE_WEIGHT, FINAL_SENSE_ITERATIONS, prior=start)
         coils = sense_module.data_consistency(again, maps, data["kspace"], data["mask"])
         torch.testing.assert_close(image, fourier.rss(coils) * data["scale"][:, None, None], rtol=1e-4, atol=1e-8)
         trained = decoder(sense=True).eval()
@@ -286,7 +286,7 @@ def test_autocast_keeps_images_in_float32() -> None:
         ({"decoder_hidden_dim": 18}, "decoder_hidden_dim 18 is not a multiple of 4"),
         ({"img_size": 100}, "img_size 100 is not a multiple of 16"),
         ({"token_dim": 0, "image_skip": False}, "needs image tokens, the measured data"),
-        ({"sense": True, "image_skip": False}, "sense works on the measured data"),
+        ({"sense": True, "image_skip": False}, "sense needs the measured data"),
     ],
 )
 def test_what_cannot_be_built_is_refused(changes: dict[str, Any], sentence: str) -> None:

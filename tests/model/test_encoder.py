@@ -8,7 +8,7 @@ import torch
 from fastmri.models import VarNet
 from torch import Tensor
 
-from mrilib.model.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
+from mrilib.model.encoder import INITIAL_TOKEN_SCALE, ConstantPrefix, KSpaceEncoder
 from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier
 
@@ -186,7 +186,7 @@ def test_first_tokens_are_small_beside_the_backbones_embeddings() -> None:
     model.match_embeddings(0.3)
     with torch.no_grad():
         tokens = model(*measured())
-    assert tokens[:, 1:-1].square().mean().sqrt().item() == pytest.approx(FIRST_TOKENS * 0.3, rel=0.3)
+    assert tokens[:, 1:-1].square().mean().sqrt().item() == pytest.approx(INITIAL_TOKEN_SCALE * 0.3, rel=0.3)
     assert torch.cat([model.start, model.end]).square().mean().sqrt().item() == pytest.approx(0.3, rel=0.4)
 
 
@@ -241,7 +241,7 @@ def test_a_size_that_patches_do_not_fill_is_refused() -> None:
 
 def test_the_control_is_as_long_and_sees_nothing() -> None:
     torch.manual_seed(0)
-    control = LearnedPrefix(400, 64, 0.2)
+    control = ConstantPrefix(400, 64, 0.2)
     data, mask = measured()
     tokens = control(data, mask)
     assert tokens.requires_grad and tokens.shape == (2, 402, 64)

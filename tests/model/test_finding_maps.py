@@ -14,12 +14,12 @@ from mrilib.data.findings import mirrored as mirrored_facts
 from mrilib.data.sampler import make_loader
 from mrilib.data.splits import index_volumes, load_annotations, require_boxes
 from mrilib.model.finding_maps import (
-    SURE,
+    DETECTION_LOGIT,
+    FindingEmbedding,
     FindingMaps,
-    FindingWords,
-    ellipses,
+    detect_findings,
+    ellipse_areas,
     finding_map_losses,
-    findings_from_maps,
 )
 from mrilib.physics import fourier
 from mrilib.training import setup, stages
@@ -44,7 +44,7 @@ def batches(dataset, size=4):
 
 def test_an_ellipse_fills_its_box_on_its_labels_map_alone():
     boxes = [Box(10, 4, 12, 8, "Mass"), Box(3, 20, 5, 5, "Edema"), Box(12, 6, 4, 4, "Mass")]
-    marked = ellipses(boxes, LABELS, (31, 40))
+    marked = ellipse_areas(boxes, LABELS, (31, 40))
     mass, edema = marked[LABELS.index("Mass")], marked[LABELS.index("Edema")]
     assert marked.shape == (len(LABELS), 31, 40) and edema.unique().tolist() == pytest.approx([0, math.pi / 4 * 25])
     # each pixel knows the smallest ellipse that it is in
@@ -55,7 +55,8 @@ def test_an_ellipse_fills_its_box_on_its_labels_map_alone():
     rows, columns = mass.nonzero().T
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (4, 12, 10, 22)
     assert edema[22, 5] == 1 and marked.sum() == mass.sum() + edema.sum()
-    assert ellipses([], LABELS, (9, 8)).sum() == 0 and (ellipses(boxes, ["Edema"], (31, 40)) > 0).sum() == edema.sum()
+    assert ellipse_areas([], LABELS, (9, 8)).sum() == 0
+    assert (ellipse_areas(boxes, ["Edema"], (31, 40)) > 0).sum() == edema.sum()
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,9 @@ def test_boxes_go_with_a_crop_of_the_image(config, dataset, img_size):
     for index in range(len(dataset)):
         one, other = dataset[index], cropped[index]
         for whole, part in zip(one.boxes or (), other.boxes or (), strict=True):
-            spot = ellipses([whole], LABELS, one.image_shape).amax(0)
+            spot = ellipse_areas([whole], LABELS, one.image_shape).amax(0)
             expected = fourier.center_crop_or_pad(spot, (img_size, img_size))
-            assert torch.equal(ellipses([part], LABELS, other.image_shape).amax(0), expected)
+            assert torch.equal(ellipse_areas([part], LABELS, other.image_shape).amax(0), expected)
             seen += int(expected.any())
         assert (one.boxes is None) == (other.boxes is None) and one.facts == other.facts
     assert seen > 3
@@ -225,14 +226,14 @@ def test_the_vit_sees_what_the_maps_unet_makes_of_each_patch(config, dataset):
     other = one.clone()
     other[:, 1] = -other[:, 1]
     for given in (one, 3 * one + 1, other):  # normalized: neither size nor offset of the features is heard
-        encoder._patches(pixels, given)
+        encoder._vit_tokens(pixels, given)
     hook.remove()
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-3, atol=1e-4)
     changed = (seen[0] - seen[2]).abs().amax((0, -1)) > 1e-6
     assert changed.nonzero().flatten().tolist() == [2]  # behind the class token
     encoder.patch_features.requires_grad_(True)
     features = features.detach().requires_grad_()
-    encoder._patches(pixels, features).square().sum().backward()
+    encoder._vit_tokens(pixels, features).square().sum().backward()
     assert features.grad is None and encoder.patch_features.weight.grad.abs().sum() > 0
 
 
@@ -251,7 +252,7 @@ def test_the_loss_of_parts_adds_up_to_the_batchs(config, dataset):
 
 
 def test_outside_of_training_maps_are_the_mean_of_both_views(config, dataset):
-    """A flipped slice then has the flipped maps; in training it need not."""
+    """Then a flipped slice has the flipped maps, up to rounding; in training it need not."""
     encoder = systems.build(config).encoder
     torch.nn.init.normal_(encoder.finding_maps.unet.head.weight)
     batch = batches(dataset)[0]
@@ -295,7 +296,7 @@ def test_maps_learn_where_findings_are(config, dataset):
     def gap() -> float:
         with torch.no_grad():
             maps = system.encoder.tokens_and_maps(found.kspace, found.mask)[1]
-        wanted = torch.stack([ellipses(one.boxes or (), LABELS, one.image_shape) for one in found.slices])
+        wanted = torch.stack([ellipse_areas(one.boxes or (), LABELS, one.image_shape) for one in found.slices])
         maps = fourier.center_crop_or_pad(maps, found.slices[0].image_shape)
         return float(maps[wanted > 0].mean() - maps[wanted == 0].mean())
 
@@ -313,11 +314,11 @@ def test_the_unet_takes_every_size_of_the_vit():
         assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size))[0].shape == (1, len(LABELS), size, size)
 
 
-def spoken() -> FindingWords:
+def spoken() -> FindingEmbedding:
     """Words of which every label, side and region is an axis of its own."""
     axes = torch.eye(len(LABELS) + 6)
-    words = FindingWords(len(LABELS), axes.shape[1])
-    words.start_from(*axes.split([len(LABELS), 3, 3]))
+    words = FindingEmbedding(len(LABELS), axes.shape[1])
+    words.initialize_from_words(*axes.split([len(LABELS), 3, 3]))
     return words
 
 
@@ -335,7 +336,7 @@ def test_what_is_said_of_a_box_is_what_the_text_says_of_it(size, image_shape):
         edges = [abs(across - 0.45), abs(across - 0.55), abs(down - 1 / 3), abs(down - 2 / 3)]
         if min(edges) < 0.02:  # at a boundary rounding decides, and an odd width lies half a pixel beside its crop
             continue
-        marked = fourier.center_crop_or_pad(ellipses([box], LABELS, image_shape), (size, size))
+        marked = fourier.center_crop_or_pad(ellipse_areas([box], LABELS, image_shape), (size, size))
         said = words((20 * marked - 10)[None])[0]
         left = (size - columns) // 2
         patch = (int(down * rows) // 16) * (size // 16) + int(across * columns + left) // 16
@@ -353,8 +354,8 @@ def test_a_finding_is_said_once_whatever_its_size_and_doubt_is_not_told():
         maps[0, 1, 20 : 20 + size, 20 : 20 + size] = logit
         return float(words(maps)[0, :, 1].sum().detach())
 
-    assert told(2, SURE + 0.01) == told(14, SURE + 0.01) == told(60, 9.0) == 1
-    assert told(8, SURE - 0.01) == told(8, -4.0) == told(1, 9.0) == 0  # a pixel is no finding
+    assert told(2, DETECTION_LOGIT + 0.01) == told(14, DETECTION_LOGIT + 0.01) == told(60, 9.0) == 1
+    assert told(8, DETECTION_LOGIT - 0.01) == told(8, -4.0) == told(1, 9.0) == 0  # a pixel is no finding
 
 
 def test_findings_are_the_maps_regions():
@@ -364,9 +365,9 @@ def test_findings_are_the_maps_regions():
     maps[0, 1, 30:32, 0:2] = 1.5
     maps[2, 0, 47, 29:32] = 9.0
     maps[2, 1, 0, 0] = 9.0
-    found = findings_from_maps(maps).tolist()
+    found = detect_findings(maps).tolist()
     assert found == [[0, 1, 7.5, 12.5], [0, 1, 31, 1], [2, 0, 47.5, 30.5]]
-    assert findings_from_maps(maps[:0]).shape == findings_from_maps(torch.full((1, 2, 32, 32), -6.0)).shape == (0, 4)
+    assert detect_findings(maps[:0]).shape == detect_findings(torch.full((1, 2, 32, 32), -6.0)).shape == (0, 4)
 
 
 def test_words_learn_from_the_text(config, dataset):
@@ -374,7 +375,7 @@ def test_words_learn_from_the_text(config, dataset):
     system = systems.build(config)
     system.freeze("encoder")
     batch = next(b for b in batches(dataset) if any(one.boxes for one in b.slices))
-    torch.nn.init.constant_(system.encoder.finding_maps.unet.head.bias, SURE)
+    torch.nn.init.constant_(system.encoder.finding_maps.unet.head.bias, DETECTION_LOGIT)
     torch.nn.init.normal_(system.encoder.finding_maps.unet.head.weight)
     stages.AnalysisStage(system, map_weight=0.0).loss(batch).total.backward()
     for parameter in system.encoder.finding_words.parameters():
@@ -396,7 +397,7 @@ def test_words_start_as_the_language_models_own(config):
     assert torch.equal(column[0], column[20]) and not torch.equal(column[0], column[-1])
 
 
-@pytest.mark.parametrize(("labels", "told"), [(("Mass", "Mas"), "'Mas' is none of"), (("Mass", "Mass"), "named twice")])
+@pytest.mark.parametrize(("labels", "told"), [(("Mass", "Mas"), "'Mas' is none of"), (("Mass", "Mass"), "is repeated")])
 def test_labels_without_boxes_are_refused(labels, told):
     with pytest.raises(ValueError, match=told):
         FindingMaps(labels, 2)
