@@ -21,8 +21,7 @@ from mrilib.data.dataset import Batch
 from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.two_stage import count_parameters
 from mrilib.training import device, setup
-from mrilib.training.loop import total_steps
-from mrilib.training.optimizer import build_optimizer
+from mrilib.training.optimizer import build_optimizer, total_steps
 from mrilib.training.setup import StageParameters
 
 

@@ -10,16 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import yaml
 from accelerate.utils import gather_object
 
 from mrilib import processes
 from mrilib.config import ROOT, ParameterError, TrainingParameters, display_path
-
-if TYPE_CHECKING:
-    from mrilib.training.stages import Stage
+from mrilib.training.stages import Stage
 
 T = TypeVar("T")
 RAISED = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)(: |$)")
@@ -49,7 +47,7 @@ def launch_command(config: TrainingParameters, *arguments: str) -> list[str]:
     ]
 
 
-def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Path) -> Iterator[None]:
+def train_in_processes(stage: Stage, config: TrainingParameters, directory: Path) -> Iterator[None]:
     """Start the training processes of a stage and yield every second until they have ended.
 
     Raises
@@ -70,8 +68,7 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
     parameters.parent.mkdir(parents=True, exist_ok=True)
     values = {**config.to_dict(), "output_dir": str(directory), "resume": True, "interactive": False}
     parameters.write_text(yaml.safe_dump(values, sort_keys=False))
-    number = "1" if stage.trainable == "encoder" else "2"
-    command = launch_command(config, "train", str(parameters), "--stage", number, "--only", stage.name)
+    command = launch_command(config, "train", str(parameters), "--stage", str(stage.number), "--only", stage.name)
     log = parameters.with_suffix(".log")
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -89,7 +86,7 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         if any(line.startswith("stopped: ") for line in lines):
-            raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
+            raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true continues it")
         # Of processes that fail the launcher ends the others by a signal, which they take for a request to stop.
         processes.cancel_stop(directory)
         raise RuntimeError(

@@ -42,7 +42,8 @@ from mrilib.model.two_stage import (
 )
 from mrilib.training import device as device_module
 from mrilib.training import stages
-from mrilib.training.checkpoint import CheckpointError, load_checkpoint, load_weights
+from mrilib.training.checkpoint import CheckpointError, load_checkpoint
+from mrilib.training.load_state import load_weights
 from mrilib.training.token_cache import TokenCache
 
 StageParameters = Stage1Parameters | Stage2Parameters

@@ -14,11 +14,10 @@ from mrilib.training.checkpoint import (
     ENTRIES,
     CheckpointError,
     load_checkpoint,
-    load_weights,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
 )
+from mrilib.training.device import rng_state, set_rng_state
+from mrilib.training.load_state import load_weights
 
 
 def content() -> dict[str, Any]:
@@ -100,7 +99,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path
         path.write_bytes(pickle.dumps(evil))
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=writer == "torch")
-    told = r"evil.pt' is a .*pickle.* may run code when it is opened: it was not opened, and must not be"
+    told = r"evil.pt' .*may run code when it is opened: it was not opened"
     with pytest.raises(CheckpointError, match=told) as caught:
         load_checkpoint(path, "stage1")
     for advice in ("weights_only", "safe_globals", "torch.load"):  # none to run it after all
@@ -113,7 +112,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path
 
 def test_numpy_scalars_are_refused_when_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", {"stage": "stage1", "loss": np.float64(0.5)})
-    with pytest.raises(CheckpointError, match="is a pickle of other things than plain tensors"):
+    with pytest.raises(CheckpointError, match="holds more than plain tensors"):
         load_checkpoint(tmp_path / "a.pt", "stage1")
 
 
@@ -142,7 +141,7 @@ def test_what_is_no_checkpoint_of_this_project_or_stage_is_refused(tmp_path: Pat
         with pytest.raises(CheckpointError, match=r"'.*a.pt' is not a checkpoint of this project"):
             load_checkpoint(path, "stage1")
     save_checkpoint(path, content())
-    with pytest.raises(CheckpointError, match=r"a.pt' is of stage1; stage2 is wanted here"):
+    with pytest.raises(CheckpointError, match=r"a.pt' is of stage1; give one of stage2"):
         load_checkpoint(path, "stage2")
 
 
@@ -154,11 +153,9 @@ def test_a_strangers_checkpoint_of_wrong_content_is_refused_by_name(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"a.pt' lacks optimizer, backbone$"):
         load_checkpoint(path, "stage1")
     save_checkpoint(path, {**content(), "weights": [1, 2]})
-    with pytest.raises(
-        CheckpointError, match=r"a.pt' does not hold what it must: weights: a tensor for each name is wanted$"
-    ):
+    with pytest.raises(CheckpointError, match=r"a.pt' has wrong entries: weights: expected a tensor for each name$"):
         load_checkpoint(path, "stage1")
-    with pytest.raises(CheckpointError, match=r"weight is a str, \(2, 3\) is wanted"):
+    with pytest.raises(CheckpointError, match=r"weight is a str, expected \(2, 3\)"):
         load_weights(nn.Linear(3, 2), {"weight": "text", "bias": torch.zeros(2)}, "a.pt")  # type: ignore[dict-item]
 
 
@@ -171,7 +168,7 @@ def test_names_and_shapes_that_differ_are_listed_and_nothing_is_loaded() -> None
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, state, "a.pt")
     assert str(caught.value) == (
-        "a.pt does not fit the model: missing 1.bias; unknown extra; 0.weight is (2, 4), (2, 3) is wanted"
+        "a.pt does not fit the model: missing 1.bias; unknown extra; 0.weight is (2, 4), expected (2, 3)"
     )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"missing 0.weight.* and 8 more$"):

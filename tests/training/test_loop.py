@@ -26,8 +26,8 @@ from mrilib.training import device, distributed, loop, stages
 from mrilib.training.checkpoint import load_checkpoint
 from mrilib.training.distributed import TrainingStopped
 from mrilib.training.history import History, read_epochs
-from mrilib.training.loop import Trainer
 from mrilib.training.resume import data_content
+from mrilib.training.state import TrainingState
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_stopped_training_goes_on_as_if_nothing_had_been(config, tmp_path, opt
             on_step=lambda e: processes.request_stop(stop, "x") if e["step"] == 2 else None,
         )
     (stop / processes.STOP_FILE).unlink()
-    with pytest.raises(ParameterError, match=r"holds an unfinished training of stage1; resume: true"):
+    with pytest.raises(ParameterError, match=r"holds an unfinished training of stage1; set resume: true"):
         fit(stage_of(config), config, stop)
     with pytest.raises(ParameterError, match=r"was begun with learning_rate: 0.0003 \(now 0.1\)"):
         fit(stage_of(config), with_(config, resume=True, learning_rate=0.1), stop)
@@ -114,15 +114,15 @@ class Killed(BaseException):
 
 
 def test_killed_right_after_its_last_state_or_its_final_model(config, tmp_path, monkeypatch):
-    save = Trainer.save_to_resume
+    save = TrainingState.save_to_resume
 
-    def save_and_die(trainer: Trainer) -> None:
-        save(trainer)
-        if trainer.epoch == config.epochs:
+    def save_and_die(state: TrainingState) -> None:
+        save(state)
+        if state.epoch == config.epochs:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Trainer, "save_to_resume", save_and_die)
+        patch.setattr(TrainingState, "save_to_resume", save_and_die)
         fit(stage_of(config), with_(config, checkpoint_minutes=0), tmp_path)
     unfinished = tmp_path / "stage1_checkpoints" / "stage1_resume.pt"
     content = unfinished.read_bytes()
@@ -158,7 +158,7 @@ def test_processes_that_fail_are_not_taken_for_stopped(config, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match=r"processes failed, error: KeyError: 7; see"):
         list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
     code = f"import sys; open({str(stop)!r}, 'w').close(); print('stopped: stage1 was stopped'); sys.exit(130)"
-    with pytest.raises(TrainingStopped, match="resume: true goes on"):
+    with pytest.raises(TrainingStopped, match="resume: true continues it"):
         list(distributed.train_in_processes(stage_of(config), with_(config, num_processes=2), tmp_path))
 
 
@@ -216,7 +216,7 @@ def test_memory_that_runs_out_in_validation_names_what_to_turn_too(config, tmp_p
             torch.empty(2**60)
             return super().score(batch)
 
-    with pytest.raises(MemoryError, match=r"validation of epoch 1: memory ran out on \d slices.*batch_size"):
+    with pytest.raises(MemoryError, match=r"validation of epoch 1: out of memory on \d slices.*batch_size"):
         fit(stage_of(config, HungryLater), config, tmp_path / "told")
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_ends_in_an_error_and_the_last_checkpoint_is_whole(config, t
         if entry["step"] == 2:  # writing there meets the kernel's own "no space left"
             (folder / "stage1_resume.pt.part").symlink_to("/dev/full")
 
-    with pytest.raises(OSError, match=r"No space left on device.*the one before is whole"):
+    with pytest.raises(OSError, match=r"No space left on device.*the previous one is intact"):
         fit(stage_of(config), every, tmp_path, on_step=fill)
     assert load_checkpoint(folder / "stage1_resume.pt", "stage1")["step"] == 1
     again = fit(stage_of(config), with_(every, resume=True), tmp_path)
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_in_an_error_and_the_last_checkpoint_is_whole(config, t
 
 def test_a_read_only_folder_is_told(config, tmp_path):
     (tmp_path / "stage1_checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(OSError, match=r"a checkpoint could not be written: .*there is none before it"):
+    with pytest.raises(OSError, match=r"a checkpoint could not be written: .*there is no previous one"):
         fit(stage_of(config), config, tmp_path)
 
 
@@ -368,7 +368,7 @@ def test_other_content_of_the_data_is_refused(config, phantom_dir, tmp_path):
     path = systems.loaders(moved)[0].dataset.volumes[0].path
     with h5py.File(path, "r+") as h5:
         h5["kspace"][...] = h5["kspace"][()] * 1.5  # names and shapes stay
-    with pytest.raises(ParameterError, match="was begun with other files, slices or texts"):
+    with pytest.raises(ParameterError, match="has other files, slices or texts"):
         fit(stage_of(moved), moved, tmp_path / "run")
 
 
