@@ -22,8 +22,8 @@ from transformers import get_scheduler
 
 from mrilib import environment, files, processes, progress
 from mrilib.config import TrainingParameters, display_path
-from mrilib.data.dataset import Batch, FastMRIDataset, loading_error
-from mrilib.data.sampler import ShapeBatchSampler
+from mrilib.data.dataset import Batch, FastMRIDataset
+from mrilib.data.sampler import ShapeBatchSampler, loading_error
 from mrilib.model.two_stage import count_parameters, tensor_hash
 from mrilib.training import distributed
 from mrilib.training.checkpoint import (
