@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from mrilib.config import ExploreParameters, require_utf8, resolve
-from mrilib.data.fastmri_file import MARK
+from mrilib.data.fastmri_file import PHANTOM_ATTRIBUTE
 from mrilib.phantom.anatomy import Patient, add_lesions, draw_patient, render
 from mrilib.phantom.scanner import (
     CONTRASTS,
@@ -335,7 +335,7 @@ def _scan(exam: Exam, contrast: str, image: NDArray[np.float32], path: Path, see
         sequence=SEQUENCES[contrast],
         voxel_size=voxel_size,
         padding=exam.padding,
-        attributes={MARK: "ICBM 152 2009, warped; simulated scan"},
+        attributes={PHANTOM_ATTRIBUTE: "ICBM 152 2009, warped; simulated scan"},
     )
 
 

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 
 from mrilib import processes
 from mrilib.config import TrainingParameters, display_path
-from mrilib.data.dataset import Batch, FastMRIDataset, loading_error
-from mrilib.data.sampler import ShapeBatchSampler
+from mrilib.data.dataset import Batch, FastMRIDataset
+from mrilib.data.sampler import ShapeBatchSampler, loading_error
 from mrilib.model.two_stage import count_parameters, tensor_hash
 from mrilib.training.device import rng_state
 from mrilib.training.distributed import gather_from_processes, is_launched, train_in_processes

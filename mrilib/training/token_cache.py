@@ -87,8 +87,8 @@ class CachedSlices(FastMRIDataset):
         return self.places[self.epoch % self.masks_per_slice if self.training else 0, index]
 
     def __getitem__(self, index: int | tuple[int, int]) -> Slice:
-        index, look = index if isinstance(index, tuple) else (index, 0)
-        if look:
+        index, repeat = index if isinstance(index, tuple) else (index, 0)
+        if repeat:
             raise ValueError("the token cache has one mask a slice and epoch; its slices are seen once an epoch")
         entry = read_entry(*self.place(index))
         if entry is None:

@@ -17,7 +17,7 @@ from changed_files import attribute, copy_of, header, linked, own_mask, replaced
 
 from mrilib.__main__ import main
 from mrilib.config import DataParameters
-from mrilib.data import annotations, check, findings
+from mrilib.data import annotations, check
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.fastmri_file import DataError, Volume, read_volume
 from mrilib.data.splits import load_annotations
@@ -110,7 +110,7 @@ H5: tuple[tuple[str, Change, str], ...] = (
     ("k-space near 1e38", replaced("kspace", lambda k: k / np.abs(k).max() * 1e38), "too large for single precision"),
     ("k-space near 1e31 in one slice", lambda h5: h5["kspace"].__setitem__((1, 0, 0, 0), 1e31),
      "too large for single precision in slice 1"),
-    ("a maximum near 1e38", attribute("max", 1e38), "attribute max is .*1e\\+38.*; a positive number up to 1e\\+30"),
+    ("a maximum near 1e38", attribute("max", 1e38), "attribute max is 1e\\+38; expected a positive number up to"),
     ("k-space with a scalar", replaced("kspace", 1j), r"kspace is complex128 \(\)"),
     ("k-space of integers", replaced("kspace", lambda k: k.real.astype(int)), "kspace is int64"),
     ("k-space of strings", replaced("kspace", np.full((2, 2, 2, 2), b"x")), r"kspace is \|S1"),
@@ -137,10 +137,10 @@ H5: tuple[tuple[str, Change, str], ...] = (
     ("a patient with terminal escapes", attribute("patient_id", "\x1b[2Jred"), r"control characters: \\x1b\[2Jred"),
     ("an acquisition with terminal escapes", attribute("acquisition", "AXT1\x1b[2J"), r"control characters"),
     ("an acquisition of several lines", attribute("acquisition", "AXT1\nAXT2"), r"control characters"),
-    ("a patient of bytes 0xff", attribute("patient_id", np.void(b"\xff\xfe")), "attribute patient_id is no text"),
-    ("a patient that is a float", attribute("patient_id", 1.5), "attribute patient_id is no text"),
-    ("a patient of spaces", attribute("patient_id", " \t\n"), "attribute patient_id is no text"),
-    ("a header of numbers", replaced("ismrmrd_header", np.arange(5)), "one XML text is wanted"),
+    ("a patient of bytes 0xff", attribute("patient_id", np.void(b"\xff\xfe")), "attribute patient_id is not text"),
+    ("a patient that is a float", attribute("patient_id", 1.5), "attribute patient_id is not text"),
+    ("a patient of spaces", attribute("patient_id", " \t\n"), "attribute patient_id is not text"),
+    ("a header of numbers", replaced("ismrmrd_header", np.arange(5)), "expected one XML text"),
     ("a header that is empty", replaced("ismrmrd_header", h5py.Empty("S1")), "ismrmrd_header"),
     ("a header that is a group", lambda h5: (h5.pop("ismrmrd_header"), h5.create_group("ismrmrd_header"))[0],
      "ismrmrd_header is not a dataset"),
@@ -350,7 +350,7 @@ def test_a_box_without_area_is_told(
     width: str, height: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fastMRI+ has two of them, so they are not refused."""
-    monkeypatch.setattr(findings.logger, "propagate", True)
+    monkeypatch.setattr(annotations.logger, "propagate", True)
     (tmp_path / "list.csv").write_text("a\n")
     box(width=width, height=height)(tmp_path, "a")
     with caplog.at_level("WARNING", "mrilib"):

@@ -175,7 +175,7 @@ def test_the_command_lists_problems_by_file_and_sums_up(
 def test_a_name_that_is_no_utf8_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     Path(os.fsdecode(bytes(tmp_path) + b"/M\xfcller.h5")).touch()
     assert main(["check", str(tmp_path)]) == 1
-    assert "the name of M\N{REPLACEMENT CHARACTER}ller.h5 is no UTF-8; rename the file" in capsys.readouterr().err
+    assert "the name of M\N{REPLACEMENT CHARACTER}ller.h5 is not UTF-8; rename the file" in capsys.readouterr().err
 
 
 def test_a_folder_of_folders_is_told(volumes: list[Volume], tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_folder_of_folders_is_told(volumes: list[Volume], tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"no .h5 file in .*$"):
         check.h5_files(tmp_path)
     shutil.copy(volumes[0].path, tmp_path / "batch_0" / "multicoil_train")
-    with pytest.raises(DataError, match=r"no .h5 file in .*; .*multicoil_train hold some"):
+    with pytest.raises(DataError, match=r"no .h5 file in .*; found some in .*multicoil_train"):
         check.h5_files(tmp_path)
 
 

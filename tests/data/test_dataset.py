@@ -239,7 +239,7 @@ def test_crop_image_is_the_crop_of_the_fully_sampled_image(volumes: list[Volume]
 def test_crop_image_refuses_files_with_their_own_mask(volumes: list[Volume], tmp_path: Path) -> None:
     mask = np.arange(volumes[0].matrix[1]) % 2 == 0
     volume = read_volume(copy_of(volumes[0], tmp_path, as_test_file(mask)))
-    with pytest.raises(DataError, match=f"{volume.file} brings its own mask; use crop: readout"):
+    with pytest.raises(DataError, match=f"{volume.file} has its own mask; use crop: readout"):
         FastMRIDataset([volume], parameters(tmp_path, crop="image"))
 
 
