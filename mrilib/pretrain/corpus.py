@@ -1,13 +1,13 @@
-"""The text that the demo's small backbone learns: prefixes that carry facts, the prompt, and answers that tell them.
+"""Training text of the demo's small backbone: prefixes that encode facts, the prompt, and answers that state them.
 
-A prefix is a row of vectors, each a weighted sum of token embeddings. Every contrast, level, label, side and region
-has a token of its own for this; a finding is the *sum* of its label's, side's and region's embeddings at one position,
-so that what belongs together is told by position. Facts stand anywhere, repeated, weak or strong, besides rival
-contrasts and levels that are weaker, sides and regions without a finding, fillers, Gaussian noise, one random vector
-common to all positions, and a random overall scale. Facts that are left out of the prefix teach the model to say the
-most usual thing.
+A prefix is a sequence of vectors, each a weighted sum of token embeddings. Every contrast, level, label, side and
+region has a token for this purpose. A finding is the *sum* of its label's, side's and region's embeddings at one
+position; the position ties them together. Facts are placed at random positions, repeated, and weak or strong. Added to
+them are weaker false contrasts and levels (distractors), sides and regions without a finding, filler tokens, Gaussian
+noise, a random vector common to all positions, and a random overall scale. Facts left out of the prefix teach the model
+to answer with the most frequent value.
 
-Contrast, level and findings are drawn independently, so a model has no prior that would tell one from another.
+Contrast, level and findings are drawn independently, so the model cannot infer one from another.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from mrilib.data import annotations
 from mrilib.data import findings as findings_module
 from mrilib.data.findings import FACT_WORDS, Facts, Finding, fact_token, fact_tokens
 
-#: labels that the phantom makes; they are three quarters of all findings in the corpus
+# labels that the phantom draws; most findings in the corpus have one of them
 COMMON_LABELS = (
     "Edema",
     "Encephalomalacia",
@@ -32,19 +32,14 @@ COMMON_LABELS = (
     "Nonspecific white matter lesion",
     "Resection cavity",
 )
-
-
-#: how often a slice has 0, 1, 2, … findings in the corpus
-FINDING_COUNTS = (0.27, 0.36, 0.25, 0.09, 0.03)
-
-
+FINDING_COUNTS = (0.27, 0.36, 0.25, 0.09, 0.03)  # probabilities of 0, 1, 2, … findings in a slice
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"  # ids 0, 1, 2 as in Mistral's vocabulary; pad is eos, as in Nirvana
 
 
 def random_facts(rng: np.random.Generator) -> Facts:
-    """Facts of an imaginary slice: contrast, level and findings independent of each other.
+    """Draw the facts of an imaginary slice; contrast, level and findings are independent.
 
-    One in twenty is not reviewed, one in twelve has labels of the whole study.
+    One slice in twenty was not reviewed; one reviewed slice in twelve has a label of the whole study.
     """
     contrast = str(rng.choice(list(findings_module.CONTRASTS.values()), p=(0.26, 0.11, 0.11, 0.26, 0.26)))
     level = str(rng.choice(findings_module.LEVELS))
@@ -63,34 +58,33 @@ def random_facts(rng: np.random.Generator) -> Facts:
 
 
 def make_tokenizer(vocab_size: int = 768, texts: int = 4000, seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on answers of `analysis`; decodes any text back to itself.
+    """Train a byte-level BPE on answers; it decodes any text without loss.
 
     Parameters
     ----------
     vocab_size : int
-        upper limit; bytes, special tokens, fact tokens and merges together
+        Upper limit for bytes, special tokens, fact tokens and merges together.
     texts : int
-        number of answers to learn merges from
+        Number of answers that the merges are learned from.
     seed : int
 
     Returns
     -------
     PreTrainedTokenizerFast
-        pad = eos = 2, bos = 1, nothing added by encoding; the fact tokens are special tokens
+        pad = eos = 2, bos = 1. Encoding adds no tokens. The fact tokens are special tokens.
     """
     rng = np.random.default_rng(seed)
     corpus = [findings_module.prompt()] * texts + [findings_module.answer(random_facts(rng)) for _ in range(texts)]
-    # every label in equal numbers, or the rare ones would be spelt in pieces
+    # all labels equally often; otherwise rare ones would be split into many tokens
     corpus += [f" {label.lower()}" for label in annotations.LABELS] * texts
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [UNK, BOS, EOS, *fact_tokens()]
     tokenizer.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=special,
+            special_tokens=[UNK, BOS, EOS, *fact_tokens()],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -107,14 +101,22 @@ def make_tokenizer(vocab_size: int = 768, texts: int = 4000, seed: int = 0) -> P
 
 
 class PrefixDifficulty(NamedTuple):
-    """How hard the prefixes are to read. Lengths in units of the token embeddings' root mean square.
+    """Difficulty of reading the facts in a prefix; noise is in units of the token embeddings' root mean square.
 
-    clean_share : share of prefixes whose facts stand alone: weight 1, one a position, no noise, no rivals
-    left_out : chance for contrast, and for level, not to be in the prefix at all
-    noise : largest standard deviation of the Gaussian noise of a position
-    common : largest standard deviation of the random vector that all positions share
-    scale : the prefix is multiplied by a factor between 1/scale and scale
-    rivals : chance of a weaker, false contrast (and level) beside the true one
+    Attributes
+    ----------
+    clean_share : float
+        Fraction of clean prefixes: facts of weight 1, one per position, no noise, no distractors.
+    left_out : float
+        Probability that the contrast is missing in the prefix, and the same for the level.
+    noise : float
+        Largest standard deviation of the Gaussian noise at a position.
+    common : float
+        Largest standard deviation of the random vector common to all positions.
+    scale : float
+        The prefix is multiplied by a factor between 1/scale and scale.
+    distractors : float
+        Probability of a weaker, false contrast next to the true one, and the same for the level.
     """
 
     clean_share: float = 0.25
@@ -122,31 +124,41 @@ class PrefixDifficulty(NamedTuple):
     noise: float = 1.0
     common: float = 0.8
     scale: float = 3.0
-    rivals: float = 0.25
+    distractors: float = 0.25
 
     def at(self, progress: float) -> "PrefixDifficulty":
-        """Easier prefixes for the start of training, in proportion to `progress`, which counts up to 1."""
-        ease = min(1.0, max(0.0, progress))
+        """Return the difficulty at `progress` between 0 (all prefixes clean) and 1 (full difficulty)."""
+        progress = min(1.0, max(0.0, progress))
         return self._replace(
-            clean_share=1 - (1 - self.clean_share) * ease,
-            noise=self.noise * ease,
-            common=self.common * ease,
-            scale=self.scale**ease,
-            rivals=self.rivals * ease,
+            clean_share=1 - (1 - self.clean_share) * progress,
+            noise=self.noise * progress,
+            common=self.common * progress,
+            scale=self.scale**progress,
+            distractors=self.distractors * progress,
         )
 
 
 class Batch(NamedTuple):
     """A batch of the corpus.
 
-    weights : (B, P, V) weights of token embeddings in every prefix position
-    noise : (B, P) standard deviation of the noise [RMS of the embeddings]
-    common : (B,) standard deviation of the common vector [RMS of the embeddings]
-    scale : (B,) overall factor
-    prompt_ids : (Q,) the same for all
-    answer_ids : (B, A) int64, answer and eos, then padding
-    lengths : (B,) number of answer tokens, eos included
-    facts : what the prefixes carry
+    Attributes
+    ----------
+    weights : Tensor, shape (B, P, V)
+        Weights of the token embeddings at every prefix position.
+    noise : Tensor, shape (B,)
+        Standard deviation of the noise [RMS of the embeddings].
+    common : Tensor, shape (B,)
+        Standard deviation of the common vector [RMS of the embeddings].
+    scale : Tensor, shape (B,)
+        Overall factor.
+    prompt_ids : Tensor, shape (Q,)
+        The same prompt for all rows.
+    answer_ids : Tensor, shape (B, A), int64
+        Answer and eos, then padding.
+    lengths : Tensor, shape (B,)
+        Number of answer tokens, eos included.
+    facts : list of Facts
+        Facts that the prefixes encode.
     """
 
     weights: Tensor
@@ -159,19 +171,20 @@ class Batch(NamedTuple):
     facts: list[Facts]
 
 
-def encode_answers(tokenizer: PreTrainedTokenizerFast, facts: Sequence[Facts]) -> tuple[Tensor, Tensor]:
-    """Answers and eos as ids (B, A), padded with eos, and their lengths (B,) with eos counted.
+def encode_prompt(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """Return the token ids of the prompt, (Q,)."""
+    return torch.tensor(tokenizer.encode(findings_module.prompt(), add_special_tokens=False))
 
-    What is padding is known from the lengths alone: pad and eos are one id, and a model whose eos is masked never
-    learns to stop.
+
+def encode_answers(tokenizer: PreTrainedTokenizerFast, facts: Sequence[Facts]) -> tuple[Tensor, Tensor]:
+    """Return ids (B, A) of answers and eos, padded with eos, and their lengths (B,), eos included.
+
+    Padding must be masked by length: pad and eos share one id, and a model trained without eos never learns to stop.
     """
-    ids = [
-        [*tokenizer.encode(findings_module.answer(one), add_special_tokens=False), tokenizer.eos_token_id]
-        for one in facts
-    ]
-    lengths = torch.tensor([len(one) for one in ids])
-    padded = [one + [tokenizer.eos_token_id] * (int(lengths.max()) - len(one)) for one in ids]
-    return torch.tensor(padded), lengths
+    eos = tokenizer.eos_token_id
+    ids = [[*tokenizer.encode(findings_module.answer(row), add_special_tokens=False), eos] for row in facts]
+    lengths = torch.tensor([len(row) for row in ids])
+    return torch.tensor([row + [eos] * (int(lengths.max()) - len(row)) for row in ids]), lengths
 
 
 def make_batch(
@@ -179,38 +192,41 @@ def make_batch(
     rng: np.random.Generator,
     batch_size: int,
     prefix_length: int,
-    steering: PrefixDifficulty,
+    difficulty: PrefixDifficulty,
     clean: bool | None = None,
 ) -> Batch:
-    """Draw facts and write them into prefixes of one length; see `PrefixDifficulty`.
+    """Draw facts and write them into prefixes of one length.
 
     Parameters
     ----------
+    tokenizer : PreTrainedTokenizerFast
+    rng : numpy.random.Generator
+    batch_size : int
     prefix_length : int
-        P, at least 16 positions
-    clean : bool or None
-        all of the prefixes clean, or none, or (None) a `PrefixDifficulty.clean_share` of them
+        P, at least 16 positions.
+    difficulty : PrefixDifficulty
+    clean : bool, optional
+        True: all prefixes are clean; False: none; None: a fraction `difficulty.clean_share`.
     """
-    writer = PrefixWriter(tokenizer, rng, steering)
+    writer = PrefixWriter(tokenizer, rng, difficulty)
     weights = np.zeros((batch_size, prefix_length, len(tokenizer)), dtype=np.float32)
     noise, common, scale = (np.zeros(batch_size, dtype=np.float32) for _ in range(3))
     all_facts = [random_facts(rng) for _ in range(batch_size)]
     for row, facts in enumerate(all_facts):
-        if clean or (clean is None and rng.random() < steering.clean_share):
-            writer.write_clean(weights[row], facts, left_out=0.0 if clean else steering.left_out)
+        if clean or (clean is None and rng.random() < difficulty.clean_share):
+            writer.write_clean(weights[row], facts, left_out=0.0 if clean else difficulty.left_out)
             scale[row] = 1
         else:
             writer.write_mixed(weights[row], facts)
-            noise[row], common[row] = rng.uniform(0, steering.noise), rng.uniform(0, steering.common)
-            scale[row] = steering.scale ** rng.uniform(-1, 1)
+            noise[row], common[row] = rng.uniform(0, difficulty.noise), rng.uniform(0, difficulty.common)
+            scale[row] = difficulty.scale ** rng.uniform(-1, 1)
     answer_ids, lengths = encode_answers(tokenizer, all_facts)
-    prompt_ids = torch.tensor(tokenizer.encode(findings_module.prompt(), add_special_tokens=False))
     return Batch(
         torch.from_numpy(weights),
         torch.from_numpy(noise),
         torch.from_numpy(common),
         torch.from_numpy(scale),
-        prompt_ids,
+        encode_prompt(tokenizer),
         answer_ids,
         lengths,
         all_facts,
@@ -218,69 +234,69 @@ def make_batch(
 
 
 class PrefixWriter:
-    """Writes facts into the weights (P, V) of a prefix's token embeddings."""
+    """Writer of facts into a prefix's token weights, an array (P, V)."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, steering: PrefixDifficulty
+        self, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, difficulty: PrefixDifficulty
     ) -> None:
-        self.rng, self.steering = rng, steering
+        self.rng, self.difficulty = rng, difficulty
         one_hot, ids = np.eye(len(tokenizer), dtype=np.float32), tokenizer.get_vocab()
         self.words = {word: one_hot[ids[fact_token(word)]] for word in FACT_WORDS}
         self.fillers = np.delete(one_hot, [ids[token] for token in fact_tokens()], axis=0)
         self.sides = np.stack([self.words[word] for word in findings_module.SIDES])
         self.regions = np.stack([self.words[word] for word in findings_module.REGIONS])
 
-    def _local(self, facts: Facts) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What has a place, as label and place: each finding, each label of the study."""
+    def _local_facts(self, facts: Facts) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return label and place of every finding, then of every label of the study."""
         study = [(self.words[label], self.words["Whole study"]) for label in facts.study_labels]
         return [
-            (self.words[found.label], self.words[found.side] + self.words[found.region])
-            for found in facts.findings or ()
+            (self.words[finding.label], self.words[finding.side] + self.words[finding.region])
+            for finding in facts.findings or ()
         ] + study
 
-    def _global(self, facts: Facts, left_out: float) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Contrast and level, each with a rival; now and then one is not told, and an unknown contrast never is."""
-        both = []
+    def _global_facts(self, facts: Facts, left_out: float) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return contrast and level, each with a distractor; unknown ones and a random share are left out."""
+        words = []
         for word, known in (
             (facts.contrast, list(findings_module.CONTRASTS.values())),
             (facts.level, list(findings_module.LEVELS)),
         ):
             if self.rng.random() >= left_out and word is not None:
-                rival = str(self.rng.choice([other for other in known if other != word]))
-                both.append((self.words[word], self.words[rival]))
-        return both
+                distractor = str(self.rng.choice([other for other in known if other != word]))
+                words.append((self.words[word], self.words[distractor]))
+        return words
 
     def write_clean(self, weights: np.ndarray, facts: Facts, left_out: float) -> None:
-        """Each position holds one fact or nothing; the facts in random places, some of them repeated."""
+        """Write at most one fact to each position; positions are random, and some facts are repeated."""
         rng, length = self.rng, len(weights)
-        items = [label + place for label, place in self._local(facts)]
-        items += [word for word, _ in self._global(facts, left_out)]
+        items = [label + place for label, place in self._local_facts(facts)]
+        items += [word for word, _ in self._global_facts(facts, left_out)]
         if items:
             items += [items[index] for index in rng.integers(len(items), size=rng.integers(length // 2))]
-        for place, item in zip(rng.permutation(length), items, strict=False):
-            weights[place] = item
+        for position, item in zip(rng.permutation(length), items, strict=False):
+            weights[position] = item
 
     def write_mixed(self, weights: np.ndarray, facts: Facts) -> None:
-        """Facts of random strength on top of each other, of fillers, rivals, and sides and regions of nothing."""
+        """Write facts of random strength, added to fillers, distractors, and sides and regions without a finding."""
         rng, length = self.rng, len(weights)
         filled = np.flatnonzero(rng.random(length) < rng.random())
         weights[filled] += rng.uniform(0, 0.7) * self.rng.choice(self.fillers, size=len(filled))
-        # An encoder may tell places by giving every position its side's and region's vector; only a label makes that
-        # a finding. Its strength has nothing to do with theirs.
-        places_strength = rng.uniform(0.2, 1.2) * (rng.random() < 0.7)
-        background = places_strength * (
+        # An encoder may mark every position with its side and region. Only a label, of independent strength, makes
+        # them a finding.
+        place_strength = rng.uniform(0.2, 1.2) * (rng.random() < 0.7)
+        background = place_strength * (
             self.sides[rng.integers(3, size=length)] + self.regions[rng.integers(3, size=length)]
         )
         free = rng.permutation(length)
-        for label, place in self._local(facts):
+        for label, place in self._local_facts(facts):
             count = 1 + int(rng.integers(max(1, min(5, len(free) // 4))))
             chosen, free = free[:count], free[count:]
-            background[chosen] = rng.uniform(0.5, 2) * label + (places_strength or rng.uniform(0.5, 1.5)) * place
+            background[chosen] = rng.uniform(0.5, 2) * label + (place_strength or rng.uniform(0.5, 1.5)) * place
         weights += background
-        for word, rival in self._global(facts, self.steering.left_out):
-            places = np.flatnonzero(rng.random(length) < rng.uniform(0.1, 1.3))
-            places = np.union1d(places, rng.integers(length))
-            amounts = rng.uniform(0.3, 1.5) * rng.uniform(0.5, 1.5, size=(len(places), 1))
-            weights[places] += amounts * word
-            if rng.random() < self.steering.rivals:
-                weights[places] += rng.uniform(0, 0.7) * amounts * rival
+        for word, distractor in self._global_facts(facts, self.difficulty.left_out):
+            positions = np.flatnonzero(rng.random(length) < rng.uniform(0.1, 1.3))
+            positions = np.union1d(positions, rng.integers(length))
+            amounts = rng.uniform(0.3, 1.5) * rng.uniform(0.5, 1.5, size=(len(positions), 1))
+            weights[positions] += amounts * word
+            if rng.random() < self.difficulty.distractors:
+                weights[positions] += rng.uniform(0, 0.7) * amounts * distractor
