@@ -77,7 +77,7 @@ def _datasets(loaders: Iterable[DataLoader[Batch]]) -> list[FastMRIDataset]:
 
 
 def _annotation(dataset: FastMRIDataset, index: int) -> list[Any]:
-    """Findings of a slice as plain values, so that a new field of their classes does not refuse older runs."""
+    """List the findings of a slice as plain values, so that new fields of their classes do not refuse older runs."""
     facts = dataset.facts(index)
     findings = [[item.label, item.side, item.region] for item in facts.findings] if facts.findings is not None else None
     boxes = [[box.x, box.y, box.width, box.height, box.label] for box in dataset.boxes(index) or ()]

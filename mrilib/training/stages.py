@@ -63,7 +63,7 @@ class Stage:
         return {name: getattr(self.model, name) for name in names}
 
     def weight(self, batch: Batch) -> float:
-        """Number of units in a batch."""
+        """Count the units in a batch."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> BatchLoss:
@@ -71,18 +71,18 @@ class Stage:
         raise NotImplementedError
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
-        """Validation scores, one dict of numbers and strings a slice.
+        """Compute validation scores, one dict of numbers and strings a slice.
 
         Scores are gathered from several processes, so a slice's score must not depend on other slices.
         """
         raise NotImplementedError
 
     def metrics(self, scores: list[dict[str, Any]]) -> dict[str, float]:
-        """Validation metrics from the scores of all slices; "loss" selects the best checkpoint."""
+        """Compute validation metrics from the scores of all slices; "loss" selects the best checkpoint."""
         raise NotImplementedError
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Validation metrics of some batches."""
+        """Compute the validation metrics of some batches."""
         return self.metrics([score for batch in batches for score in self.score(batch)])
 
 
@@ -107,7 +107,7 @@ class AnalysisStage(Stage):
         self.name, self.label_smoothing, self.map_weight = name, label_smoothing, map_weight
 
     def weight(self, batch: Batch) -> float:
-        """Number of analysis tokens."""
+        """Count the analysis tokens."""
         return float((self.model.tokenize(batch.slices).labels != -100).sum())
 
     def loss(self, batch: Batch) -> BatchLoss:
@@ -138,7 +138,7 @@ class AnalysisStage(Stage):
         return prefix, maps
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
-        """Sums over each slice's analysis tokens: cross-entropy without smoothing [nats], correct tokens, tokens."""
+        """Sum over each slice's analysis tokens: cross-entropy without smoothing [nats], correct tokens, tokens."""
         result = self.model.analysis_loss(batch)
         columns = (result.cross_entropy.tolist(), result.correct.tolist(), result.tokens.tolist())
         return [
@@ -175,7 +175,7 @@ class ReconstructionStage(Stage):
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
     def weight(self, batch: Batch) -> float:
-        """Number of slices."""
+        """Count the slices."""
         return float(len(batch.slices))
 
     def reconstruct(self, batch: Batch) -> Tensor:

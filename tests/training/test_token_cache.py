@@ -24,9 +24,10 @@ from mrilib.data.sampler import make_loader
 from mrilib.data.splits import split_volumes
 from mrilib.model import two_stage
 from mrilib.model.decoders import build_decoder
-from mrilib.training import checkpoint, device, loop, setup, stages, token_cache
+from mrilib.training import checkpoint, device, loop, setup, stages, token_cache, token_key
 from mrilib.training.distributed import TrainingStopped
-from mrilib.training.token_cache import TokenCache, read_entry
+from mrilib.training.token_cache import TokenCache
+from mrilib.training.token_shards import read_entry
 
 
 def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
@@ -147,7 +148,7 @@ def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):
 
 def test_all_code_that_computes_tokens_is_in_the_key():
     """Every module that the passes of encoder and backbone go through."""
-    names = {module.__name__ for module in token_cache.COMPUTING_CODE}
+    names = {module.__name__ for module in token_key.COMPUTING_CODE}
     assert {"mrilib.model.finding_maps", "mrilib.model.unet"} <= names
     assert {
         "mrilib.backbone.cache",
@@ -246,9 +247,9 @@ def test_other_masks_or_settings_are_another_cache(filled, changed):
     config, system, cache, _ = filled
     other = config.model_copy(update=changed)
     train, _ = datasets(other)
-    digests = token_cache.file_digests([v.path for v in train.volumes], Path(config.token_cache_dir) / "files.json")
-    before = {shard.key for shard in cache._shards(datasets(config)[0], digests)}
-    assert before.isdisjoint({shard.key for shard in TokenCache(system, other)._shards(train, digests)})
+    digests = token_key.file_digests([v.path for v in train.volumes], Path(config.token_cache_dir) / "files.json")
+    before = {shard.key for shard in cache.shards(datasets(config)[0], digests)}
+    assert before.isdisjoint({shard.key for shard in TokenCache(system, other).shards(train, digests)})
 
 
 def test_one_bit_of_a_weight_or_a_head_count_is_another_cache(filled):
@@ -408,7 +409,7 @@ def test_raw_hidden_states_are_stored(filled):
     shard, _ = train.place(0)
     with safe_open(shard.path, "pt") as file:
         stored = torch.stack([file.get_tensor(f"{row}.tokens") for row in range(len(shard.indices))])
-    plain = token_cache._uncached(train, 0)
+    plain = token_cache.uncached(train, 0)
     batch = systems.collate([plain[i] for i in shard.indices])
     with torch.no_grad():
         raw = system.backbone.base_model(inputs_embeds=system.encoder(batch.kspace, batch.mask)).last_hidden_state
@@ -452,4 +453,4 @@ def test_a_damaged_list_of_digests_is_made_again(tmp_path, content):
     manifest = tmp_path / "files.json"
     manifest.write_bytes(content)
     expected = {path: hashlib.sha256(b"slices").hexdigest()}
-    assert token_cache.file_digests([path], manifest) == expected
+    assert token_key.file_digests([path], manifest) == expected
