@@ -53,5 +53,5 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def free_folders() -> Iterator[None]:
     """A run folder that a test holds is given up with its end, as by the end of its process."""
     yield
-    for directory in list(processes._held):
+    for directory in list(processes.held_locks):
         processes.unlock_run(directory)

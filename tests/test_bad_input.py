@@ -12,6 +12,8 @@ import systems
 import yaml
 from refusals import Refusal, assert_refused
 
+from mrilib.config import ROOT
+
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 30)
 )
@@ -90,15 +92,17 @@ VALUES = [
     Refusal(
         "sweep over equal numbers", of_sweep("-p", "stage1.learning_rate=1e-3,0.001"), ("stage1.learning_rate", "twice")
     ),
-    Refusal("runs of a folder that is not there", lambda folder: ["runs", str(folder / "none")], ("none", "no folder")),
-    Refusal("runs of a file", lambda folder: ["runs", str(folder / "stage1.yaml")], ("stage1.yaml", "no folder")),
+    Refusal(
+        "runs of a folder that is not there", lambda folder: ["runs", str(folder / "none")], ("none", "not a folder")
+    ),
+    Refusal("runs of a file", lambda folder: ["runs", str(folder / "stage1.yaml")], ("stage1.yaml", "not a folder")),
     Refusal(
         "params file as params folder",
         lambda folder: ["run", str(folder / "stage1.yaml")],
         ("stage1.yaml", "is a file"),
     ),
     Refusal(
-        "reconstruct into no folder",
+        "reconstruct into not a folder",
         lambda folder: ["reconstruct", str(folder), str(folder), "--out", ""],
         ("--out", "folder"),
     ),
@@ -144,11 +148,11 @@ VALUES = [
     Refusal("unknown user's home", option("data_dir=~nobody-of-this-name/x"), ("data_dir", "~nobody-of-this-name")),
     Refusal("path component too long", option("data_dir=" + "x" * 300), ("data_dir", "name too long")),
     Refusal("interactive is no truth value", line("interactive: maybe"), ("stage1.yaml: interactive", "'maybe'")),
-    Refusal("device as reports", option("reports_path=/dev/zero"), ("reports_path", "no regular file")),
-    Refusal("device as tokenizer", option("tokenizer_path=/dev/random"), ("tokenizer_path", "no regular file")),
-    Refusal("device as backbone", option("backbone_path=/dev/zero"), ("backbone_path", "no regular file")),
-    Refusal("device as data folder", option("data_dir=/dev/null"), ("data_dir", "no folder")),
-    Refusal("file as annotations folder", option("annotations_dir=LICENSE"), ("annotations_dir", "no folder")),
+    Refusal("device as reports", option("reports_path=/dev/zero"), ("reports_path", "not a regular file")),
+    Refusal("device as tokenizer", option("tokenizer_path=/dev/random"), ("tokenizer_path", "not a regular file")),
+    Refusal("device as backbone", option("backbone_path=/dev/zero"), ("backbone_path", "not a regular file")),
+    Refusal("device as data folder", option("data_dir=/dev/null"), ("data_dir", "not a folder")),
+    Refusal("file as annotations folder", option("annotations_dir=LICENSE"), ("annotations_dir", "not a folder")),
     Refusal("finding without a name", option("finding_labels=['']"), ("finding_labels", "empty")),
     Refusal("finding twice", option("finding_labels=[Mass, Mass]"), ("finding_labels", "twice")),
     Refusal("width that heads do not divide", option("vit_embed_dim=10", "vit_num_heads=12"), ("vit_embed_dim 10",)),
@@ -187,23 +191,26 @@ FILES = [
     Refusal("control character", content("epochs: \x07\n"), ("stage1.yaml", "not YAML")),
     Refusal("NUL", content(b"epochs: 3\0"), ("stage1.yaml", "not YAML")),
     Refusal("megabytes", content("# x\n" * 1_000_000), ("stage1.yaml", "larger than")),
-    Refusal("folder as file", in_place(Path.mkdir, option()), ("stage1.yaml", "no regular file")),
-    Refusal("FIFO as file", in_place(os.mkfifo, option()), ("stage1.yaml", "no regular file")),
-    Refusal("FIFO as file of a run", in_place(os.mkfifo, of_run()), ("stage1.yaml", "no regular file")),
-    Refusal("FIFO as file of a sweep", in_place(os.mkfifo, of_sweep("-p", "stage1.epochs=1,2")), ("no regular file",)),
-    Refusal("device as file", lambda _: ["train", "/dev/zero", "--stage", "1"], ("/dev/zero", "no regular file")),
+    Refusal("folder as file", in_place(Path.mkdir, option()), ("stage1.yaml", "not a regular file")),
+    Refusal("FIFO as file", in_place(os.mkfifo, option()), ("stage1.yaml", "not a regular file")),
+    Refusal("FIFO as file of a run", in_place(os.mkfifo, of_run()), ("stage1.yaml", "not a regular file")),
+    Refusal(
+        "FIFO as file of a sweep", in_place(os.mkfifo, of_sweep("-p", "stage1.epochs=1,2")), ("not a regular file",)
+    ),
+    Refusal("device as file", lambda _: ["train", "/dev/zero", "--stage", "1"], ("/dev/zero", "not a regular file")),
     Refusal("link loop as file", in_place(symlink_loop, option()), ("stage1.yaml", "symbolic links")),
     Refusal("link to nothing", in_place(lambda path: path.symlink_to("nowhere"), of_run()), ("nowhere", "not exist")),
     Refusal("unknown key", line("epochz: 3"), ("stage1.yaml", "'epochz'", "did you mean 'epochs'?")),
     Refusal(
-        "thousands of keys", content("".join(f"k{n}: 3\n" for n in range(5000))), ("'k0'", "5000 names are not known")
+        "thousands of keys", content("".join(f"k{n}: 3\n" for n in range(5000))), ("'k0'", "5000 names are unknown")
     ),
     Refusal("escape sequence as key", line('"\\e[31mx": 3'), ("stage1.yaml", "\\x1b[31mx")),
 ]
 
 
-def as_stage2(folder: Path) -> list[str]:
-    return ["train", str(folder / "stage1.yaml"), "--stage", "2"]
+def shipped(right: int, given: int) -> Callable[[Path], list[str]]:
+    """`train --stage GIVEN` with the shipped params file of stage RIGHT."""
+    return lambda _: ["train", str(ROOT / f"params/full/stage{right}.yaml"), "--stage", str(given)]
 
 
 def own_folder(folder: Path) -> list[str]:
@@ -284,13 +291,18 @@ COMMAND_LINES = [
         lambda f: [*option("train_control=false")(f), "--only", "constant_prefix"],
         ("--only constant_prefix", "train_control"),
     ),
-    Refusal("somebody's folder as output_dir", own_folder, ("output_dir", "no run folder")),
+    Refusal("somebody's folder as output_dir", own_folder, ("output_dir", "not a run folder")),
     Refusal(
         "a file as output_dir",
         lambda f: option(f"output_dir={f / 'stage1.yaml'}")(f),
-        ("output_dir", "stage1.yaml", "no folder"),
+        ("output_dir", "stage1.yaml", "not a folder"),
     ),
-    Refusal("stage 1's file for stage 2", as_stage2, ("stage1.yaml", "02_train_stage1", "03_train_stage2")),
+    Refusal(
+        "stage 1's file for stage 2", shipped(1, 2), ("params/full/stage1.yaml", "a stage-1 params file", "to stage 1")
+    ),
+    Refusal(
+        "stage 2's file for stage 1", shipped(2, 1), ("params/full/stage2.yaml", "a stage-2 params file", "to stage 2")
+    ),
     Refusal("overrides.yaml is a list", damaged_overrides("[3]"), ("overrides.yaml",)),
     Refusal("overrides.yaml of scalars", damaged_overrides("stage1: 3"), ("overrides.yaml",)),
     Refusal("overrides.yaml is no YAML", damaged_overrides("stage1: ["), ("overrides.yaml", "not YAML")),

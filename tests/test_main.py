@@ -19,10 +19,12 @@ import yaml
 from fastmri import evaluate as official
 from refusals import assert_refused
 
-from mrilib.__main__ import COMMANDS, claim_folder, main, make_parser, parse_overrides
+from mrilib.__main__ import COMMANDS, main, make_parser
 from mrilib.config import ROOT, EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.data.splits import index_volumes
 from mrilib.evaluation.reconstructions import evaluate_volumes
+from mrilib.runs.notebooks import claim_folder
+from mrilib.runs.overrides import parse_overrides
 from mrilib.runs.reconstruct import load_run
 from mrilib.training.setup import check_same_input, make_loaders
 
@@ -286,7 +288,7 @@ def test_what_is_no_run_folder_is_never_emptied(params, tmp_path, capsys):
     precious.touch()
     for more in ([], ["--overwrite"], ["--resume"]):
         assert main(["run", str(params), "--name", str(precious.parent), *more]) == 1
-        assert "is no run folder (it has no run.json)" in capsys.readouterr().err
+        assert "is not a run folder (it has no run.json)" in capsys.readouterr().err
     assert [path.name for path in precious.parent.iterdir()] == ["thesis.tex"]
     remains = tmp_path / "killed-at-once"
     (remains / "params").mkdir(parents=True)
@@ -355,7 +357,7 @@ def test_a_notebook_that_fails_leaves_the_error_in_its_record(run, params, tmp_p
         (["-p", "stage1.learnin_rate=1"], "learning_rate"),
         (["-p", "stage1.epochs=many"], "epochs"),
         (["-p", "stage1.data_dir=nowhere"], "nowhere"),
-        (["-p", "stage1.train_control=false"], 'leave the control out (evaluate.constant_prefix_checkpoint: "")'),
+        (["-p", "stage1.train_control=false"], 'leave the baseline out (evaluate.constant_prefix_checkpoint: "")'),
         (["-p", "stage2.train_control=false"], "set stage2.train_control to true"),
         (["-p", "epochs=3"], "NOTEBOOK.NAME=VALUE"),
         (["--stage2-only"], "-c CHECKPOINT"),

@@ -15,8 +15,9 @@ from nbconvert import HTMLExporter
 from papermill.inspection import inspect_notebook
 
 from mrilib.__main__ import COMMANDS, main
-from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
+from mrilib.config import NOTEBOOKS, ROOT
 from mrilib.model.decoders import find_decoder
+from mrilib.parameters import PARAMETERS_HEADER
 from mrilib.runs import parameter_reference
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))

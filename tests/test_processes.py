@@ -11,10 +11,12 @@ from typing import Any
 import systems
 import yaml
 
-from mrilib.__main__ import STOPPED, Notebook, main, run_one
+from mrilib.__main__ import main
 from mrilib.config import ROOT
+from mrilib.errors import STOPPED
 from mrilib.files import read_json_lines
 from mrilib.runs import record as record_module
+from mrilib.runs.notebooks import Notebook, execute_one
 from mrilib.training.checkpoint import load_checkpoint
 
 EPOCHS = 8
@@ -52,7 +54,7 @@ def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path, capsys):
     assert "is in use by process" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=120)[0]
-    assert process.returncode == 130 and "stopped by SIGTERM; to go on: " in told and "--resume" in told
+    assert process.returncode == 130 and "stopped by SIGTERM; to resume: " in told and "--resume" in told
     assert not systems.processes_of(directory)
     found = record(directory)
     assert found["status"] == "failed" and found["notebooks"]["stage1"]["error"] == "stopped by SIGTERM"
@@ -81,8 +83,8 @@ def test_signals_stop_a_run_and_resume_goes_on(phantom_dir, tmp_path, capsys):
 
 def test_a_signal_between_two_notebooks_or_while_one_is_being_started(tmp_path, capsys):
     record_module.Run(tmp_path, ["stage2", "evaluate"]).save()
-    assert run_one(Notebook("stage2", {}, tmp_path), [signal.SIGTERM]) == STOPPED
-    told = f"stopped by SIGTERM; to go on: python -m mrilib run {tmp_path}/params --name {tmp_path} --resume"
+    assert execute_one(Notebook("stage2", {}, tmp_path), [signal.SIGTERM]) == STOPPED
+    told = f"stopped by SIGTERM; to resume: python -m mrilib run {tmp_path}/params --name {tmp_path} --resume"
     assert told in capsys.readouterr().err
     assert record(tmp_path)["notebooks"]["stage2"] == {"status": "failed", "error": "stopped by SIGTERM"}
     notebook = Notebook("evaluate", {}, tmp_path)

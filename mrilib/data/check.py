@@ -90,12 +90,13 @@ def _check_kspace(h5: h5py.File, volume: Volume | None, problems: list[str], war
             outside.append(number)
     for size, numbers in sizes.items():
         if numbers:
-            problems.append(f"kspace: too {size} for single precision in {_listed(numbers)}; scale the file")
+            problems.append(f"kspace: too {size} for single precision in {list_slices(numbers)}; scale the file")
     if outside and right is not None:
         problems.append(
-            f"ismrmrd_header contradicts kspace: lines outside of {left} to {right - 1} hold data in {_listed(outside)}"
+            f"ismrmrd_header contradicts kspace: lines outside of {left} to {right - 1} hold data "
+            f"in {list_slices(outside)}"
         )
-    warnings += [f"{_listed(numbers)}: {kind}" for kind, numbers in kinds.items() if numbers]
+    warnings += [f"{list_slices(numbers)}: {kind}" for kind, numbers in kinds.items() if numbers]
 
 
 def _check_target(h5: h5py.File, volume: Volume | None, problems: list[str], warnings: list[str]) -> None:
@@ -162,9 +163,9 @@ def _slices(
         else:
             infinite.append(number)
     if broken:
-        problems.append(f"{name}: {_listed([n for n, _ in broken])} cannot be read ({broken[0][1]})")
+        problems.append(f"{name}: {list_slices([n for n, _ in broken])} cannot be read ({broken[0][1]})")
     if infinite:
-        problems.append(f"{name}: NaN or infinity in {_listed(infinite)}")
+        problems.append(f"{name}: NaN or infinity in {list_slices(infinite)}")
 
 
 def slice_kind(data: np.ndarray) -> str:
@@ -186,7 +187,7 @@ def slice_kind(data: np.ndarray) -> str:
     return "noise only" if middle.mean() < NOISE_RATIO * power[:, lines].mean() else ""
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def list_slices(numbers: Sequence[int]) -> str:
     """Numbers of slices as "slice 3" or "slices 0, 2 to 5, 9"."""
     runs: list[list[int]] = []
     for number in numbers:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mrilib.files import read_json_lines, write_whole
+from mrilib.files import read_json_lines, write_text
 
 
 @dataclass
@@ -37,7 +37,7 @@ def write_epochs(path: Path, rows: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:

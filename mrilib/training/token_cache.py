@@ -287,16 +287,16 @@ def _input_bytes(dataset: FastMRIDataset, index: int) -> int:
     """Compute the size of a slice's sampled lines, mask, scale and target [bytes]."""
     number, slice_num = dataset.samples[index]
     volume, config = dataset.volumes[number], dataset.config
-    readout, width, padding, recon = volume.readout, volume.matrix[1], volume.padding, volume.recon
+    readout, width, padding, image_shape = volume.readout, volume.matrix[1], volume.padding, volume.image_shape
     if config.crop == "image":
         readout = width = config.img_size
-        padding, recon = (0, width), (width, width)
+        padding, image_shape = (0, width), (width, width)
     if volume.has_mask:
         lines = width  # an upper bound; such files are for testing
     else:
         seed = dataset._mask_seed(volume, slice_num)
         lines = int(masks.sample_mask(dataset.mask_func, width, seed, padding)[0].sum())
-    target = 4 * recon[0] * recon[1] if volume.has_target else 0
+    target = 4 * image_shape[0] * image_shape[1] if volume.has_target else 0
     return 8 * min(volume.coils, config.num_coils) * readout * lines + width + 8 + target
 
 

@@ -22,6 +22,7 @@ from mrilib.data.sampler import make_loader
 from mrilib.data.splits import split_volumes
 from mrilib.display import tables
 from mrilib.evaluation import inference, reconstructions
+from mrilib.files import write_together
 from mrilib.metrics import image as image_module
 from mrilib.model import decoders, two_stage
 from mrilib.runs import reconstruct
@@ -118,7 +119,7 @@ def test_another_file_of_the_same_name_is_not_written_over_the_first(run, volume
     other = tmp_path / "data" / volumes[0].path.name
     other.parent.mkdir()
     shutil.copy(volumes[1].path, other)
-    words = (other.name, "of another file_sha256", "--out")
+    words = (other.name, "another file_sha256", "--out")
     assert_refused(["reconstruct", str(run), str(other), "--out", str(written[0])], words, capsys)
 
 
@@ -160,14 +161,14 @@ def test_all_files_are_written_or_none(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     for failing[0] in files:
         with pytest.raises(OSError, match="No space"):
-            reconstruct.write_together(tmp_path, files)
+            write_together(tmp_path, files)
         assert not list(tmp_path.iterdir())
 
     def fails(path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        reconstruct.write_together(tmp_path, files | {"c": fails})
+        write_together(tmp_path, files | {"c": fails})
     assert not list(tmp_path.iterdir())
 
 
@@ -201,7 +202,7 @@ def test_bad_input_is_refused(run, tmp_path, capsys, bad):
 
 def test_an_output_that_is_a_file_is_refused(run, volumes, tmp_path, capsys):
     (tmp_path / "out").touch()
-    words = ("--out", "is no folder")
+    words = ("--out", "is not a folder")
     assert_refused(["reconstruct", str(run), str(volumes[0].path), "--out", str(tmp_path / "out")], words, capsys)
 
 

@@ -183,13 +183,13 @@ def test_versions_hardware_and_memory_are_plain() -> None:
         (b"\x80\xff\x00", ("is not JSON",)),
         (b"[" * 100_000, ("is not JSON",)),
         (b"9" * 5000, ("is not JSON",)),
-        (b"[]", ("is no run record",)),
-        (b"null", ("is no run record",)),
-        (b'{"status": "done", "started": 5, "planned": [], "notebooks": {}}', ("is no run record", "started")),
-        (b'{"status": "done", "started": "x", "planned": ["x"], "notebooks": {}}', ("is no run record", "planned")),
+        (b"[]", ("is not a run record",)),
+        (b"null", ("is not a run record",)),
+        (b'{"status": "done", "started": 5, "planned": [], "notebooks": {}}', ("is not a run record", "started")),
+        (b'{"status": "done", "started": "x", "planned": ["x"], "notebooks": {}}', ("is not a run record", "planned")),
         (
             b'{"status": "done", "started": "x", "planned": [], "notebooks": {"stage1": 3}}',
-            ("is no run record", "notebooks/stage1"),
+            ("is not a run record", "notebooks/stage1"),
         ),
     ],
 )

@@ -12,10 +12,11 @@ import pytest
 import systems
 import yaml
 
-from mrilib.__main__ import main, parse_overrides
+from mrilib.__main__ import main
 from mrilib.config import ParameterError, Stage1Parameters
 from mrilib.runs import sweep
-from mrilib.runs.sweep import _flow, parse_grid, variants
+from mrilib.runs.overrides import format_value, parse_grid, parse_overrides
+from mrilib.runs.sweep import variants
 
 
 def test_values_are_separated_by_commas():
@@ -53,13 +54,13 @@ def test_variants_are_all_combinations_named_after_what_varies():
     assert len(found) == 4 and all(one.parameters["stage1.epochs"] == 2 for one in found)
     with pytest.raises(ParameterError, match="nothing to sweep"):
         variants("demo", {"stage1.epochs": [2]})
-    with pytest.raises(ParameterError, match="one folder name"):
+    with pytest.raises(ParameterError, match="same folder name"):
         variants("demo", {"stage1.reports_path": ["a b", "a_b"]})
 
 
 @pytest.mark.parametrize("value", ["1e-4", 3e-4, True, "", [4, 8], "a: b", "no", None, "x" * 300])
 def test_values_reach_the_run_as_they_are(value):
-    text = f"stage1.name={_flow(value)}"
+    text = f"stage1.name={format_value(value)}"
     assert "\n" not in text
     assert parse_overrides([text], ("stage1",)) == {"stage1": {"name": value}}
 
@@ -83,7 +84,7 @@ def test_a_signal_reaches_the_run_once_and_ends_the_sweep(tmp_path, monkeypatch)
 
     threading.Thread(target=interrupt).start()
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(sweep.Stopped, match="SIGTERM"):
+    with pytest.raises(sweep.SweepStopped, match="SIGTERM"):
         sweep._mrilib([])
     assert told.read_text() == "x" and signal.getsignal(signal.SIGTERM) is before
 
@@ -125,7 +126,7 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params,
     assert "not finished" in capfd.readouterr().err, "what failed is not run again unasked"
     shutil.rmtree(failed)
     assert main([*command, "-p", "stage1.epochs=2"]) == 1
-    assert "was made with stage1.epochs 1, not 2" in capfd.readouterr().err
+    assert "was run with stage1.epochs 1, not 2" in capfd.readouterr().err
 
 
 def test_resume_goes_on_with_what_is_not_finished(params, tmp_path, monkeypatch):
