@@ -452,7 +452,7 @@ def test_lines_are_the_stored_ones_however_they_are_stored(
         with h5py.File(tmp_path / "one.h5", "w") as h5:
             data = h5.create_dataset("kspace", data=stored.astype(dtype), **storage)
             for number in (0, 1, 0):
-                lines = dataset._read_lines(data, number, measured)
+                lines = dataset._reader.read(data, number, measured)
                 assert torch.equal(lines, torch.from_numpy(stored[number])[..., measured])
 
 
