@@ -115,8 +115,6 @@ class FastMRIDataset(Dataset[Slice]):
         centre line.
     """
 
-    _COILS = 4  # read at a time
-
     def __init__(
         self,
         volumes: Sequence[Volume],
@@ -136,9 +134,9 @@ class FastMRIDataset(Dataset[Slice]):
         self.masks_per_slice, self.mirror_fraction = masks_per_slice, mirror_fraction
         self.epoch = 0
         self.texts_only = False
-        self._buffer = np.empty((0, 0, 0), np.complex64)
+        self._reader = _LineReader()
         self.mask_func = self._make_mask_func(acceleration)
-        self.reports = self._read_reports()
+        self.reports = _read_reports(config.reports_path, self.volumes)
         if config.crop == "image" and (own := [v.file for v in self.volumes if v.has_mask]):
             raise DataError(f"crop: image changes the acquisition, but {own[0]} has its own mask; use crop: readout")
         self.samples = [(v, s) for v, volume in enumerate(self.volumes) for s in range(volume.slices)]
@@ -159,18 +157,6 @@ class FastMRIDataset(Dataset[Slice]):
             for pair in pairs:
                 masks.check_mask(config.mask_type, *pair, width)
         return masks.make_mask_func(config.mask_type, *zip(*pairs, strict=True))
-
-    def _read_reports(self) -> dict[tuple[str, int], Report]:
-        path = self.config.reports_path
-        reports = annotations_module.read_reports(resolve(path)) if path else {}
-        slices = {volume.file: volume.slices for volume in self.volumes}
-        for file, slice_num in reports:
-            if slice_num >= slices.get(file, slice_num + 1):
-                raise DataError(
-                    f"reports_path: a report of {file}, slice {slice_num}, but the file has {slices[file]} slices, "
-                    "counted from 0"
-                )
-        return reports
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -251,7 +237,7 @@ class FastMRIDataset(Dataset[Slice]):
                     image = fourier.center_crop_or_pad(fourier.ifft2c(raw), cropped.image_shape)
                     lines = fourier.fft2c(image)[..., measured]
                 else:
-                    lines = self._read_lines(h5["kspace"], slice_num, measured)
+                    lines = self._reader.read(h5["kspace"], slice_num, measured)
                 target = None
                 if volume.has_target:
                     target = torch.from_numpy(h5["reconstruction_rss"][slice_num].astype(np.float32, copy=False))
@@ -264,7 +250,7 @@ class FastMRIDataset(Dataset[Slice]):
                 "if it has its own mask"
             )
         lines = fourier.remove_readout_oversampling(lines, cropped.readout)
-        masked, scale = self._normalised(lines, mask, measured, place)
+        masked, scale = _normalise(lines, mask, self.config.num_coils, place)
         return self._slice(index, masked, mask, scale, target, cropped.image_shape, acceleration, repeat)
 
     def _mask(self, h5: h5py.File, volume: Volume, slice_num: int, repeat: int) -> tuple[Tensor, int]:
@@ -284,43 +270,6 @@ class FastMRIDataset(Dataset[Slice]):
         if self.masks_per_slice:
             return masks.training_seed(*words, (self.epoch + repeat) % self.masks_per_slice)
         return masks.training_seed(*words, self.epoch, repeat)
-
-    def _read_lines(self, stored: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
-        """Measured lines of a slice, (coil, readout, line), with the readout contiguous in memory.
-
-        A few coils at a time are read into one reused buffer, which stays in the processor's cache: allocating fresh
-        memory for a slice (26 MB) takes as long as reading it. The buffer forbids several threads on one dataset.
-        """
-        coils, readout, phase = stored.shape[1:]
-        lines = torch.empty(coils, len(measured), readout, dtype=torch.complex64)
-        # A chunk with more coils than `_COILS` would be decompressed once for each part.
-        step = coils if stored.chunks and stored.chunks[1] > self._COILS else self._COILS
-        if self._buffer.shape != (step, readout, phase):
-            self._buffer = np.empty((step, readout, phase), np.complex64)
-        for first in range(0, coils, step):
-            part = self._buffer[: coils - first]
-            coil = slice(first, first + len(part))
-            if stored.dtype == part.dtype:
-                stored.read_direct(part, np.s_[slice_num, coil])
-            else:
-                part[:] = stored[slice_num, coil]
-            lines[coil] = torch.from_numpy(part).mT[:, measured]
-        return lines.mT
-
-    def _normalised(self, lines: Tensor, mask: Tensor, measured: Tensor, place: str) -> tuple[Tensor, float]:
-        """Masked k-space, compressed and divided by its root mean square, and this scale (1 for a slice of zeros)."""
-        norm = _norm(lines)
-        if not math.isfinite(norm):
-            raise DataError(f"{place}: NaN or infinity in the measured lines; for details run python -m mrilib check")
-        if len(lines) > self.config.num_coils:
-            lines = coils_module.compress_coils(lines, self.config.num_coils)
-            norm = _norm(lines)
-        masked = torch.zeros(*lines.shape[:-1], len(mask), dtype=lines.dtype)
-        scale = norm / masked.numel() ** 0.5
-        if 0 < scale < SMALLEST_SCALE:
-            raise DataError(f"{place}: too small for single precision; scale the file")
-        masked[..., measured] = lines / scale if scale else lines
-        return masked, scale or 1.0
 
     def _slice(
         self,
@@ -365,6 +314,65 @@ class FastMRIDataset(Dataset[Slice]):
             return False
         words = [self.config.seed, slice_num, self.epoch, *([repeat] if repeat else []), *volume.file.encode()]
         return bool(np.random.default_rng(words).random() < self.mirror_fraction)
+
+
+def _read_reports(path: str, volumes: Sequence[Volume]) -> dict[tuple[str, int], Report]:
+    reports = annotations_module.read_reports(resolve(path)) if path else {}
+    slices = {volume.file: volume.slices for volume in volumes}
+    for file, slice_num in reports:
+        if slice_num >= slices.get(file, slice_num + 1):
+            raise DataError(
+                f"reports_path: a report of {file}, slice {slice_num}, but the file has {slices[file]} slices, counted "
+                "from 0"
+            )
+    return reports
+
+
+class _LineReader:
+    """Reads the measured lines of a slice through one reused buffer.
+
+    The buffer holds a few coils and stays in the processor's cache. Fresh memory for a slice (26 MB) would take as
+    long as reading the file. Threads must not share a reader.
+    """
+
+    COILS = 4  # read at a time
+
+    def __init__(self) -> None:
+        self._buffer = np.empty((0, 0, 0), np.complex64)
+
+    def read(self, kspace: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
+        """Read the lines `measured`: (coil, readout, line), with the readout contiguous in memory."""
+        coils, readout, phase = kspace.shape[1:]
+        lines = torch.empty(coils, len(measured), readout, dtype=torch.complex64)
+        # A chunk that holds more coils would be decompressed once for each part.
+        step = coils if kspace.chunks and kspace.chunks[1] > self.COILS else self.COILS
+        if self._buffer.shape != (step, readout, phase):
+            self._buffer = np.empty((step, readout, phase), np.complex64)
+        for first in range(0, coils, step):
+            part = self._buffer[: coils - first]
+            coil = slice(first, first + len(part))
+            if kspace.dtype == part.dtype:
+                kspace.read_direct(part, np.s_[slice_num, coil])
+            else:
+                part[:] = kspace[slice_num, coil]
+            lines[coil] = torch.from_numpy(part).mT[:, measured]
+        return lines.mT
+
+
+def _normalise(lines: Tensor, mask: Tensor, num_coils: int, place: str) -> tuple[Tensor, float]:
+    """Masked k-space, compressed and divided by its root mean square, and this scale (1 for a slice of zeros)."""
+    norm = _norm(lines)
+    if not math.isfinite(norm):
+        raise DataError(f"{place}: NaN or infinity in the measured lines; for details run python -m mrilib check")
+    if len(lines) > num_coils:
+        lines = coils_module.compress_coils(lines, num_coils)
+        norm = _norm(lines)
+    masked = torch.zeros(*lines.shape[:-1], len(mask), dtype=lines.dtype)
+    scale = norm / masked.numel() ** 0.5
+    if 0 < scale < SMALLEST_SCALE:
+        raise DataError(f"{place}: too small for single precision; scale the file")
+    masked[..., mask] = lines / scale if scale else lines
+    return masked, scale or 1.0
 
 
 def _norm(lines: Tensor) -> float:

@@ -115,18 +115,11 @@ def remove_background_phase(image: Tensor, like: Tensor | None = None, width: in
 
     Returns
     -------
-    Tensor, complex64, same shape and magnitude as `image`
-    """
-    return image * background_phase(image if like is None else like, width).conj()
-
-
-def background_phase(image: Tensor, width: int = 16) -> Tensor:
-    """Low-pass phase of an image, complex64 of the same shape: magnitude 1, or 0 where there is no signal.
-
-    Parameters as for `remove_background_phase`. No gradient reaches the image.
+    Tensor, complex64, same shape and magnitude as `image`; 0 where there is no reference signal
     """
     windows = [_hann_block(n, n // 2 - min(width, n) // 2, n // 2 + min(width, n) // 2 + 1) for n in image.shape[-2:]]
     window = (windows[0][:, None] * windows[1][None, :]).to(image.device)
-    reference = ifft2c(fft2c(image.detach()) * window)
+    reference = ifft2c(fft2c((image if like is None else like).detach()) * window)
     magnitude = torch.view_as_real(reference).square().sum(-1)
-    return reference * magnitude.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    phase = reference * magnitude.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    return image * phase.conj()

@@ -164,13 +164,13 @@ def test_nothing_but_the_image_tells_the_contrast(dataset: Path) -> None:
 def test_scale_does_not_order_the_contrasts() -> None:
     """The maximum is not an input, yet its spread over patients hides the contrasts' own difference."""
     exams = [phantom.draw_exam(number, 3, 2, 32, 8, 0) for number in range(40)]
-    maxima = np.log([[phantom.image_exam(e, c, 32, 0)[0].max() for c in phantom.CONTRASTS] for e in exams[:12]])
+    maxima = np.log([[phantom.image_exam(e, c, 32, 0)[0].max() for c in scanner.CONTRASTS] for e in exams[:12]])
     assert np.ptp(maxima.mean(0)) < maxima.std(0).mean()
     assert len({exam.coils for exam in exams}) >= 3 and len({exam.width for exam in exams}) >= 4
     assert any(exam.width % 2 for exam in exams)
     assert np.std([np.log(exam.level) for exam in exams]) > 0.6
     first = [exam.contrasts[0] for exam in exams]
-    assert min(first.count(contrast) for contrast in phantom.CONTRASTS) >= 6
+    assert min(first.count(contrast) for contrast in scanner.CONTRASTS) >= 6
     assert 0 < sum(not exam.reviewed for exam in exams) < 8
     assert 0.15 < np.mean([not exam.patient.lesions for exam in exams]) < 0.5
 
@@ -206,7 +206,7 @@ def test_a_box_holds_the_lesion_and_nothing_else_changes() -> None:
             if lesion.label == "Edema" or seen[lesion.label] >= 6:
                 continue
             alone = exam._replace(patient=replace(exam.patient, lesions=(lesion,)))
-            for contrast in phantom.CONTRASTS:
+            for contrast in scanner.CONTRASTS:
                 with_lesion, boxes = phantom.image_exam(alone, contrast, 96, 1)
                 without, none = phantom.image_exam(bare, contrast, 96, 1)
                 assert not none
@@ -271,20 +271,20 @@ def test_simulate_volume(shape: tuple[int, int, int], coils: int, padding: tuple
     image = np.zeros(shape)
     image[:, 8:-8, 8:-8] = 2.0
     arguments = {"snr": 20.0, "padding": padding, "voxel_size": (5.0, 5.0)}
-    kspace = phantom.simulate_volume(image, coils, np.random.default_rng(0), **arguments)
+    kspace = scanner.simulate_volume(image, coils, np.random.default_rng(0), **arguments)
     assert kspace.shape == (slices, coils, 2 * height, width) and kspace.dtype == np.complex64
     acquired = np.arange(width)[padding[0] : width - padding[1]]
     assert (np.abs(kspace).sum((0, 1, 2)) > 0).nonzero()[0].tolist() == acquired.tolist()
     beyond = ifft2c(torch.from_numpy(kspace))[..., : height // 4, :]
     per_part = float(beyond.abs().square().mean().sqrt()) / np.sqrt(2 * len(acquired) / width)
     assert per_part == pytest.approx(2.0 / 20.0, rel=0.1)
-    again = phantom.simulate_volume(image * 1j, coils, np.random.default_rng(0), **arguments)
+    again = scanner.simulate_volume(image * 1j, coils, np.random.default_rng(0), **arguments)
     np.testing.assert_allclose(
         rss(ifft2c(torch.from_numpy(again))).mean(), rss(ifft2c(torch.from_numpy(kspace))).mean(), rtol=0.05
     )
     path = tmp_path / "file.h5"
     size = (height - height % 2, width)
-    phantom.write_h5(path, kspace, size, "AXT2", "someone", sequence=scanner.SEQUENCES["AXT2"], padding=padding)
+    scanner.write_h5(path, kspace, size, "AXT2", "someone", sequence=scanner.SEQUENCES["AXT2"], padding=padding)
     with h5py.File(path) as file:
         assert file["reconstruction_rss"].shape == (slices, *size)
         middle = file["reconstruction_rss"][:, size[0] // 2 - 2 : size[0] // 2 + 2, width // 2 - 2 : width // 2 + 2]
@@ -294,24 +294,24 @@ def test_simulate_volume(shape: tuple[int, int, int], coils: int, padding: tuple
 def test_simulate_and_write_refuse_bad_input(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"image\[None\]"):
-        phantom.simulate_volume(np.ones((8, 8)), 2, rng)
+        scanner.simulate_volume(np.ones((8, 8)), 2, rng)
     with pytest.raises(ValueError, match="zero everywhere"):
-        phantom.simulate_volume(np.zeros((1, 8, 8)), 2, rng)
+        scanner.simulate_volume(np.zeros((1, 8, 8)), 2, rng)
     with pytest.raises(ValueError, match="padding"):
-        phantom.simulate_volume(np.ones((1, 8, 8)), 2, rng, padding=(4, 4))
-    kspace = phantom.simulate_volume(np.ones((1, 8, 8)), 2, rng)
+        scanner.simulate_volume(np.ones((1, 8, 8)), 2, rng, padding=(4, 4))
+    kspace = scanner.simulate_volume(np.ones((1, 8, 8)), 2, rng)
     arguments = {"acquisition": "AXT1", "patient_id": "x", "sequence": scanner.SEQUENCES["AXT1"]}
     with pytest.raises(ValueError, match=r"x\.h5.*padding"):
-        phantom.write_h5(tmp_path / "x.h5", kspace, (8, 8), padding=(1, 0), **arguments)
+        scanner.write_h5(tmp_path / "x.h5", kspace, (8, 8), padding=(1, 0), **arguments)
     with pytest.raises(ValueError, match=r"x\.h5.*image_shape"):
-        phantom.write_h5(tmp_path / "x.h5", kspace, (8, 9), **arguments)
+        scanner.write_h5(tmp_path / "x.h5", kspace, (8, 9), **arguments)
     with pytest.raises(ValueError, match=r"x\.h5.*shape"):
-        phantom.write_h5(tmp_path / "x.h5", kspace[0], (8, 8), **arguments)
+        scanner.write_h5(tmp_path / "x.h5", kspace[0], (8, 8), **arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_coils_see_what_is_near_them() -> None:
-    maps = phantom.coil_maps(6, (32, 28), (7.0, 7.0), [0.0, 20.0], np.random.default_rng(1))
+    maps = scanner.coil_maps(6, (32, 28), (7.0, 7.0), [0.0, 20.0], np.random.default_rng(1))
     assert maps.shape == (2, 6, 32, 28) and maps.dtype == np.complex64
     brightest = {np.unravel_index(np.abs(one).argmax(), one.shape) for one in maps[0]}
     assert len(brightest) == 6  # each coil at a place of its own
