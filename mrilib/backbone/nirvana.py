@@ -461,7 +461,7 @@ class NirvanaModel(NirvanaPreTrainedModel):
         if attention_mask is None:
             return None
         batch, length = x.shape[:2]
-        total = length + (0 if cache is None else cache.seen)
+        total = length + (0 if cache is None else cache.token_count)
         if tuple(attention_mask.shape) not in ((batch, length), (batch, total)):
             raise ValueError(
                 f"attention_mask must have shape {(batch, length)}"

@@ -1,7 +1,7 @@
-"""The backbone's tokenizer: Mistral 7B v0.1's, with 32,000 entries, rebuilt as a fast tokenizer.
+"""The backbone's tokenizer: that of Mistral 7B v0.1, with 32,000 entries, rebuilt as a fast tokenizer.
 
-The package mistral-common carries the original sentencepiece file. It is turned into a `tokenizers` BPE from its
-pieces and scores, which gives the ids of sentencepiece itself, runs of spaces and unknown characters included.
+The package mistral-common contains the original sentencepiece file. A `tokenizers` BPE is built from its pieces and
+scores. It gives the same ids as sentencepiece, also for runs of spaces and unknown characters.
 """
 
 from functools import cache
@@ -13,19 +13,19 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mrilib.backbone.loading import names_file, read_json_object
+from mrilib.backbone.loading import read_json_object, transformers_errors
 
 VOCAB_SIZE = 32000
 _SPACE = "▁"
 
 
 def sentencepiece_model() -> Path:
-    """Path of the sentencepiece file, in the installed package mistral-common.
+    """Return the path of the sentencepiece file in the package mistral-common.
 
     Raises
     ------
     FileNotFoundError
-        The installed version does not carry it.
+        If the installed version does not contain it.
     """
     path = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     if not path.is_file():
@@ -34,10 +34,10 @@ def sentencepiece_model() -> Path:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """BPE's merges in order: sentencepiece joins the neighbours whose union has the best score.
+    """Merges of the BPE in order: sentencepiece merges the neighbours whose union has the highest score.
 
-    Runs of spaces all have the same score, and of equals it takes the leftmost: a run grows from its left end. Here
-    every merge has a rank of its own, so the same comes of ranking those with the longer left part first.
+    Runs of spaces have equal scores. Sentencepiece merges the leftmost of equals, so a run grows from its left end.
+    Here every merge needs its own rank: of equals, those with the longer left part come first, to the same effect.
     """
     merges = []
     for piece, score in scores.items():
@@ -49,7 +49,7 @@ def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, 
 
 @cache
 def _mistral_json() -> str:
-    """The tokenizer as tokenizer.json's text; built once, in a second or two."""
+    """Text of tokenizer.json; it takes a second or two and is built once."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model()))
     size = model.get_piece_size()
     if size != VOCAB_SIZE:
@@ -59,12 +59,12 @@ def _mistral_json() -> str:
     scores = {p: model.get_score(i) for p, i in vocab.items() if i not in special and not model.is_byte(i)}
     bpe = BPE(vocab, _merges(vocab, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    # no splitting into words: sentencepiece merges across everything but what the pieces forbid
+    # no splitting into words: sentencepiece merges across spaces
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    # as special tokens, that decode leaves out; "<s>" typed by a user stays text, as in sentencepiece
+    # special tokens, which decoding omits; "<s>" typed by a user stays text, as in sentencepiece
     tokenizer.encode_special_tokens = True
     names = [model.id_to_piece(i) for i in sorted(special)]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -72,18 +72,17 @@ def _mistral_json() -> str:
 
 
 def mistral_tokenizer() -> PreTrainedTokenizerFast:
-    """Mistral 7B v0.1's tokenizer.
+    """Build the tokenizer of Mistral 7B v0.1.
 
     Returns
     -------
     PreTrainedTokenizerFast
-        32,000 entries; bos "<s>" 1, eos "</s>" 2, and eos for padding too, as the published backbone has it. It adds
-        neither of them by itself.
+        32,000 entries; bos "<s>" 1, eos "</s>" 2, pad = eos, as in the published backbone. Encoding adds no tokens.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        mistral-common does not carry the file that is meant.
+        If mistral-common does not contain the file, or another version of it.
     """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_mistral_json()),
@@ -101,21 +100,21 @@ def mistral_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(tokenizer_path: str | Path = "", vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a backbone.
+    """Load a backbone's tokenizer.
 
     Parameters
     ----------
     tokenizer_path : path
-        A directory that `save_pretrained` wrote or a tokenizer.json; empty for Mistral's.
+        A directory written by `save_pretrained`, or a tokenizer.json; empty for Mistral's.
     vocab_size : int, optional
-        Number of rows of the backbone's embeddings, to be checked against.
+        Number of rows of the backbone's embeddings; all ids must be below it.
 
     Raises
     ------
     FileNotFoundError
-        tokenizer_path is not there or holds no tokenizer.
+        If tokenizer_path does not exist or contains no tokenizer.
     ValueError
-        An id would be outside the backbone's embeddings, or there is no end-of-sequence token to stop at.
+        If an id exceeds the backbone's embeddings, or there is no end-of-sequence token.
     """
     if not str(tokenizer_path):
         tokenizer: PreTrainedTokenizerBase = mistral_tokenizer()
@@ -132,36 +131,35 @@ def load_tokenizer(tokenizer_path: str | Path = "", vocab_size: int | None = Non
     if vocab_size is not None and highest >= vocab_size:
         raise ValueError(
             f"tokenizer {name} has ids up to {highest}, the backbone has {vocab_size} embeddings: "
-            "set tokenizer_path to the tokenizer that belongs to backbone_path"
+            "set tokenizer_path to the tokenizer of backbone_path"
         )
     return tokenizer
 
 
 def _from_path(path: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a directory, or from a tokenizer.json, whose neighbours say what its special tokens are."""
+    """Load a tokenizer from a directory, with its tokenizer_config.json if there is one, or from a tokenizer.json."""
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
             raise FileNotFoundError(
-                f"{path} holds no tokenizer.json: give the backbone's tokenizer as tokenizer_path; from other files, "
-                "AutoTokenizer.from_pretrained(…).save_pretrained(…) makes one"
+                f"{path} contains no tokenizer.json: give the backbone's tokenizer as tokenizer_path; "
+                "AutoTokenizer.from_pretrained(…).save_pretrained(…) converts other formats"
             )
         config = path / "tokenizer_config.json"
         if config.is_file():
             read_json_object(config)
             _vocabulary(path / "tokenizer.json")
-            with names_file(config):
+            with transformers_errors(config):
                 return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         path = path / "tokenizer.json"
-    known = _vocabulary(path)
-    named = {key: token for key, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
-             if token in known}  # fmt: skip
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), padding_side="left", split_special_tokens=True, **named)
+    vocabulary = _vocabulary(path)
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = {key: token for key, token in usual.items() if token in vocabulary}
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), padding_side="left", split_special_tokens=True, **special)
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    """The vocabulary of a tokenizer.json."""
     if not path.is_file():
-        raise FileNotFoundError(f"tokenizer_path {path} is not there")
+        raise FileNotFoundError(f"tokenizer_path {path} does not exist")
     try:
         return Tokenizer.from_file(str(path)).get_vocab()
     except Exception as error:  # tokenizers raises plain Exception

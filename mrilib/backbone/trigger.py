@@ -1,8 +1,7 @@
-"""The Trigger's learner: a small normed linear map that takes one gradient step for every token and layer.
+"""The Trigger's learner: a small normalised linear map that takes one gradient step for every token and layer.
 
-After Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", 2024, arXiv:2407.04620. What
-it has learned lies in θ, one factor for each of L versions of its weights; θ runs from layer to layer, not from token
-to token.
+After Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", 2024, arXiv:2407.04620. The
+step changes θ, one factor for each of L versions of the weights. θ passes from layer to layer, not from token to token.
 """
 
 import torch
@@ -16,7 +15,7 @@ TriggerState = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TriggerWeights(nn.Module):
-    """The Trigger's weights, shared by all layers: each holds L versions that a token's θ mixes.
+    """The Trigger's weights, shared by all layers: each holds L versions, which a token's θ weights and sums.
 
     Parameters
     ----------
@@ -36,9 +35,9 @@ class TriggerWeights(nn.Module):
     def forward(self, c_q: Tensor, c_k: Tensor, c_v: Tensor, theta: TriggerState | None) -> tuple[Tensor, TriggerState]:
         """Learn from (c_k, c_v) by one gradient step on θ, then predict at c_q.
 
-        With W_t = W·θ_w and so on (contracting L), the step descends ½|w_t ẑ + c_t + c_k − c_v|², ẑ the normalised
-        c_k W_t + b_t, and treats the normalisation's mean and deviation as constants. W_t, a matrix for every
-        token, is never formed: c_k W, one product for all tokens, serves both c_k W_t and the gradient of θ_w.
+        With W_t = W·θ_w and so on (contracting L), the step descends ½|w_t ẑ + c_t + c_k − c_v|², where ẑ is the
+        normalised c_k W_t + b_t. Mean and deviation of the normalisation are constants in the gradient. W_t, a matrix
+        for every token, is never formed: the product c_k W gives both c_k W_t and the gradient of θ_w.
 
         Parameters
         ----------
@@ -50,8 +49,7 @@ class TriggerWeights(nn.Module):
         -------
         h : Tensor, shape (B, T, C)
         theta : four Tensors, shape (B, T, L)
-            After the step. Both in float32 whatever the model's type, and under autocast too: a step of 0.01 beside 1
-            is lost in bfloat16.
+            After the step. Both are in float32, under autocast too: bfloat16 would round away a step of 0.01 at 1.
         """
         with torch.autocast(c_q.device.type, enabled=False):
             return self._learn_and_predict(c_q, c_k, c_v, theta)

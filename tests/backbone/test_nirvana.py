@@ -132,7 +132,7 @@ def test_cache_size_is_bounded():
     for _ in range(200):
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
         sizes.append(sum(x.numel() for layer in cache.layers for x in layer.tensors()))
-    assert max(sizes[100:]) <= max(sizes[:100]) and cache.seen == 240
+    assert max(sizes[100:]) <= max(sizes[:100]) and cache.token_count == 240
 
 
 def test_trigger_is_a_gradient_step_and_never_forms_the_matrices():
@@ -519,7 +519,7 @@ def test_index_that_does_not_fit_its_files(index, tmp_path):
     for others, told in (
         ({norm: wrong}, rf"missing: {norm}, which the index lists in {wrong}"),
         ({"ghost": "a.safetensors"}, "missing: ghost, which the index lists in a.safetensors"),
-        ({norm: "c.safetensors"}, r"not beside it: c\.safetensors"),
+        ({norm: "c.safetensors"}, r"missing next to it: c\.safetensors"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=told):
             load_backbone(GOLDEN / "config.json", index(**others))
@@ -575,7 +575,7 @@ def test_refuses_pickles_and_missing_paths(tmp_path, model):
     shutil.copy(GOLDEN / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="never read"):
         load_backbone("", tmp_path)
-    with pytest.raises(FileNotFoundError, match="not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         load_backbone(GOLDEN / "config.json", tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="config_path"):
         load_backbone("", GOLDEN / "model.safetensors")

@@ -78,7 +78,7 @@ def test_vocabulary_must_fit(tmp_path):
 
 
 def test_bad_paths(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         load_tokenizer(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
         load_tokenizer(tmp_path)
