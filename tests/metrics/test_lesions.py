@@ -78,7 +78,7 @@ def test_phantom_lesions(phantom_dir, volumes, tmp_path):
         if annotations.reviewed(volume.file)
     )
     assert len(same) + left_out == total and left_out == also_left_out and len(same) > 5
-    assert {one.ratio for one in same} == {1.0} and {one.ratio for one in flat} == {0.0}
+    assert {one.retention for one in same} == {1.0} and {one.retention for one in flat} == {0.0}
     table = lesions.lesion_table({"4": {"model": same, "zero_filled": flat}})
     everything = table[table["lesions"] == "all"]
     assert everything["lost"].tolist() == [0, len(flat)] and everything["number"].tolist() == [len(same)] * 2
