@@ -7,16 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mrilib.errors import (
-    MAX_LINE_LENGTH,
-    STOPPED,
-    ParameterError,
-    is_foreseen,
-    log_traceback,
-    one_line,
-    printable,
-    shortened,
-)
+from mrilib import errors
+from mrilib.errors import STOPPED, ParameterError, printable, shortened
 
 # ------------------------------------------------------------------------------------------------------------- parsing
 
@@ -36,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage and the error, and exit with status 2."""
-        super().error(shortened(message, MAX_LINE_LENGTH))
+        super().error(shortened(message, errors.MAX_LINE_LENGTH))
 
 
 def folder(text: str) -> Path:
@@ -79,8 +71,8 @@ def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="execute the notebooks of a params folder")
     run.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
     run.add_argument("--name", help="name of the run folder in outputs/ (default: the params folder's name)")
-    _add_stage_options(run)
-    _add_parameter_option(run, "NOTEBOOK.NAME=VALUE", "value of a parameter, replacing the params file's")
+    _add_stages(run)
+    _add_parameter(run, "NOTEBOOK.NAME=VALUE", "value of a parameter, replacing the params file's")
     again = run.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="delete an existing run folder first (default: no)")
     again.add_argument("--resume", action="store_true", help="execute the run's unfinished notebooks (default: no)")
@@ -90,110 +82,73 @@ def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser("sweep", help="one run per combination of values, then a comparison")
     sweep.add_argument("params", type=Path, help="folder with one YAML file per notebook, e.g. params/demo")
     sweep.add_argument("--name", help="first part of the run folders' names (default: the params folder's name)")
-    _add_parameter_option(sweep, "NOTEBOOK.NAME=VALUE,VALUE", "values of a parameter, one run for each")
+    _add_parameter(sweep, "NOTEBOOK.NAME=VALUE,VALUE", "values of a parameter, one run for each")
     sweep.add_argument("--methods", help="files in the folder's methods/, e.g. varnet,unet, or all (default: none)")
     sweep.add_argument("--seeds", help="seeds of both stages, e.g. 0,1 (default: those of the params files)")
-    _add_stage_options(sweep)
+    _add_stages(sweep)
     again = sweep.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="resume unfinished runs (default: no)")
     again.add_argument("--overwrite", action="store_true", help="repeat all runs, also finished ones (default: no)")
 
 
-def _add_stage_options(command: argparse.ArgumentParser) -> None:
+def _add_stages(command: argparse.ArgumentParser) -> None:
     stages = command.add_mutually_exclusive_group()
-    stages.add_argument("--stage1-only", action="store_true", help="train only the k-space encoder (default: all)")
-    stages.add_argument(
-        "--stage2-only", action="store_true", help="train only the image decoder; needs -c (default: all)"
-    )
+    stages.add_argument("--stage1-only", action="store_true", help="train only the k-space encoder (default: no)")
+    stages.add_argument("--stage2-only", action="store_true", help="train only the decoder; needs -c (default: no)")
     command.add_argument("-c", "--checkpoint", type=Path, help="stage-1 checkpoint for --stage2-only (default: none)")
 
 
-def _add_parameter_option(command: argparse.ArgumentParser, metavar: str, text: str) -> None:
-    command.add_argument(
-        *("-p", "--parameter"),
-        action="append",
-        default=[],
-        metavar=metavar,
-        help=f"{text}; may be given several times (default: none)",
-    )
+def _add_parameter(command: argparse.ArgumentParser, metavar: str, text: str) -> None:
+    text += "; may be given several times (default: none)"
+    command.add_argument("-p", "--parameter", action="append", default=[], metavar=metavar, help=text)
 
 
 def _add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train one stage without its notebook, e.g. by accelerate")
     train.add_argument("params", type=Path, help="params file of the stage, e.g. params/full/stage1.yaml")
     train.add_argument("--stage", type=int, choices=(1, 2), required=True, help="1: k-space encoder; 2: image decoder")
-    _add_parameter_option(train, "NAME=VALUE", "value of a parameter, replacing the params file's")
+    _add_parameter(train, "NAME=VALUE", "value of a parameter, replacing the params file's")
     train.add_argument("--resume", action="store_true", help="resume the training in output_dir (default: no)")
-    train.add_argument(
-        "--only",
-        default="",
-        help="network to train: stage1 or constant_prefix, stage2 or no_token_decoder "
-        "(default: the stage and, with train_control, its baseline)",
-    )
-    train.add_argument(
-        "--dry-run", action="store_true", help="run one batch and print memory, time and disk needed (default: no)"
-    )
+    networks = "stage1 or constant_prefix, stage2 or no_token_decoder"
+    train.add_argument("--only", default="", help=f"network to train: {networks} (default: both, with train_control)")
+    train.add_argument("--dry-run", action="store_true", help="print memory, time and disk needed (default: no)")
 
 
 def _add_cost(commands: Any) -> None:
-    cost = commands.add_parser("cost", help="time and FLOPs per step, and steps at equal compute")
-    cost.add_argument("params", type=Path, nargs="+", help="params files of stage 1 or 2, or of a methods/ folder")
-    cost.add_argument(
-        "--reference",
-        type=whole(1, 1000),
-        default=1,
-        help="number of files, from the first, that form the compute budget (default: %(default)s)",
-    )
-    cost.add_argument(
-        "--rounds", type=whole(1, 1000), default=3, help="measurements per file, in turn (default: %(default)s)"
-    )
-    cost.add_argument(
-        "--steps", type=whole(1, 10**6), default=5, help="optimizer steps per measurement (default: %(default)s)"
-    )
+    add = commands.add_parser("cost", help="time and FLOPs per step, and steps at equal compute").add_argument
+    add("params", type=Path, nargs="+", help="params files of stage 1 or 2, or of a methods/ folder")
+    add("--reference", type=whole(1, 1000), default=1, help="first files that form the budget (default: %(default)s)")
+    add("--rounds", type=whole(1, 1000), default=3, help="measurements per file, in turn (default: %(default)s)")
+    add("--steps", type=whole(1, 10**6), default=5, help="optimizer steps per measurement (default: %(default)s)")
 
 
 def _add_make_data(commands: Any) -> None:
-    data = commands.add_parser("make-data", help="write phantom brains in fastMRI's format")
-    data.add_argument("directory", type=Path, help="output folder")
-    data.add_argument(
-        "--volumes",
-        type=whole(1, 10**5),
-        default=150,
-        help="number of h5 files; a patient has three, one per contrast (default: %(default)s)",
-    )
-    data.add_argument("--slices", type=whole(1, 256), default=4, help="slices per volume (default: %(default)s)")
-    data.add_argument(
-        "--img-size", type=whole(16, 4096), default=128, help="side of the images [pixels] (default: %(default)s)"
-    )
-    data.add_argument("--coils", type=whole(2, 128), default=8, help="typical number of coils (default: %(default)s)")
-    data.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the phantom (default: %(default)s)")
+    add = commands.add_parser("make-data", help="write phantom brains in fastMRI's format").add_argument
+    add("directory", type=Path, help="output folder")
+    add("--volumes", type=whole(1, 10**5), default=150, help="h5 files, three per patient (default: %(default)s)")
+    add("--slices", type=whole(1, 256), default=4, help="slices per volume (default: %(default)s)")
+    add("--img-size", type=whole(16, 4096), default=128, help="side of the images [pixels] (default: %(default)s)")
+    add("--coils", type=whole(2, 128), default=8, help="typical number of coils (default: %(default)s)")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the phantom (default: %(default)s)")
 
 
 def _add_check(commands: Any) -> None:
-    check = commands.add_parser("check", help="read every h5 file of a folder; exit 1 on problems")
-    check.add_argument("directory", type=Path, help="folder of fastMRI brain multicoil h5 files")
-    check.add_argument("--processes", type=whole(1, 256), help="files read in parallel (default: one per core)")
+    add = commands.add_parser("check", help="read every h5 file of a folder; exit 1 on problems").add_argument
+    add("directory", type=Path, help="folder of fastMRI brain multicoil h5 files")
+    add("--processes", type=whole(1, 256), help="files read in parallel (default: one per core)")
 
 
 def _add_reconstruct(commands: Any) -> None:
-    reconstruct = commands.add_parser("reconstruct", help="images and analyses of one file by a run's model")
-    reconstruct.add_argument("run", type=Path, help="run folder, e.g. outputs/demo")
-    reconstruct.add_argument("file", type=Path, help="fastMRI brain multicoil h5 file")
-    reconstruct.add_argument(
-        "--out", type=folder, default=Path("reconstructed"), help="output folder (default: %(default)s)"
-    )
-    reconstruct.add_argument(
-        "--acceleration",
-        type=whole(1, 1000),
-        help="acceleration for a fully sampled file (default: the run's first)",
-    )
+    add = commands.add_parser("reconstruct", help="images and analyses of one file by a run's model").add_argument
+    add("run", type=Path, help="run folder, e.g. outputs/demo")
+    add("file", type=Path, help="fastMRI brain multicoil h5 file")
+    add("--out", type=folder, default=Path("reconstructed"), help="output folder (default: %(default)s)")
+    add("--acceleration", type=whole(1, 1000), help="acceleration for a fully sampled file (default: the run's first)")
 
 
 def _add_runs(commands: Any) -> None:
-    runs = commands.add_parser("runs", help="print a table of the runs")
-    runs.add_argument(
-        "directory", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders (default: %(default)s)"
-    )
+    add = commands.add_parser("runs", help="print a table of the runs").add_argument
+    add("directory", type=Path, nargs="?", default=Path("outputs"), help="folder of run folders (default: %(default)s)")
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -321,9 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: stopped by SIGINT", file=sys.stderr)
         return STOPPED
     except Exception as error:
-        line = one_line(error)
-        if not is_foreseen(error):
-            line += f" ({log_traceback(error)})"
+        line = errors.one_line(error)
+        if not errors.is_foreseen(error):
+            line += f" ({errors.log_traceback(error)})"
         print(f"error: {line}", file=sys.stderr)
         return 1
 

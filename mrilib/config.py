@@ -42,12 +42,8 @@ class DataParameters(OutputParameters):
     data_dir: str = parameter("data/demo", "folder of fastMRI brain multicoil h5 files for training", min_length=1)
     val_dir: str = parameter("", "folder of validation files; empty: part of data_dir, split by patient")
     test_dir: str = parameter("", "folder of test files; empty: part of data_dir, split by patient")
-    val_fraction: float = parameter(
-        0.06, "fraction of data_dir's patients for validation if val_dir is empty", ge=0, lt=1
-    )
-    test_fraction: float = parameter(
-        0.12, "fraction of data_dir's patients for testing if test_dir is empty", ge=0, lt=1
-    )
+    val_fraction: float = parameter(0.06, "fraction of data_dir's patients for validation without val_dir", ge=0, lt=1)
+    test_fraction: float = parameter(0.12, "fraction of data_dir's patients for testing without test_dir", ge=0, lt=1)
     split_seed: int = parameter(0, "seed of the split by patient", ge=0, lt=2**32)
     on_bad_file: Literal["refuse", "skip"] = parameter(
         "refuse", "unusable data files: stop with an error, or skip them and list them in run.json"
@@ -55,12 +51,8 @@ class DataParameters(OutputParameters):
     annotations_dir: str = parameter(
         "", "folder of fastMRI+'s brain.csv and brain_file_list.csv; empty: those in data_dir, if any"
     )
-    reports_path: str = parameter(
-        "", "JSON Lines file of your own reports (file, slice, prompt, response); empty: none"
-    )
-    num_coils: int = parameter(
-        4, "virtual coils after SVD compression; slices with fewer coils keep theirs", ge=1, le=1024
-    )
+    reports_path: str = parameter("", "JSON Lines file of own reports (file, slice, prompt, response); empty: none")
+    num_coils: int = parameter(4, "coils after SVD compression; slices with fewer coils keep theirs", ge=1, le=1024)
     img_size: int = parameter(128, "side of the ViT's input image [pixels], a multiple of 16", ge=16, le=4096)
     crop: Literal["readout", "image"] = parameter(
         "readout", "readout: remove readout oversampling only; image: crop both axes before masking"
@@ -126,7 +118,7 @@ class BackboneParameters(DataParameters):
         "models/tiny_backbone", "backbone weights, or folder of a Hugging Face causal language model", min_length=1
     )
     tokenizer_path: str = parameter(
-        "", "tokenizer.json or its folder; empty: the backbone folder's, else Mistral 7B v0.1's"
+        "", "tokenizer.json or its folder; empty: backbone folder's, else Mistral 7B v0.1's"
     )
     backbone_dtype: Literal["float32", "bfloat16"] = parameter(
         "float32", "data type of the frozen backbone's weights; bfloat16 halves their memory"
@@ -138,7 +130,7 @@ class TrainingParameters(BackboneParameters):
     """Training loop, the same for both stages."""
 
     epochs: int = parameter(6, "passes over the training slices", ge=1, le=10**6)
-    max_steps: int = parameter(0, "limit of optimizer steps, in addition to epochs; 0: no limit", ge=0, le=10**8)
+    max_steps: int = parameter(0, "stop after this many optimizer steps at the latest; 0: no limit", ge=0, le=10**8)
     batch_size: int = parameter(
         16, "slices per batch; a step uses gradient_accumulation_steps × num_processes batches", ge=1, le=4096
     )
@@ -153,9 +145,7 @@ class TrainingParameters(BackboneParameters):
     adam_betas: list[float] = parameter([0.9, 0.99], "AdamW's decay rates of the gradient's mean and of its square")
     gradient_accumulation_steps: int = parameter(1, "batches per process and optimizer step", ge=1, le=4096)
     mixed_precision: Literal["no", "bf16"] = parameter("no", "bf16: autocast; FFT and SSIM stay in float32")
-    activation_checkpointing: bool = parameter(
-        False, "recompute activations in the backward pass: less memory, more time"
-    )
+    activation_checkpointing: bool = parameter(False, "recompute activations in the backward pass to save memory")
     max_train_slices: int = parameter(0, "largest number of training slices per epoch; 0: all", ge=0, le=10**7)
     max_val_slices: int = parameter(0, "largest number of validation slices, spread evenly; 0: all", ge=0, le=10**7)
     save_interval: int = parameter(5, "epochs between the checkpoints stageN_epoch_M.pt", ge=1, le=10**6)
@@ -167,9 +157,7 @@ class TrainingParameters(BackboneParameters):
     checkpoint_minutes: float = parameter(
         10, "time between the checkpoints for resuming [minutes]; 0: after every step", ge=0, le=525600
     )
-    max_checkpoints: int = parameter(
-        0, "number of checkpoints stageN_epoch_M.pt to keep, the newest; 0: all", ge=0, le=10**4
-    )
+    max_checkpoints: int = parameter(0, "newest checkpoints stageN_epoch_M.pt to keep; 0: all", ge=0, le=10**4)
     on_nan: Literal["stop", "skip"] = parameter(
         "stop", "if loss or gradient is not finite: save the state and stop, or skip the step"
     )
@@ -243,15 +231,10 @@ class Stage1Parameters(TrainingParameters):
     varnet_chans: int = parameter(8, "channels of the U-Nets in the cascades", ge=1, le=512)
     varnet_pools: int = parameter(3, "down-sampling levels of the U-Nets in the cascades", ge=1, le=8)
     varnet_weights: str = parameter("", "state dict of fastMRI's VarNet to start from; empty: random weights")
-    varnet_map_network: bool = parameter(
-        False, "estimate the coil maps by VarNet's network; false: from the centre lines alone"
-    )
+    varnet_map_network: bool = parameter(False, "coil maps from VarNet's network; false: from the centre lines alone")
     label_smoothing: float = parameter(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
     finding_fraction: float = parameter(
-        0.0,
-        "fraction of an epoch replaced by random slices of the same shape with a finding; 0: every slice once",
-        ge=0,
-        le=1,
+        0.0, "fraction of an epoch replaced by random slices with a finding; 0: every slice once", ge=0, le=1
     )
     mirror_fraction: float = parameter(
         0.0, "fraction of training slices flipped left to right, with their text and boxes", ge=0, le=1
@@ -260,7 +243,7 @@ class Stage1Parameters(TrainingParameters):
         [], "fastMRI+ labels that a U-Net locates and adds to the tokens of their patches; empty: none"
     )
     train_control: bool = parameter(
-        True, "also train the constant_prefix baseline: a learned prefix without k-space, same steps"
+        True, "also train the constant_prefix baseline: a prefix without k-space, same steps"
     )
 
     @model_validator(mode="after")
@@ -319,17 +302,11 @@ class Stage2Parameters(TrainingParameters):
     decoder_hidden_dim: int = parameter(128, "channels of the projected image tokens", ge=16, le=4096)
     use_bilinear_upsample: bool = parameter(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = parameter(True, "the decoder also receives the measured data; false: image tokens alone")
-    sense: bool = parameter(
-        True, "start the U-Net from a SENSE image and apply data consistency over all coils to its output"
-    )
+    sense: bool = parameter(True, "U-Net on a SENSE image, followed by data consistency over all coils")
     baseline_cascades: int = parameter(12, "cascades of the VarNet baselines", ge=1, le=64)
-    baseline_chans: int = parameter(18, "channels of the U-Nets in the VarNet and U-Net baselines", ge=1, le=512)
-    baseline_pools: int = parameter(
-        4, "down-sampling levels of the U-Nets in the VarNet and U-Net baselines", ge=1, le=8
-    )
-    masks_per_slice: int = parameter(
-        0, "masks that a training slice uses in turn; 0: a new mask every time", ge=0, le=10**4
-    )
+    baseline_chans: int = parameter(18, "channels of the baselines' U-Nets", ge=1, le=512)
+    baseline_pools: int = parameter(4, "down-sampling levels of the baselines' U-Nets", ge=1, le=8)
+    masks_per_slice: int = parameter(0, "masks that a training slice uses in turn; 0: always a new one", ge=0, le=10**4)
     token_cache_dir: str = parameter(
         "", "folder of the token cache: image tokens and decoder inputs, shared by runs; empty: no cache"
     )
@@ -419,10 +396,10 @@ class BenchmarkParameters(OutputParameters):
     existing_paths = ("stage1_params", "stage2_params")
 
     stage1_params: str = parameter(
-        "params/demo/stage1.yaml", "stage-1 params file for timing the token cache", min_length=1
+        "params/demo/stage1.yaml", "params file of stage 1 to time the token cache", min_length=1
     )
     stage2_params: str = parameter(
-        "params/demo/stage2.yaml", "stage-2 params file for timing the token cache", min_length=1
+        "params/demo/stage2.yaml", "params file of stage 2 to time the token cache", min_length=1
     )
     device: Device = parameter("auto", DEVICE)
     num_threads: int = parameter(0, "CPU threads of PyTorch; 0: PyTorch's default", ge=0, le=1024)
@@ -472,20 +449,14 @@ class PretrainParameters(OutputParameters):
     logit_dim: int = parameter(8, "versions of each weight in the Trigger", ge=1, le=4096)
     max_steps: int = parameter(1800, "training steps", ge=1, le=10**7)
     batch_size: int = parameter(32, "texts per step", ge=1, le=4096)
-    learning_rate: float = parameter(
-        4e-3, "peak learning rate of Muon (layers) and AdamW (embeddings, norms)", gt=0, le=10
-    )
+    learning_rate: float = parameter(4e-3, "peak learning rate of Muon (layers) and AdamW (other weights)", gt=0, le=10)
     weight_decay: float = parameter(0.01, "weight decay of the layers' matrices", ge=0, le=100)
     warmup_ratio: float = parameter(0.05, "fraction of the steps with rising learning rate", ge=0, le=1)
     max_grad_norm: float = parameter(1.0, "gradients are clipped to this norm", gt=0, le=1e9)
     prefix_min: int = parameter(16, "shortest prefix [positions]", ge=16, le=4096)
     prefix_max: int = parameter(80, "longest prefix [positions]", ge=16, le=4096)
-    noise: float = parameter(
-        1.0, "largest noise of a prefix position [root mean square of the token embeddings]", ge=0, le=100
-    )
-    num_threads: int = parameter(
-        2, "CPU threads; another number changes the order of sums, and so the weights", ge=1, le=1024
-    )
+    noise: float = parameter(1.0, "largest noise of a prefix position [RMS of the token embeddings]", ge=0, le=100)
+    num_threads: int = parameter(2, "CPU threads; the weights depend slightly on their number", ge=1, le=1024)
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:

@@ -93,12 +93,7 @@ class Parameters(BaseModel):
         return config
 
     def require_path(self, name: str) -> None:
-        """Check that a path exists: a folder for names that end in _dir, else a regular file or a folder.
-
-        Raises
-        ------
-        ParameterError
-        """
+        """Check that a path exists: a folder for names that end in _dir, else a regular file or a folder."""
         path = getattr(self, name)
         missing = ParameterError(f"{name}: '{path}' does not exist. {HINTS.get(name, '')}".strip(), [name])
         if not path:
@@ -116,12 +111,7 @@ class Parameters(BaseModel):
 
     @classmethod
     def check_replaced(cls, values: Mapping[str, Any], names: Collection[str]) -> None:
-        """Refuse wrong values of parameters `names` even though a run will replace them.
-
-        Raises
-        ------
-        ParameterError
-        """
+        """Refuse wrong values of parameters `names` even though a run will replace them."""
         try:
             cls(**{name: value for name, value in values.items() if name in cls.model_fields})
         except ValidationError as error:

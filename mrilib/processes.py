@@ -26,9 +26,6 @@ held_locks: dict[Path, TextIO] = {}  # run folder → its open lock file
 _exclusive: set[Path] = set()  # folders that this process locked first
 
 
-# ------------------------------------------------------------------------------------------------------- run folders
-
-
 def lock_run(directory: Path, wait: float = 3.0) -> None:
     """Lock a run folder for this process and its children, until `unlock_run` or the end of all of them.
 
@@ -100,9 +97,6 @@ def cancel_stop(directory: Path) -> None:
 def stop_requested(directory: Path | None = None) -> bool:
     """Return whether `request_stop` was called for a folder; by default, for any folder locked by this process."""
     return any((folder / STOP_FILE).exists() for folder in ([directory] if directory else list(held_locks)))
-
-
-# ---------------------------------------------------------------------------------------------- processes and signals
 
 
 def child_process_options() -> dict[str, Any]:

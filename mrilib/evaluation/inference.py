@@ -237,7 +237,8 @@ def check_covers(dataset: FastMRIDataset) -> None:
         if volume.has_target and config.img_size < min(volume.image_shape[1], max(volume.image_shape)):
             raise ParameterError(
                 f"img_size: crop: image to {config.img_size} pixels does not cover the target of {volume.path.name}, "
-                f"{volume.image_shape[0]}×{volume.image_shape[1]}; set img_size to {max(volume.image_shape)} or more, or crop: readout"
+                f"{volume.image_shape[0]}×{volume.image_shape[1]}; "
+                f"set img_size to {max(volume.image_shape)} or more, or crop: readout"
             )
 
 

@@ -54,9 +54,6 @@ WITHOUT_TOKENS: Values = {  # parameters of a run with a decoder that uses no to
 }
 
 
-# --------------------------------------------------------------------------------------------------------------- plan
-
-
 @dataclass(frozen=True)
 class Plan:
     """Notebooks of a run, their parameters, and the run folder."""
@@ -70,13 +67,7 @@ class Plan:
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """Return the plan of ``run``; `options` are those of the command line.
-
-    Raises
-    ------
-    ParameterError
-        For options that contradict each other, or files that do not exist.
-    """
+    """Return the plan of ``run`` for its command-line options; raise a ParameterError for contradictory ones."""
     _check_options(options)
     folder: Path = options.params
     directory = resolve("outputs") / (options.name or folder.resolve().name)
@@ -154,16 +145,10 @@ def notebook_values(plan: Plan, name: str) -> dict[str, Any]:
     return {**values, **overrides}
 
 
-# --------------------------------------------------------------------------------------------- checks before the start
-
-
 def check_plan(plan: Plan, values: Values) -> ExploreParameters | None:
     """Check the parameters of all notebooks before the first one starts, so that none fails after hours.
 
-    Returns
-    -------
-    ExploreParameters or None
-        Parameters of the phantom data, if the params folder describes any.
+    Return those of the phantom data, if the params folder describes any.
     """
     phantom: Any = None
     if "explore" in values:
@@ -225,22 +210,10 @@ def check_baselines(values: Values, directory: Path) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------- run folder
-
-
 def run(plan: Plan, overwrite: bool = False) -> int:
-    """Check the plan, write phantom data if needed, prepare the run folder and execute the notebooks.
+    """Check the plan, write phantom data if needed, prepare the run folder, and execute the notebooks.
 
-    Parameters
-    ----------
-    plan : Plan
-    overwrite : bool
-        Delete an existing run in the folder.
-
-    Returns
-    -------
-    int
-        Exit status.
+    `overwrite` deletes an existing run in the folder. Return the exit status.
     """
     values = {name: notebook_values(plan, name) for name in plan.notebooks}
     phantom = check_plan(plan, values)
@@ -266,13 +239,7 @@ def run(plan: Plan, overwrite: bool = False) -> int:
 
 
 def claim_folder(directory: Path, overwrite: bool) -> None:
-    """Lock and empty the folder of a new run.
-
-    Raises
-    ------
-    ParameterError
-        If it contains a run and `overwrite` is false, or if it is another folder.
-    """
+    """Lock and empty the folder of a new run; refuse one with a run, unless `overwrite`, and other folders."""
     name = display_path(directory)
     has_record = (directory / "run.json").exists()
     if has_record and not overwrite:
@@ -290,19 +257,8 @@ def claim_folder(directory: Path, overwrite: bool) -> None:
             path.unlink()
 
 
-# ----------------------------------------------------------------------------------------------------------- execution
-
-
 def execute(plan: Plan, values: Values) -> tuple[str, int]:
-    """Execute the notebooks that are not done.
-
-    Returns
-    -------
-    failed : str
-        The notebook that failed or was stopped; empty if none was.
-    status : int
-        Exit status.
-    """
+    """Execute the notebooks that are not done; return the one that failed, if any, and the exit status."""
     record = Run(plan.directory, [])
     todo = []
     for name in plan.notebooks:
@@ -327,14 +283,7 @@ def execute(plan: Plan, values: Values) -> tuple[str, int]:
 
 
 def execute_one(notebook: "Notebook", signals: list[int]) -> int:
-    """Execute one notebook, record a failure, and return the exit status.
-
-    Parameters
-    ----------
-    notebook : Notebook
-    signals : list of int
-        Signals received so far (`processes.stop_on_signals`); the notebook does not start if there are any.
-    """
+    """Execute one notebook, unless `signals` were received before; record a failure; return the exit status."""
     start = time.monotonic()
     name, directory, stem = notebook.name, notebook.directory, NOTEBOOKS[notebook.name][0]
     rendered = directory / f"{stem}.ipynb"

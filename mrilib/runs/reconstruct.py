@@ -52,9 +52,6 @@ UNUSED_PATHS = (
 )
 
 
-# --------------------------------------------------------------------------------------------------------------- model
-
-
 def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
     """Return the parameters of a run's evaluation, with the weights in this folder.
 
@@ -81,9 +78,6 @@ def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, Eval
     config = run_config(directory, device)
     disable_progress_bar()  # transformers' bars for loading files
     return load_trained(config, pick_device(device))[0], config
-
-
-# ---------------------------------------------------------------------------------------------------------- provenance
 
 
 def provenance(run: Path, config: EvaluateParameters, volume: Volume, acceleration: int | None) -> dict[str, Any]:
@@ -154,9 +148,6 @@ def refuse_overwriting(out: Path, name: str, new: dict[str, Any]) -> None:
             differing = [key for key in IDENTITY if old.get(key) != new[key]]
             origin += f", with another {', '.join(differing)}"
     raise ParameterError(f"{display_path(existing[0])} exists, and {origin}; remove it, or give another --out")
-
-
-# ------------------------------------------------------------------------------------------------------ reconstruction
 
 
 class Output(NamedTuple):

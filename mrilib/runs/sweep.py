@@ -27,9 +27,6 @@ WRITTEN_LATER = ("data_dir", *CHECKPOINTS)
 SET_BY_RUN = (*WRITTEN_LATER, "output_dir", "interactive", "runs", "resume")  # not compared with a finished run
 
 
-# ------------------------------------------------------------------------------------------------------------ variants
-
-
 class Variant(NamedTuple):
     """One run of a sweep."""
 
@@ -51,12 +48,7 @@ class Variant(NamedTuple):
 def read_methods(folder: Path, names: str | None) -> dict[str, dict[str, Any]]:
     """Read params files in ``methods/``: method → the stage-2 parameters that it changes.
 
-    Parameters
-    ----------
-    folder : Path
-        Params folder.
-    names : str, optional
-        Methods, separated by commas, or "all".
+    `names` are separated by commas; "all" stands for every file.
     """
     files = {path.stem: path for path in sorted((folder / "methods").glob("*.yaml"))}
     chosen = list(files) if names == "all" else names.split(",") if names else []
@@ -158,13 +150,7 @@ def _with_notebooks(folder: Path, variant: Variant, available: Sequence[str]) ->
 
 
 def check(folder: Path, planned: Sequence[Variant]) -> None:
-    """Refuse wrong parameters of any variant before the first run starts.
-
-    Raises
-    ------
-    ParameterError
-        Naming the variant and the parameter.
-    """
+    """Refuse wrong parameters of any variant before the first run starts; name the variant and the parameter."""
     for variant in planned:
         unused = {name.partition(".")[0] for name in variant.parameters} - set(variant.notebooks)
         if unused:
@@ -176,16 +162,10 @@ def check(folder: Path, planned: Sequence[Variant]) -> None:
                 raise ParameterError(f"{variant.name}: {notebook}: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
-
-
 def sweep(options: argparse.Namespace) -> int:
     """Execute every variant, then 05_compare_runs; a failed variant does not stop the others.
 
-    Returns
-    -------
-    int
-        0 if all variants are done, else 1.
+    Return 0 if all variants are done, else 1.
     """
     folder: Path = options.params
     if not folder.is_dir():
