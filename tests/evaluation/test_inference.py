@@ -127,7 +127,7 @@ def test_samples_without_another_patient_are_left_out_and_counted():
     alone = inference.score_texts(rows_of(known[:1], patients="c"), known)
     assert alone["cross_entropy_other_patient"] is None and alone["other_patient_samples"] == 0
     assert "no other patient" in tables.text_conclusion(alone)
-    assert tables.analysis_table({"analysis": alone})["another patient's tokens"].tolist() == ["–"] * 4
+    assert tables.analysis_table({"analysis": alone})["shuffled tokens"].tolist() == ["–"] * 4
     curves.analysis_comparison(alone)._repr_png_()
 
 
