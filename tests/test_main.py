@@ -63,7 +63,7 @@ def run(params, tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "mrilib", "run", str(params), "--name", str(directory)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "zero-filled" in result.stdout and "contrast named rightly" in result.stdout
+    assert "zero-filled" in result.stdout and "contrast accuracy" in result.stdout
     return directory
 
 

@@ -155,7 +155,7 @@ def test_frozen_layers_recompute_in_eval_mode(kind):
     def gradient():
         runs.clear()
         leaf = x.clone().requires_grad_()
-        with backbone_speed.Saved(language_model) as saved:
+        with backbone_speed.SavedTensors(language_model) as saved:
             loss = language_model(inputs_embeds=leaf, use_cache=False).logits.square().mean()
         loss.backward()
         return leaf.grad, saved.bytes, len(runs)
@@ -184,7 +184,7 @@ def test_frozen_weights_cost_no_gradients(kind):
 
     def run():
         leaf = x.clone().requires_grad_()
-        with FlopCounterMode(display=False) as forward, backbone_speed.Saved(language_model) as saved:
+        with FlopCounterMode(display=False) as forward, backbone_speed.SavedTensors(language_model) as saved:
             loss = language_model(inputs_embeds=leaf, use_cache=False).logits.square().mean()
         with FlopCounterMode(display=False) as backward:
             loss.backward()

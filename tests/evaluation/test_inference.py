@@ -124,7 +124,7 @@ def test_samples_without_another_patient_are_left_out_and_counted():
     without = inference.score_texts(text_rows(truth[:1], patients="c"), truth)
     assert without["cross_entropy_other_patient"] is None and without["other_patient_samples"] == 0
     assert "no other patient" in tables.text_conclusion(without)
-    assert tables.analysis_table({"analysis": without})["another patient's tokens"].tolist() == ["–"] * 4
+    assert tables.analysis_table({"analysis": without})["shuffled tokens"].tolist() == ["–"] * 4
     curves.analysis_comparison(without)._repr_png_()
 
 

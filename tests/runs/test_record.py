@@ -11,7 +11,7 @@ import pytest
 from refusals import assert_refused
 
 from mrilib import environment, files, progress
-from mrilib.config import OutputParameters
+from mrilib.config import OutputParameters, ParameterError
 from mrilib.display.style import RecordFigure
 from mrilib.runs import record as record_module
 from mrilib.training import history

@@ -50,13 +50,13 @@ def run_notebook_cells(config: Stage1Parameters, recorded: RecordedTraining, dir
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     run = SimpleNamespace(directory=directory, note=lambda *_, **__: None)
     watch = SimpleNamespace(
-        Watch=lambda *_: SimpleNamespace(step=None, epoch=None), text_progress=None, texts_in=lambda _: None
+        Monitor=lambda *_: SimpleNamespace(step=None, epoch=None), text_progress=None, text_store=lambda _: None
     )
     names = {"config": config, "setup": setup, "loop": recorded, "run": run, "live": watch, "two_stage": two_stage}
     names |= {"display": lambda _: None, "tables": tables, "device": setup.prepare(config)}
-    for start in ("loaders = ", "stage = ", "watch = ", "control_history = "):
+    for start in ("loaders = ", "stage = ", "monitor = ", "baseline_history = "):
         (cell,) = (cell for cell in cells if cell.startswith(start))
-        exec(cell.split("watch.finish")[0], names)
+        exec(cell.split("monitor.finish")[0], names)
 
 
 def test_notebook_02_and_the_train_command_train_the_control_on_the_same_batches(
