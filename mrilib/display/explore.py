@@ -13,7 +13,7 @@ from mrilib.display.images import retained_energy
 
 def slice_boxes(annotations: Annotations | None, volume: Volume, slice_num: int) -> tuple[Box, ...]:
     """Return a slice's findings in array coordinates; empty without annotations."""
-    return annotations.boxes(volume.file, slice_num, volume.recon[0]) if annotations else ()
+    return annotations.boxes(volume.file, slice_num, volume.image_shape[0]) if annotations else ()
 
 
 def pick_slice(
