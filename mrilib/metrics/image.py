@@ -193,8 +193,8 @@ def _patient_sums(values: Sequence[float] | np.ndarray, patients: Sequence[str])
 
 
 def paired_difference(
-    own: Sequence[VolumeScore], other: Sequence[VolumeScore], metric: str, samples: int = 1000, seed: int = 0
+    own: Sequence[VolumeScore], other: Sequence[VolumeScore], metric: str
 ) -> tuple[float, list[float] | None]:
     """Compute the mean of own − other over the same volumes, and its 95% bootstrap interval over patients."""
     change = [getattr(a, metric) - getattr(b, metric) for a, b in zip(own, other, strict=True)]
-    return float(np.mean(change)), bootstrap_interval(change, [score.patient for score in own], samples, seed)
+    return float(np.mean(change)), bootstrap_interval(change, [score.patient for score in own])

@@ -49,76 +49,10 @@ class UNetBaseline(nn.Module):
         return (output * deviation + mean)[:, 0] * scale[:, None, None]
 
 
-class VarNetBaseline(nn.Module):
-    """fastMRI's end-to-end VarNet (Sriram et al., MICCAI 2020) with fastMRI's centre crop of the RSS image.
-
-    Parameters
-    ----------
-    num_cascades, chans, pools, sens_chans, sens_pools : int
-        As fastMRI names them.
-    measured_lines : bool
-        Replace the measured lines of the last k-space by their measured values, which VarNet's soft data consistency
-        changes.
-    """
+class _Unrolled(nn.Module):
+    """Base of the unrolled networks: the crop of their RSS image. Empty coils and slices bypass the network."""
 
     token_dim = 0
-
-    def __init__(
-        self,
-        num_cascades: int = 12,
-        chans: int = 18,
-        pools: int = 4,
-        sens_chans: int = 8,
-        sens_pools: int = 4,
-        measured_lines: bool = False,
-    ) -> None:
-        super().__init__()
-        self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
-        self.measured_lines = measured_lines
-
-    def forward(
-        self,
-        tokens: None,
-        kspace: Tensor,
-        mask: Tensor,
-        scale: Tensor,
-        image_shape: tuple[int, int],
-        acquired: Tensor | None = None,
-    ) -> Tensor:
-        """Reconstruct a batch as `ImageDecoder.forward` does: (B, h, w) [file units]."""
-        known = mask if acquired is None else mask | ~acquired  # lines that are not acquired are zero in the target too
-        image = skip_empty_coils(self._rss_image, kspace, torch.stack([mask, known], dim=1), torch.float32)
-        return fourier.center_crop_or_pad(image, image_shape) * scale[:, None, None]
-
-    def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
-        measured, (lines, known) = torch.view_as_real(kspace), masks[:, :, None, None, :, None].unbind(1)
-        if not self.measured_lines:
-            return self.varnet(measured, lines)
-        maps = self.varnet.sens_net(measured, lines)
-        refined = measured.clone()
-        for cascade in self.varnet.cascades:
-            refined = cascade(refined, measured, lines, maps)
-        refined = torch.where(known, measured, refined)
-        return fastmri.rss(fastmri.complex_abs(fastmri.ifft2c(refined.float())), dim=1)
-
-
-class CombinedVarNet(nn.Module):
-    """VarNet's cascades on the combined image, followed by data consistency.
-
-    The cascades are fastMRI's (`encoder.run_cascades`). Coil maps come from the centre lines (`coils.center_coil_maps`)
-    instead of a network. The output is the RSS of `sense.data_consistency` of the last combined image.
-
-    Parameters
-    ----------
-    num_cascades, chans, pools : int
-        As fastMRI names them.
-    """
-
-    token_dim = 0
-
-    def __init__(self, num_cascades: int = 12, chans: int = 18, pools: int = 4) -> None:
-        super().__init__()
-        self.cascades = VarNet(num_cascades, chans=chans, pools=pools).cascades
 
     def forward(
         self,
@@ -133,6 +67,64 @@ class CombinedVarNet(nn.Module):
         acquired = torch.ones_like(mask) if acquired is None else acquired
         image = skip_empty_coils(self._rss_image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
         return fourier.center_crop_or_pad(image, image_shape) * scale[:, None, None]
+
+    def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+        """Compute the RSS image (B, readout, phase) from k-space and the stacked masks, bool (B, 2, phase)."""
+        raise NotImplementedError
+
+
+class VarNetBaseline(_Unrolled):
+    """fastMRI's end-to-end VarNet (Sriram et al., MICCAI 2020) with fastMRI's centre crop of the RSS image.
+
+    Parameters
+    ----------
+    num_cascades, chans, pools, sens_chans, sens_pools : int
+        As fastMRI names them.
+    measured_lines : bool
+        Replace the measured lines of the last k-space by their measured values, which VarNet's soft data consistency
+        changes. Lines that are not acquired count as measured: they are zero in the target too.
+    """
+
+    def __init__(
+        self,
+        num_cascades: int = 12,
+        chans: int = 18,
+        pools: int = 4,
+        sens_chans: int = 8,
+        sens_pools: int = 4,
+        measured_lines: bool = False,
+    ) -> None:
+        super().__init__()
+        self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
+        self.measured_lines = measured_lines
+
+    def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+        measured, (lines, acquired) = torch.view_as_real(kspace), masks[:, :, None, None, :, None].unbind(1)
+        if not self.measured_lines:
+            return self.varnet(measured, lines)
+        maps = self.varnet.sens_net(measured, lines)
+        refined = measured.clone()
+        for cascade in self.varnet.cascades:
+            refined = cascade(refined, measured, lines, maps)
+        refined = torch.where(lines | ~acquired, measured, refined)
+        return fastmri.rss(fastmri.complex_abs(fastmri.ifft2c(refined.float())), dim=1)
+
+
+class CombinedVarNet(_Unrolled):
+    """VarNet's cascades on the combined image, followed by data consistency.
+
+    The cascades are fastMRI's (`encoder.run_cascades`). Coil maps come from the centre lines (`coils.center_coil_maps`)
+    instead of a network. The output is the RSS of `sense.data_consistency` of the last combined image.
+
+    Parameters
+    ----------
+    num_cascades, chans, pools : int
+        As fastMRI names them.
+    """
+
+    def __init__(self, num_cascades: int = 12, chans: int = 18, pools: int = 4) -> None:
+        super().__init__()
+        self.cascades = VarNet(num_cascades, chans=chans, pools=pools).cascades
 
     def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
         mask, acquired = masks.unbind(1)

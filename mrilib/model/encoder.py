@@ -79,7 +79,7 @@ class KSpaceEncoder(nn.Module):
         super().__init__()
         if img_size % PATCH:
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}, the side of a ViT patch")
-        self.img_size, self.output_dim = img_size, output_dim
+        self.img_size = img_size
         self.activation_checkpointing = activation_checkpointing
         self.finding_labels = tuple(finding_labels)
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
@@ -102,11 +102,6 @@ class KSpaceEncoder(nn.Module):
         self.finding_words = FindingEmbedding(len(finding_labels), output_dim) if finding_labels else None
         self.start = nn.Parameter(torch.randn(output_dim) * 0.02)
         self.end = nn.Parameter(torch.randn(output_dim) * 0.02)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of image tokens, without start and end: (img_size/16)²."""
-        return (self.img_size // PATCH) ** 2
 
     def forward(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """Encode a batch of slices.
@@ -276,7 +271,6 @@ class ConstantPrefix(nn.Module):
 
     def __init__(self, num_tokens: int, output_dim: int, rms: float) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
         self.prefix = nn.Parameter(torch.randn(num_tokens + 2, output_dim) * rms)
 
     def forward(self, kspace: Tensor, mask: Tensor) -> Tensor:

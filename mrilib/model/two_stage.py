@@ -350,7 +350,7 @@ def embedding_rms(backbone: PreTrainedModel) -> float:
 def word_vectors(words: Sequence[str], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Embed words: (words, hidden).
 
-    A word with a token of its own (`findings.fact_token`) has that token's embedding. Other words have the mean over
+    A word with a special token (`findings.fact_token`) has that token's embedding. Other words have the mean over
     their tokens.
     """
     vocabulary = tokenizer.get_vocab()

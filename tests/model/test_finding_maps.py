@@ -156,11 +156,6 @@ def test_unknown_and_repeated_labels_are_refused(labels, message):
         FindingMaps(labels, 2)
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_maps_have_the_size_of_the_vits_input(size):
-    assert FindingMaps(LABELS, 2)(torch.randn(1, 2, size, size))[0].shape == (1, len(LABELS), size, size)
-
-
 def test_tokens_depend_on_the_maps(config, batches):
     encoder = systems.build(config).encoder
     inputs = batches[0].kspace, batches[0].mask
