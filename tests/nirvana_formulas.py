@@ -1,6 +1,6 @@
-"""The backbone's formulas written out, token by token, head by head and in double precision: slow, and easy to check.
+"""The backbone's formulas in double precision, token by token and head by head: slow, but easy to check.
 
-Nothing of `mrilib` is used: weights come by their published names, and every line is one of the architecture's.
+Nothing of `mrilib` is used. Weights have their published names.
 """
 
 import math
@@ -25,7 +25,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def convolution(x: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
-    """Causal, depthwise, 4 taps; x (T, d), zero at padding and before the start."""
+    """Causal depthwise convolution with 4 taps; x (T, d) is zero at padding and before the start."""
     out = torch.zeros_like(x)
     for t in range(len(x)):
         for tap in range(4):
@@ -57,7 +57,7 @@ def delta_branch(w: Weights, x: Tensor, raw: list[Tensor], keep: Tensor, heads: 
 
 
 def trigger(w: Weights, concept: Tensor, theta: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One token: concept (3C,), theta four vectors (L,) for W, w (ln), b, c (ln); h (C,) and the new theta."""
+    """Learn and predict for one token: concept (3C,); theta for W, w (ln), b, c (ln), (L,) each; h (C,), new theta."""
     big, ln, b, c = (w[f"model.rnn_router.{n}"] for n in ("weight_linear", "weight_ln", "bias_linear", "bias_ln"))
     c_q, c_k, c_v = concept.chunk(3)
     th_w, th_ln, th_b, th_c = theta
@@ -88,17 +88,17 @@ def attention_branch(w: Weights, x: Tensor, raw: list[Tensor], keep: Tensor, hea
     )
     out = torch.zeros(length, heads, width, dtype=x.dtype)
     for t in range(length):
-        seen = [s for s in range(max(0, t - window + 1), t + 1) if keep[s]]
-        for h in range(heads if seen else 0):
-            scores = torch.stack([q[t, h] @ k[s, h] for s in seen]) / math.sqrt(width)
-            out[t, h] = scores.softmax(0) @ v[seen, h]
+        reach = [s for s in range(max(0, t - window + 1), t + 1) if keep[s]]
+        for h in range(heads if reach else 0):
+            scores = torch.stack([q[t, h] @ k[s, h] for s in reach]) / math.sqrt(width)
+            out[t, h] = scores.softmax(0) @ v[reach, h]
     return out.reshape(length, d) @ w["o_proj_attn.0.weight"].T @ w["o_proj_attn.1.weight"].T
 
 
 def run(weights: Weights, config: Any, x: Tensor, keep: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Hidden states (before each block, then after the last norm) and logits of one row of embeddings.
+    """Compute hidden states (before each block, then after the last norm) and logits of one row of embeddings.
 
-    x (T, d), keep (T,) bool, False at padding, where the results mean nothing.
+    x (T, d); keep (T,) bool, False at padding, where the results are undefined.
     """
     weights = {name: value.double() for name, value in weights.items()}
     x = x.double()
@@ -120,7 +120,7 @@ def run(weights: Weights, config: Any, x: Tensor, keep: Tensor) -> tuple[list[Te
         else:
             concepts = y @ w["concept_proj.weight"].T
             learned = [trigger(w, concepts[t], theta[t]) for t in range(length)]
-            h, theta = torch.stack([one[0] for one in learned]), [one[1] for one in learned]
+            h, theta = torch.stack([row[0] for row in learned]), [row[1] for row in learned]
             attended = attention_branch(w, y, raw, keep, heads, config.window_size)
             t, u = sigmoid(h @ w["t_proj.weight"].T), sigmoid(h @ w["t2_proj.weight"].T)
             inner = torch.cat([mixed, attended, h, h], -1) @ w["condition_interpolation.lora.0.weight"].T

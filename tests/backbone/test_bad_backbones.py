@@ -1,4 +1,4 @@
-"""Bad backbone folders, weight files and tokenizers: a row for each kind, refused in one line that names it."""
+"""Bad backbone folders, weight files and tokenizers: each is refused in one line that names file and fault."""
 
 import json
 import os
@@ -20,26 +20,26 @@ DEEP = '{"model_type": ' + "[" * 100_000 + "]" * 100_000 + "}"
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """A Llama's folder and a Nirvana's."""
-    made = tmp_path_factory.mktemp("originals")
+    """Folders of a good Llama and a good Nirvana."""
+    root = tmp_path_factory.mktemp("originals")
     config = LlamaConfig(vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4)  # fmt: skip
     torch.manual_seed(0)
-    tiny_nirvana.save(LlamaForCausalLM(config), corpus.make_tokenizer(vocab_size=500, texts=50), made / "llama")
-    systems.write_backbone(made / "nirvana")
-    for folder in made.iterdir():
+    tiny_nirvana.save(LlamaForCausalLM(config), corpus.make_tokenizer(vocab_size=500, texts=50), root / "llama")
+    systems.write_backbone(root / "nirvana")
+    for folder in root.iterdir():
         load_backbone("", folder)
-    return made
+    return root
 
 
 def settings(file: str = "config.json", **changes: object) -> Callable[[Path], None]:
     """Change keys of a JSON file."""
 
-    def change(folder: Path) -> None:
-        found = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps({**found, **changes}))
+    def prepare(folder: Path) -> None:
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, **changes}))
 
-    return change
+    return prepare
 
 
 def text(file: str, content: str | bytes) -> Callable[[Path], None]:
@@ -49,39 +49,41 @@ def text(file: str, content: str | bytes) -> Callable[[Path], None]:
 
 
 def fifo(file: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
+    """Replace a file by a pipe."""
+
+    def prepare(folder: Path) -> None:
         (folder / file).unlink(missing_ok=True)
         os.mkfifo(folder / file)
 
-    return change
+    return prepare
 
 
 def embeddings(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
     """Change the embedding matrix."""
 
-    def changed(folder: Path) -> None:
+    def prepare(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         name = next(name for name in tensors if "embed" in name)
         tensors[name] = change(tensors[name])
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    return changed
+    return prepare
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def index(**content: object) -> Callable[[Path], None]:
-    """An index over the one file, with other content where it is given."""
+    """Rename the weights and write an index over them, with the given content."""
 
-    def change(folder: Path) -> None:
+    def prepare(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "a.safetensors")
-        right = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": right, **content}))
+        weight_map = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map, **content}))
 
-    return change
+    return prepare
 
 
 HUGE = 10**7
@@ -119,9 +121,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "activation is unknown": (settings(hidden_act="surprise"), (CONFIG, "surprise")),
     "rope is text": (settings(rope_parameters="surprise"), (CONFIG,)),
     "type is unknown": (settings(dtype="surprise"), (CONFIG,)),
-    "weights cut short": (cut, ("model.safetensors", "not a whole")),
+    "weights cut short": (truncate, ("model.safetensors", "not a whole")),
     "weights are empty": (text("model.safetensors", " "), ("model.safetensors", "not a whole")),
     "weights are a pipe": (fifo("model.safetensors"), ("model.safetensors",)),
+    "weights are float8": (
+        embeddings(lambda x: x.to(torch.float8_e4m3fn)),
+        ("model.safetensors", "embed", "F8_E4M3"),
+    ),
     "weights are int8": (embeddings(lambda x: x.to(torch.int8)), ("model.safetensors", "embed", "I8")),
     "weights are complex": (embeddings(lambda x: x.to(torch.complex64)), ("model.safetensors", "embed", "C64")),
     "weights are NaN": (embeddings(lambda x: x * torch.nan), ("embed", "NaN")),
@@ -131,7 +137,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "index metadata is a list": (index(metadata=[]), ("index.json", "metadata")),
     "index without map": (index(weight_map=None), ("index.json", "weight_map")),
     "index with empty map": (index(weight_map={}), ("index.json", "weight_map")),
+    "index with a list as map": (index(weight_map=["a"]), ("index.json", "weight_map")),
+    "index with a number as file": (index(weight_map={"x": 3}), ("index.json", "weight_map")),
     "index to a file outside": (index(weight_map={"x": "../a.safetensors"}), ("index.json", "../a.safetensors")),
+    "index to a subfolder": (index(weight_map={"x": "sub/a.safetensors"}), ("index.json", "never read", "sub/a")),
+    "index to an absolute path": (index(weight_map={"x": "/tmp/a.safetensors"}), ("index.json", "/tmp/a.safetensors")),
     "index to a missing file": (index(weight_map={"x": "b.safetensors"}), ("index.json", "b.safetensors")),
     "index to a pickle": (index(weight_map={"x": "a.bin"}), ("index.json", "never read", "a.bin")),
     "adapter": (text("adapter_config.json", "{}"), ("adapter_config.json",)),
@@ -172,7 +182,7 @@ NIRVANA = {
 @pytest.mark.parametrize("kind", NIRVANA)
 @pytest.mark.parametrize("single", [True, False])
 def test_nirvana(kind, single, originals, phantom_dir, tmp_path):
-    """As a single file with its config, and as a folder."""
+    """As a file with its config, and as a folder."""
     prepare, words = NIRVANA[kind]
     refuse(originals / "nirvana", prepare, words, phantom_dir, tmp_path, single)
 

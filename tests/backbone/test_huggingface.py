@@ -1,4 +1,4 @@
-"""The backbone in the hands of Hugging Face's libraries: transformers, Trainer, PEFT, TRL, torch.compile and export."""
+"""The backbone with the libraries of Hugging Face and torch: Trainer, pipelines, PEFT, TRL, torch.compile and export."""
 
 import re
 import subprocess
@@ -19,20 +19,20 @@ TINY = ROOT / "models" / "tiny_backbone"
 
 
 def small(**changes):
-    """A new small model with random weights that are large enough to matter."""
+    """A small model with large random weights, so that every term matters."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2, "initializer_range": 0.1}
     torch.manual_seed(0)
     return NirvanaForCausalLM(NirvanaConfig(**{**sizes, "concept_dim": 6, "logit_dim": 3, **changes})).eval()
 
 
 def texts(*lengths):
-    """Rows of random tokens, unpadded, as a Trainer's data set."""
+    """Rows of random tokens without padding: a data set for a Trainer."""
     torch.manual_seed(1)
     return [{"input_ids": torch.randint(3, 50, (n,))} for n in lengths]
 
 
 def pad(rows):
-    """A batch of rows of unequal length, padded on the right."""
+    """A batch of rows, padded on the right."""
     width = max(len(row["input_ids"]) for row in rows)
     batch = {"input_ids": torch.full((len(rows), width), 2), "attention_mask": torch.zeros(len(rows), width).long()}
     for i, row in enumerate(rows):
@@ -58,14 +58,14 @@ def trainer(model, directory, rows, **settings):
 
 
 def run_python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("first", ["import mrilib", "from transformers import AutoModelForCausalLM"])
 def test_import_mrilib_registers_the_backbone(first):
-    """In either order; and the import alone loads neither torch nor transformers."""
+    """In either order; `import mrilib` alone loads neither torch nor transformers."""
     out = run_python(
         f"{first}\nimport mrilib, sys\nprint('torch' in sys.modules)\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -116,8 +116,8 @@ def test_unknown_names_are_attribute_errors():
         _ = mrilib.nonsense
 
 
-def test_supported_versions_are_the_tested_ones():
-    """pyproject's bounds are the oldest and the newest that `make test-transformers` runs, and hold here."""
+def test_supported_transformers_versions_are_tested():
+    """The bounds in pyproject.toml are the versions of `make test-transformers`; the installed one is within."""
     bounds = next(
         line
         for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -135,7 +135,7 @@ def test_supported_versions_are_the_tested_ones():
 
 
 @torch.no_grad()
-def test_usual_arguments_change_nothing():
+def test_usual_arguments_do_not_change_the_result():
     model = small()
     ids = torch.randint(50, (2, 9))
     mask = torch.ones_like(ids)
@@ -153,7 +153,7 @@ def test_usual_arguments_change_nothing():
         torch.testing.assert_close(torch.cat((first.logits, rest), 1)[0], expected[0], atol=1e-4, rtol=1e-4)
 
 
-def test_what_would_change_the_result_is_refused():
+def test_unsupported_arguments_are_refused():
     model = small()
     ids = torch.zeros(2, 6, dtype=torch.long)
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
@@ -179,8 +179,8 @@ def test_what_would_change_the_result_is_refused():
 
 
 @torch.no_grad()
-def test_eager_attention_is_the_same_function():
-    """With a mask, without, and with a window."""
+def test_eager_attention_equals_sdpa():
+    """With and without a mask and a window."""
     ids = torch.randint(50, (2, 9))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -193,9 +193,9 @@ def test_eager_attention_is_the_same_function():
             called = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("torch.nn.functional.scaled_dot_product_attention", called.append)
-                found = model(ids, attention_mask=attention_mask).logits
+                logits = model(ids, attention_mask=attention_mask).logits
             assert not called
-            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
 
 
 # --- generation
@@ -217,14 +217,14 @@ def test_stop_strings():
 
 @torch.no_grad()
 def test_text_generation_pipeline():
-    """A batch of prompts of unequal length, padded on the left, gives what each gives alone."""
+    """A left-padded batch of prompts of unequal length gives the texts of each prompt alone."""
     tokenizer = AutoTokenizer.from_pretrained(TINY, padding_side="left")
     generate = pipeline("text-generation", model=str(TINY), tokenizer=tokenizer, device="cpu")
     prompts = ["The brain", "A mass in the left frontal lobe"]
     settings = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
     together = generate(prompts, batch_size=2, **settings)
-    for prompt, found in zip(prompts, together, strict=True):
-        assert found[0]["generated_text"] == generate(prompt, **settings)[0]["generated_text"]
+    for prompt, output in zip(prompts, together, strict=True):
+        assert output[0]["generated_text"] == generate(prompt, **settings)[0]["generated_text"]
 
 
 # --- Trainer
@@ -232,14 +232,13 @@ def test_text_generation_pipeline():
 
 def test_trainer_evaluates_and_predicts(tmp_path):
     model, rows = small(use_cache=True), texts(9, 9, 9)
-    at_work = trainer(model, tmp_path, rows)
-    assert at_work.evaluate()["eval_loss"] > 0
-    predictions = at_work.predict(rows).predictions
-    assert predictions.shape == (3, 9, 50)
+    evaluated = trainer(model, tmp_path, rows)
+    assert evaluated.evaluate()["eval_loss"] > 0
+    assert evaluated.predict(rows).predictions.shape == (3, 9, 50)
 
 
-def test_accumulated_gradients_are_those_of_the_batch(tmp_path):
-    """A step on two texts of unequal length is the step on one after the other."""
+def test_accumulated_gradients_equal_those_of_the_batch(tmp_path):
+    """A step on two texts of unequal length equals accumulation over one after the other."""
     rows, updates = texts(30, 5), []
     for size, steps in ((2, 1), (1, 2)):
         model = small()
@@ -275,7 +274,7 @@ def adapted(kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt", "ia3"])
-def test_peft_learns_and_generates(kind):
+def test_peft_trains_and_generates(kind):
     model = adapted(kind).train()
     batch = pad(texts(9, 5))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
@@ -297,7 +296,7 @@ def test_peft_learns_and_generates(kind):
     assert cached.shape == (1, 13) and torch.equal(cached, plain)
 
 
-def test_prefix_tuning_is_refused_with_a_way_out():
+def test_prefix_tuning_is_refused_with_an_alternative():
     with pytest.raises(TypeError, match=r"prefix tuning.*use prompt tuning or LoRA"):
         adapted("prefix")(**pad(texts(9, 5)))
 
@@ -311,15 +310,15 @@ def test_trl_trains_a_lora_adapter(tmp_path):
         str(tmp_path), max_steps=1, per_device_train_batch_size=2, learning_rate=0.1, report_to="none", use_cpu=True,
         bf16=False, save_strategy="no", disable_tqdm=True, max_length=32,
     )  # fmt: skip
-    at_work = SFTTrainer(
+    sft = SFTTrainer(
         NirvanaForCausalLM.from_pretrained(TINY),
         settings,
         train_dataset=Dataset.from_dict({"text": ["A mass in the left frontal lobe", "Normal for age"]}),
         processing_class=AutoTokenizer.from_pretrained(TINY),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
     )
-    at_work.train()
-    changed = [p for name, p in at_work.model.named_parameters() if "lora_B" in name]
+    sft.train()
+    changed = [p for name, p in sft.model.named_parameters() if "lora_B" in name]
     assert changed and all(p.abs().max() > 0 for p in changed)
 
 
@@ -328,7 +327,7 @@ def test_trl_trains_a_lora_adapter(tmp_path):
 
 @torch.no_grad()
 def test_compiled_at_two_lengths():
-    model = small(num_hidden_layers=1)  # the delta rule is what depends on the length; the rest is in the export
+    model = small(num_hidden_layers=1)  # only the delta rule depends on the length; test_export has the other layers
     compiled = torch.compile(model, backend="eager")
     for length in (9, 14):
         ids = torch.randint(50, (2, length))
@@ -342,7 +341,7 @@ def test_compiled_at_two_lengths():
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
 def test_export(masked):
-    """In one graph; one that has a mask holds for other masks than it was made with."""
+    """In one graph; exported with a mask, it holds for other masks."""
     model = small()
     ids = torch.randint(50, (2, 9))
     mask = torch.ones_like(ids)

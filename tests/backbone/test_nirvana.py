@@ -1,7 +1,7 @@
-"""The backbone against the published architecture's outputs, its cache, its gradients and its loading.
+"""The backbone: outputs of the published architecture, cache, gradients, generation, arguments, offloading.
 
-Measured: golden outputs to 8e-5 (the golden file itself is 1.2e-4 from a run in double precision), cached steps against
-one full pass to 7e-5, both absolute, at hidden states up to 7.
+Largest absolute errors, for hidden states up to 7: 8e-5 for golden outputs, which themselves differ by 1.2e-4 from a
+run in double precision; 7e-5 between cached steps and one full pass.
 """
 
 import shutil
@@ -40,7 +40,7 @@ def model():
 
 
 def small(**changes):
-    """A new small model with random weights that are large enough to matter."""
+    """A small model with large random weights, so that every term matters."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, "num_heads": 2, "initializer_range": 0.3}
     torch.manual_seed(0)
     return NirvanaForCausalLM(NirvanaConfig(**{**sizes, "concept_dim": 6, "logit_dim": 3, **changes})).eval()
@@ -68,7 +68,7 @@ def test_golden(model, io):
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(model, io, side):
-    """Rows of different length in one batch, against the golden prefixes; the last row is all padding."""
+    """Rows of different length in one batch equal the golden prefixes; the last row is all padding."""
     lengths = (130, 37, 1, 0)
     ids, mask = torch.full((4, 130), 2), torch.zeros(4, 130, dtype=torch.long)
     for row, n in enumerate(lengths):
@@ -85,7 +85,7 @@ def test_padding_changes_nothing(model, io, side):
 @pytest.mark.parametrize("window_size", [2048, 16, 1])
 @pytest.mark.parametrize("padded", [False, True])
 def test_cached_steps_equal_one_pass(model, io, window_size, padded):
-    """In double; in single precision the rounding of the linear maps alone makes 2.5e-4 on some processors."""
+    """In double precision; in single precision linear maps alone cause errors of 2.5e-4 on some processors."""
     model.double()
     model.config.window_size = window_size
     ids = io["input_ids"][:, :100]
@@ -95,7 +95,6 @@ def test_cached_steps_equal_one_pass(model, io, window_size, padded):
     full = model(ids, attention_mask=mask if padded else None).logits
     for first in (1, 40):
         cache, parts, done = None, [], 0
-        # the prefix, single tokens, and now and then three at once
         for n in (first, 1, 3, *([1] * (96 - first))):
             out = model(
                 ids[:, done : done + n],
@@ -111,15 +110,15 @@ def test_cached_steps_equal_one_pass(model, io, window_size, padded):
 
 @torch.no_grad()
 def test_window_hides_older_tokens():
-    """With one attention layer and no delta output a token beyond the window is out of reach."""
+    """With one attention layer and no delta output, a token acts only within the window."""
     model = small(window_size=5, num_hidden_layers=3)
     for layer in model.model.layers:
         layer.Task_Aware_Delta_Net.o_proj.weight.zero_()
     ids = torch.arange(20)[None]
     changed = ids.clone()
     changed[0, 7] = 49
-    moved = (model(ids).logits != model(changed).logits).any(-1)[0]
-    assert moved.nonzero().flatten().tolist() == [7, 8, 9, 10, 11]
+    differs = (model(ids).logits != model(changed).logits).any(-1)[0]
+    assert differs.nonzero().flatten().tolist() == [7, 8, 9, 10, 11]
 
 
 @torch.no_grad()
@@ -133,8 +132,8 @@ def test_cache_size_is_bounded():
     assert max(sizes[100:]) <= max(sizes[:100]) and cache.token_count == 240
 
 
-def test_trigger_is_a_gradient_step_and_never_forms_the_matrices():
-    """Against the same step written with the W_t of every token, and with autograd's gradient."""
+def test_trigger_equals_autograds_gradient_step():
+    """The expected step forms W_t for every token."""
     torch.manual_seed(1)
     width, versions = 5, 3
     router = TriggerWeights(width, versions).double()
@@ -150,11 +149,10 @@ def test_trigger_is_a_gradient_step_and_never_forms_the_matrices():
         big_w, w, b, bias = (torch.einsum("...l,btl->bt...", x.float(), t) for x, t in pairs)
         z = torch.einsum("bti,btio->bto", c, big_w) + b
         mean, var = z.mean(-1, keepdim=True), z.var(-1, correction=0, keepdim=True)
-        if stop:  # the formula's gradient does not pass through mean and deviation
+        if stop:  # mean and deviation are constants in the formula's gradient
             mean, var = mean.detach(), var.detach()
         return w * (z - mean) / (var + EPS).sqrt() + bias + c
 
-    # the four in the order of θ: W, w, b, c
     loss = 0.5 * (apply(c_k, theta, True) - c_v).square().sum()
     expected = [t - RATE * g for t, g in zip(theta, torch.autograd.grad(loss, theta), strict=True)]
     for a, b in zip(new, expected, strict=True):
@@ -162,7 +160,7 @@ def test_trigger_is_a_gradient_step_and_never_forms_the_matrices():
     torch.testing.assert_close(h, apply(c_q, expected, False), atol=1e-4, rtol=1e-4)
 
 
-def test_trigger_works_in_float32_under_autocast():
+def test_trigger_computes_in_float32_under_autocast():
     torch.manual_seed(1)
     router = TriggerWeights(5, 3)
     for parameter in router.parameters():
@@ -178,8 +176,8 @@ def test_trigger_works_in_float32_under_autocast():
 # --- gradients
 
 
-def test_input_gradients_are_right():
-    """Against finite differences of the loss, along a random direction; frozen weights get nothing."""
+def test_input_gradients_equal_finite_differences():
+    """Along a random direction; frozen weights get no gradient."""
     model = small().requires_grad_(False)
     x = torch.randn(2, 9, 32).requires_grad_()
     labels = torch.randint(50, (2, 9))
@@ -196,7 +194,7 @@ def test_input_gradients_are_right():
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_checkpointing_gives_the_same_gradients():
-    """In eval mode too, which is how a frozen backbone is run."""
+    """In eval mode, the mode of a frozen backbone."""
     model = small()
     x = torch.randn(2, 70, 32)
     grads = []
@@ -236,7 +234,7 @@ def test_checkpointing_turns_the_cache_off_with_one_warning(monkeypatch):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_gradients_of_padded_rows_are_finite(side):
-    """A row that is all padding, and others beside it: no NaN, and padding feels nothing."""
+    """One row is all padding: no NaN, and no gradient at padding."""
     model = small().requires_grad_(False)
     x = torch.randn(3, 70, 32).requires_grad_()
     mask = torch.ones(3, 70, dtype=torch.long)
@@ -248,7 +246,7 @@ def test_gradients_of_padded_rows_are_finite(side):
     assert (x.grad[~mask.bool()] == 0).all() and (x.grad[mask.bool()] != 0).any(-1).all()
 
 
-def test_loss_is_the_librarys():
+def test_loss_equals_cross_entropy():
     model = small()
     ids = torch.randint(50, (2, 9))
     labels = ids.clone()
@@ -263,7 +261,7 @@ def test_loss_is_the_librarys():
         model(ids, labels=labels, logits_to_keep=1)
 
 
-def test_bfloat16_runs():
+def test_bfloat16_is_close_to_float32():
     model = small().to(torch.bfloat16)
     exact = small()
     ids = torch.randint(50, (1, 70))
@@ -277,7 +275,7 @@ def test_bfloat16_runs():
 
 @torch.no_grad()
 def test_generate_equals_recomputing(model, io):
-    """Greedy decoding with ids, with embeddings and left-padded gives the plain loop's tokens."""
+    """Greedy decoding from ids, from embeddings and with left padding gives the tokens of a loop without cache."""
     ids = io["input_ids"][:, :30]
     expected = ids
     for _ in range(12):
@@ -293,7 +291,7 @@ def test_generate_equals_recomputing(model, io):
 
 
 @torch.no_grad()
-def test_generate_uses_the_cache_whatever_the_config_says(model, io):
+def test_generate_uses_the_cache_without_use_cache_in_the_config(model, io):
     assert model.config.use_cache is False
     lengths = []
     model.model.layers[0].register_forward_hook(lambda module, args, out: lengths.append(args[0].shape[1]))
@@ -307,7 +305,7 @@ def test_generate_uses_the_cache_whatever_the_config_says(model, io):
 
 @torch.no_grad()
 def test_beam_search_reorders_the_cache(model, io):
-    """The score of the best beam is that of its tokens in one full pass."""
+    """The score of the best beam equals that of its tokens in one full pass."""
     ids = io["input_ids"][:, :20]
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=8, eos_token_id=None, length_penalty=0.0,
@@ -322,7 +320,7 @@ def test_beam_search_reorders_the_cache(model, io):
 def test_decoding_is_faster_than_recomputing(model, io):
     ids = torch.cat((io["input_ids"][:1], io["input_ids"][1:]), 1)
     cached, recomputed = [], []
-    for _ in range(3):  # in turns, and the best counts: others may be at work on the same cores
+    for _ in range(3):  # alternating, and the minimum counts: other processes may use the same cores
         start = time.perf_counter()
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=20)
         cached.append(time.perf_counter() - start)
@@ -334,16 +332,15 @@ def test_decoding_is_faster_than_recomputing(model, io):
 
 
 @torch.no_grad()
-def test_one_row_of_a_wide_map_is_the_product():
+def test_wide_map_of_one_row_equals_the_product():
     generator = torch.Generator().manual_seed(0)
     for inputs, outputs in ((640, 160), (640, 167), (5000, 15), (640, 7), (96, 1)):
         linear = Linear(inputs, outputs)
         torch.nn.init.normal_(linear.weight, generator=generator)
         for shape in ((1, 1, inputs), (1, inputs), (inputs,)):
             x = torch.randn(shape, generator=generator)
-            right = (x.double() @ linear.weight.double().t()).float()
-            torch.testing.assert_close(linear(x), right, rtol=1e-5, atol=1e-4)
-            assert linear(x).shape == right.shape
+            expected = (x.double() @ linear.weight.double().t()).float()
+            torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()
@@ -362,10 +359,10 @@ def test_wide_models_decode_step_by_step():
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=5e-5 * full.abs().max().item())
 
 
-# --- the library's ways
+# --- arguments and configuration
 
 
-def test_wrong_arguments(model):
+def test_wrong_arguments_are_refused(model):
     ids = torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(ValueError, match="exactly one"):
         model()
@@ -404,11 +401,11 @@ def test_config_refuses(key, value):
         NirvanaConfig(**{"hidden_size": 64, "num_heads": 4, key: value})
 
 
-def test_config_takes_what_follows_from_it():
-    """As other tools write it, with sizes that are no choice here, and survives a round trip."""
+def test_config_accepts_derived_sizes():
+    """Other tools write them; a round trip keeps them."""
     config = NirvanaConfig(hidden_size=64, num_heads=4, head_dim=16, intermediate_size=256, dtype="bfloat16")
-    again = NirvanaConfig.from_dict(config.to_dict())
-    assert (again.head_dim, again.intermediate_size) == (16, 256)
+    copy = NirvanaConfig.from_dict(config.to_dict())
+    assert (copy.head_dim, copy.intermediate_size) == (16, 256)
 
 
 def test_published_config(tmp_path):
@@ -423,7 +420,7 @@ def test_published_config(tmp_path):
     assert 1.2e9 < sum(p.numel() for p in model.parameters()) < 1.4e9
 
 
-def test_new_weights_are_sane():
+def test_initial_weights():
     model = small(initializer_range=0.02)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert model.lm_head.weight is model.model.embeddings.weight
@@ -434,15 +431,15 @@ def test_new_weights_are_sane():
     assert (decay > 0).all() and (decay < 2).all()
 
 
-# --- offload
+# --- offloading
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["cpu", "disk", "blocks on disk"])
 def test_offloaded_weights_give_the_same(model, io, tmp_path, how):
-    """accelerate's hooks bring a module's weights when the module is called; what bypasses the call finds none."""
-    ids, kept = io["input_ids"], io["attention_mask"]
-    expected = model(ids, attention_mask=kept).logits
+    """accelerate's hooks load a module's weights when it is called; code that bypasses the call finds no weights."""
+    ids, mask = io["input_ids"], io["attention_mask"]
+    expected = model(ids, attention_mask=mask).logits
     text = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=4, min_new_tokens=4)
     if how == "cpu":
         offloaded = accelerate.cpu_offload(model, torch.device("cpu"))
@@ -459,6 +456,8 @@ def test_offloaded_weights_give_the_same(model, io, tmp_path, how):
         )
     names = ("q_conv1d.weight", "rnn_router.weight_linear")
     assert all(any(x.is_meta for n, x in offloaded.named_parameters() if n.endswith(name)) for name in names)
-    assert torch.equal(offloaded(ids, attention_mask=kept).logits, expected)
-    again = offloaded.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=4, min_new_tokens=4)
-    assert torch.equal(again, text)
+    assert torch.equal(offloaded(ids, attention_mask=mask).logits, expected)
+    offloaded_text = offloaded.generate(
+        ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=4, min_new_tokens=4
+    )
+    assert torch.equal(offloaded_text, text)

@@ -1,7 +1,4 @@
-"""The backbone against its formulas written out, over configurations that no golden file covers.
-
-Weights are random, written to a file and loaded as a user's would be.
-"""
+"""The backbone against the explicit formulas in nirvana_formulas.py, for configurations without a golden file."""
 
 from pathlib import Path
 
@@ -37,7 +34,7 @@ CONFIGS = {
 
 
 def random_weights(config):
-    """By name, large enough that every term counts, and A_log and dt_bias such that states live long and short."""
+    """Weights by name, large enough that every term matters; A_log and dt_bias give short and long memories."""
     torch.manual_seed(1)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in NirvanaForCausalLM(config).named_parameters()}
@@ -66,7 +63,7 @@ def test_formulas(name, tmp_path):
     model = load_backbone(tmp_path / "config.json", tmp_path / "model.safetensors")
     assert {n for n, _ in model.named_parameters()} == set(weights)
 
-    # padded on the left, on the right, and in the middle of the row; 70 tokens are more than one chunk
+    # padding on the left, on the right and in the middle of a row; 70 tokens are more than one chunk
     ids = torch.randint(config.vocab_size, (3, 70))
     mask = torch.ones(3, 70, dtype=torch.long)
     mask[0, :9], mask[1, 61:], mask[2, 20:23] = 0, 0, 0
@@ -75,15 +72,15 @@ def test_formulas(name, tmp_path):
         keep = mask[row].bool()
         embeds = weights["model.embeddings.weight"][ids[row]]
         states, logits = nirvana_formulas.run(weights, config, embeds, keep)
-        for i, (found, right) in enumerate(
+        for i, (values, expected) in enumerate(
             zip((*[h[row] for h in out.hidden_states], out.logits[row]), (*states, logits), strict=True)
         ):
-            assert (found[keep] - right[keep]).abs().max() < 1e-4 * max(1.0, right[keep].abs().max()), f"{row} {i}"
+            error = (values[keep] - expected[keep]).abs().max()
+            assert error < 1e-4 * max(1.0, expected[keep].abs().max()), f"{row} {i}"
 
 
 @torch.no_grad()
-def test_formulas_are_the_published_ones():
-    """The formulas themselves, against the outputs of the published architecture."""
+def test_formulas_equal_the_published_architecture():
     io = load_file(GOLDEN / "io.safetensors")
     config = NirvanaConfig.from_json_file(GOLDEN / "config.json")
     weights = load_file(GOLDEN / "model.safetensors")
@@ -97,15 +94,14 @@ def test_formulas_are_the_published_ones():
 
 @torch.no_grad()
 def test_weights_in_bfloat16_files(tmp_path):
-    """A bf16 file read into float32 is exact; run in bf16 it stays within that type's rounding."""
+    """A bfloat16 file read into float32 is exact; a run in bfloat16 has the rounding error of that type."""
     config = NirvanaConfig(**BASE)
     weights = {name: value.to(torch.bfloat16) for name, value in random_weights(config).items()}
     config.to_json_file(tmp_path / "config.json")
     save_file(weights, tmp_path / "model.safetensors")
     ids = torch.randint(config.vocab_size, (1, 70))
     embeds = weights["model.embeddings.weight"][ids[0]]
-    _, right = nirvana_formulas.run(weights, config, embeds, torch.ones(70, dtype=torch.bool))
+    _, expected = nirvana_formulas.run(weights, config, embeds, torch.ones(70, dtype=torch.bool))
     for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         model = load_backbone(tmp_path / "config.json", tmp_path / "model.safetensors", dtype=dtype)
-        found = model(ids).logits[0]
-        assert (found - right).norm() < bound * right.norm(), dtype
+        assert (model(ids).logits[0] - expected).norm() < bound * expected.norm(), dtype

@@ -1,4 +1,4 @@
-"""The rebuilt tokenizer against sentencepiece itself."""
+"""The rebuilt tokenizer against sentencepiece."""
 
 import random
 
@@ -8,12 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from mrilib.backbone.tokenizer import (
-    VOCAB_SIZE,
-    load_tokenizer,
-    mistral_tokenizer,
-    sentencepiece_model,
-)
+from mrilib.backbone.tokenizer import VOCAB_SIZE, load_tokenizer, mistral_tokenizer, sentencepiece_model
 
 TEXTS = [
     "", " ", "  ", "hello", " hello", "  hello  world ", "a\nb\n\n c\t d", "▁x", "日本語テキスト", "🧠🩻 lesion",
@@ -40,13 +35,13 @@ def test_size_and_special_tokens(tokenizer):
     assert tokenizer.decode([1, 22557, 2], skip_special_tokens=True) == "Hello"
 
 
-def test_every_piece_has_its_id(tokenizer, reference):
+def test_vocabulary_equals_sentencepiece(tokenizer, reference):
     vocabulary = tokenizer.get_vocab()
     assert all(vocabulary[reference.id_to_piece(i)] == i for i in range(VOCAB_SIZE))
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_and_text_are_sentencepieces(tokenizer, reference, text):
+def test_ids_and_text_equal_sentencepiece(tokenizer, reference, text):
     ids = tokenizer(text).input_ids
     assert ids == reference.encode(text)
     assert tokenizer.decode(ids) == reference.decode(ids)
@@ -62,22 +57,22 @@ def test_random_texts(tokenizer, reference):
 
 
 @pytest.mark.parametrize("file", ["", "tokenizer.json"])
-def test_saved_and_loaded(tokenizer, tmp_path, file):
+def test_save_and_load(tokenizer, tmp_path, file):
     tokenizer.save_pretrained(tmp_path)
-    again = load_tokenizer(tmp_path / file, vocab_size=32000)
-    assert (again.bos_token_id, again.eos_token_id, again.pad_token_id, len(again)) == (1, 2, 2, 32000)
+    loaded = load_tokenizer(tmp_path / file, vocab_size=32000)
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (1, 2, 2, 32000)
     for text in TEXTS:
         ids = tokenizer(text).input_ids
-        assert again(text).input_ids == ids and again.decode(ids) == tokenizer.decode(ids), repr(text)
+        assert loaded(text).input_ids == ids and loaded.decode(ids) == tokenizer.decode(ids), repr(text)
 
 
-def test_vocabulary_must_fit(tmp_path):
+def test_vocabulary_beyond_the_embeddings_is_refused():
     assert len(load_tokenizer("", vocab_size=32000)) == 32000
     with pytest.raises(ValueError, match=r"ids up to 31999.*512 embeddings.*tokenizer_path"):
         load_tokenizer("", vocab_size=512)
 
 
-def test_bad_paths(tmp_path):
+def test_bad_paths_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_tokenizer(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
@@ -87,7 +82,7 @@ def test_bad_paths(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_needs_an_end(tmp_path):
+def test_tokenizer_without_end_of_sequence_is_refused(tmp_path):
     words = Tokenizer(WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))
