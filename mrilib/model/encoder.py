@@ -122,10 +122,10 @@ class KSpaceEncoder(nn.Module):
     def tokens_and_maps(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> EncoderOutput:
         """Compute the tokens of `forward` and the detection maps.
 
-        `mirrored`, bool (B,), marks slices with an image that is flipped left to right before the ViT and the detection
-        maps.
+        Where `mirrored`, bool (B,), is true, VarNet's image is flipped left to right.
         """
-        pixels = self.pixels(kspace, mask, mirrored)
+        image = self.phase_corrected_image(kspace, mask)
+        pixels = self.pixels(image, mirrored)
         maps = features = None
         if self.finding_maps is not None:
             maps, features = self._detect(pixels)
@@ -134,19 +134,6 @@ class KSpaceEncoder(nn.Module):
             tokens = tokens + self.finding_words(maps)
         start, end = (vector.to(tokens.dtype).expand(len(tokens), 1, -1) for vector in (self.start, self.end))
         return EncoderOutput(torch.cat([start, tokens, end], dim=1).float(), maps)
-
-    def pixels(self, kspace: Tensor, mask: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """Compute the input of ViT and detection maps, float32 (B, 2, img_size, img_size).
-
-        The channels are the real and imaginary part. Their mean square is 1 because the scale of VarNet's image depends
-        on the number of coils. The mean is kept: it has no meaning for a complex image.
-        """
-        image = fourier.center_crop_or_pad(self.phase_corrected_image(kspace, mask), (self.img_size, self.img_size))
-        if mirrored is not None:
-            image = torch.where(mirrored[:, None, None], image.flip(-1), image)
-        power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
-        image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-        return torch.view_as_real(image).movedim(-1, 1)
 
     def phase_corrected_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """Compute VarNet's image without the background phase of the cascades' initial image.
@@ -170,7 +157,7 @@ class KSpaceEncoder(nn.Module):
         return skip_empty_coils(lambda *inputs: self._refine(*inputs)[0], kspace, mask, torch.complex64)
 
     def _refine(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """VarNet's combined image and the initial image of its cascades, each (B, readout, phase).
+        """Compute VarNet's combined image and the initial image of its cascades, each (B, readout, phase).
 
         `VarNet.forward` returns an RSS image. These are its steps with its weights, up to the complex image.
         """
@@ -180,7 +167,7 @@ class KSpaceEncoder(nn.Module):
         return run_cascades(self.varnet.cascades, kspace, mask, maps, initial, checkpointing), initial
 
     def _coil_maps(self, kspace: Tensor, mask: Tensor) -> Tensor:
-        """VarNet's coil maps, complex64 (B, coil, readout, phase).
+        """Compute VarNet's coil maps, complex64 (B, coil, readout, phase).
 
         The map network processes every coil at full size, which takes most of the encoder's activation memory. With
         activation checkpointing it processes one slice at a time.
@@ -192,6 +179,19 @@ class KSpaceEncoder(nn.Module):
         else:
             maps = self.varnet.sens_net(measured, lines)
         return torch.view_as_complex(maps.float().contiguous())
+
+    def pixels(self, image: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Compute the input of ViT and detection maps, float32 (B, 2, img_size, img_size), from VarNet's image.
+
+        The channels are the real and imaginary part. Their mean square is 1 because the scale of VarNet's image depends
+        on the number of coils. The mean is kept: it has no meaning for a complex image.
+        """
+        image = fourier.center_crop_or_pad(image, (self.img_size, self.img_size))
+        if mirrored is not None:
+            image = torch.where(mirrored[:, None, None], image.flip(-1), image)
+        power = torch.view_as_real(image).square().sum(-1).mean((-2, -1), keepdim=True)
+        image = image * power.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        return torch.view_as_real(image).movedim(-1, 1)
 
     def _detect(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute detection maps and U-Net features; outside of training, average the maps over mirroring."""

@@ -91,7 +91,8 @@ def test_slices_of_a_batch_are_independent() -> None:
 def test_tokens_are_the_projected_vit_output_without_its_class_token() -> None:
     model = encoder().eval()
     with torch.no_grad():
-        hidden = model.vit(pixel_values=model.pixels(*measured())).last_hidden_state  # transformers' own forward
+        pixels = model.pixels(model.phase_corrected_image(*measured()))
+        hidden = model.vit(pixel_values=pixels).last_hidden_state  # transformers' own forward
         assert hidden.shape == (2, 1 + 4, 16)
         torch.testing.assert_close(model(*measured())[:, 1:-1], model.projection(hidden[:, 1:]))
 

@@ -199,7 +199,8 @@ def test_mirror_fraction_is_drawn_in_each_training_epoch(config, dataset):
 def test_encoder_flips_the_image_of_a_mirrored_slice(config, batch):
     encoder = systems.build(config).encoder
     mirrored = torch.tensor([True, False, True])
-    original, pixels = (encoder.pixels(batch.kspace, batch.mask, flags) for flags in (None, mirrored))
+    image = encoder.phase_corrected_image(batch.kspace, batch.mask)
+    original, pixels = encoder.pixels(image), encoder.pixels(image, mirrored)
     torch.testing.assert_close(pixels, torch.where(mirrored[:, None, None, None], original.flip(-1), original))
 
 
@@ -238,7 +239,7 @@ def test_without_labels_the_encoder_has_no_detection_maps(config):
 def test_unet_features_are_added_to_the_tokens_of_their_patches(config, batches):
     """They are normalised, the class token gets none, and no gradient returns to the U-Net."""
     encoder = systems.build(config).encoder.eval()
-    pixels = encoder.pixels(batches[0].kspace, batches[0].mask)
+    pixels = encoder.pixels(encoder.phase_corrected_image(batches[0].kspace, batches[0].mask))
     _, features = encoder.finding_maps(pixels)
     side = pixels.shape[-1] // 16
     assert features.shape == (len(pixels), side * side, encoder.patch_features.in_features)
