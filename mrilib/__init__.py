@@ -2,6 +2,21 @@
 
 Importing the package is fast: its names are loaded at their first use (PEP 562), and the backbone is registered with
 transformers when a model's configuration is first looked up.
+
+Ten files lead from a file on disk to the loss. In the order of reading:
+
+1. ``config``: every parameter of every notebook
+2. ``physics/fourier``: Fourier transform, root sum of squares, crop
+3. ``data/dataset``: one undersampled slice, and a batch of them
+4. ``data/findings``: contrast, level and findings as text and back
+5. ``model/unet``: the U-Net
+6. ``model/encoder``: k-space to tokens
+7. ``model/decoder``: tokens and measured data to an image
+8. ``model/two_stage``: encoder, frozen backbone and decoder together
+9. ``training/stages``: the two losses and the validation scores
+10. ``training/loop``: the training loop
+
+docs/reading-path.md lists the packages and where a new loss, decoder, encoder or mask goes.
 """
 
 import importlib

@@ -107,12 +107,12 @@ def test_metrics_have_all_keys_and_test_volumes(run, phantom_dir):
     for methods in metrics["reconstruction"].values():
         assert {"model", "zero_filled", "nearest_training_slice", "no_tokens", "other_patient_tokens"} <= set(methods)
         assert all(scores["volumes"] == len(tested) for scores in methods.values())
-    wanted = {
+    expected = {
         "cross_entropy", "cross_entropy_without_kspace", "cross_entropy_other_patient", "token_accuracy",
         "contrast_accuracy", "contrast_accuracy_without_kspace", "finding_f1", "finding_f1_without_kspace",
         "finding_f1_best_constant", "samples", "patients",
     }  # fmt: skip
-    assert wanted <= set(metrics["analysis"])
+    assert expected <= set(metrics["analysis"])
     assert {"stage1_seconds", "stage2_seconds", "peak_memory_bytes", "trainable_parameters"} <= set(metrics["cost"])
 
 

@@ -1,12 +1,12 @@
-"""The gated delta rule: a linear attention whose state forgets by a gate and corrects itself by the delta rule.
+"""The gated delta rule: linear attention with a state that a gate decays and the delta rule corrects.
 
-Per head, with state S (Dk, Dv), S ← e^g S; S ← S + k (β (v − Sᵀk))ᵀ; o = Sᵀq.
+Per head, with state S (Dk, Dv): S ← e^g S; S ← S + k (β (v − Sᵀk))ᵀ; o = Sᵀq.
 
-`naive_gated_delta_rule` is that recurrence as written. `gated_delta_rule` is the same function over chunks of tokens
+`naive_gated_delta_rule` is this recurrence, token by token. `gated_delta_rule` computes the same over chunks of tokens
 (Yang et al., "Gated Delta Networks", 2024, arXiv:2412.06464, and "Parallelizing Linear Transformers with the Delta
-Rule over Sequence Length", arXiv:2406.06484): within a chunk the corrections of all tokens are one unit triangular
-system, so that the work is in batched matrix products and python walks over chunks, not over tokens.
-Argument names and layout follow flash-linear-attention's `chunk_gated_delta_rule`.
+Rule over Sequence Length", arXiv:2406.06484). The corrections of all tokens in a chunk solve one unit triangular
+system. The work is thus in batched matrix products, and Python loops over chunks instead of tokens. Argument names and
+layout are those of flash-linear-attention's `chunk_gated_delta_rule`.
 """
 
 import functools
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# exp(x) is zero in float32 below −103.98, and so is its derivative. Gates are clamped here: the same numbers come out,
-# and sums of gates over a chunk stay finite even where the gate is −inf.
+# exp(x) and its derivative are zero in float32 below −103.98. Gates are clamped here: the results are the same, and
+# sums of gates over a chunk stay finite for a gate of −inf.
 _SMALLEST_GATE = -104.0
-_BLOCK = 16  # rows that are solved at once; a constant of the module, as torch.compile reads none of a Function
+_BLOCK = 16  # rows solved at once; torch.compile reads constants of a module, but not of a Function
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 def _without_autocast(rule: Rule) -> Rule:
-    """Keep autocast out of a function of q and more: it would take products and the state to bfloat16."""
+    """Disable autocast in a rule, as it would compute products and the state in bfloat16."""
 
     @functools.wraps(rule)
     def wrapped(q: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -37,23 +37,12 @@ def _without_autocast(rule: Rule) -> Rule:
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Divide by the Euclidean length over the last axis, x / √(Σx² + eps).
-
-    Parameters
-    ----------
-    x : Tensor, shape (..., D)
-    eps : float
-        Added under the root, so that a zero vector stays zero.
-
-    Returns
-    -------
-    Tensor, shape (..., D)
-    """
+    """Divide x (..., D) by its Euclidean norm over the last axis: x / √(Σx² + eps)."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None) -> None:
-    """Raise ValueError, naming the argument, where the shapes do not belong together."""
+    """Raise ValueError for shapes that do not match."""
     if q.dim() != 4 or 0 in q.shape:
         raise ValueError(f"q must have shape (B, T, H, Dk), none of them 0, got {tuple(q.shape)}")
     batch, length, heads, key_dim = q.shape
@@ -83,17 +72,10 @@ def naive_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence token by token: the definition that `gated_delta_rule` is held to.
-
-    Parameters, returns and raises as in `gated_delta_rule`.
-    """
+    """Compute the recurrence token by token: the reference for `gated_delta_rule`, with its arguments and results."""
     _check(q, k, v, g, beta, initial_state)
     dtype = v.dtype
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    q = q * scale
+    q, k, v, g, beta = _prepare(q, k, v, g, beta, use_qk_l2norm_in_kernel, scale)
     batch, length, heads, key_dim = q.shape
     state = q.new_zeros(batch, heads, key_dim, v.shape[-1]) if initial_state is None else initial_state.float()
     outputs = []
@@ -107,25 +89,25 @@ def naive_gated_delta_rule(
 
 
 def _precise(q: Tensor, k: Tensor) -> Tensor:
-    """The product of q and k, summed in double precision.
+    """Product of q and k, summed in double precision.
 
-    A token whose query is nearly orthogonal to its key has a tiny output, which the norm behind it blows up to full
-    size: the rounding of this one product is what would be seen there.
+    If a token's query is nearly orthogonal to its key, its output is tiny, and the norm after the rule scales it up,
+    with the rounding error of this product.
     """
     return (q.double() @ k.double()).float()
 
 
 class _UnitLowerInverse(torch.autograd.Function):
-    """(I + A)⁻¹ of strictly lower triangular A (N, n, n); what stands on and above the diagonal is not read.
+    """(I + A)⁻¹ of strictly lower triangular A (N, n, n); entries on and above the diagonal are not read.
 
-    Blocks of 16 are solved, then joined by pairs: [[P, 0], [R, Q]]⁻¹ = [[P⁻¹, 0], [−Q⁻¹ R P⁻¹, Q⁻¹]]. As stable as
-    substitution, and nearly all of it batched products: a library solves large triangular systems one after another,
-    with threads that wait for each other at each, which takes ten times as long where the cores are shared.
+    Blocks of 16 are solved, then joined in pairs: [[P, 0], [R, Q]]⁻¹ = [[P⁻¹, 0], [−Q⁻¹ R P⁻¹, Q⁻¹]]. This is as stable
+    as substitution, and mostly batched products. PyTorch solves large triangular systems one after another and
+    synchronises its threads at each, which takes ten times as long on shared cores.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
-        """The inverse."""
+        """Invert."""
         n, size = a.shape[-1], _BLOCK
         full = size
         while full < n:
@@ -133,7 +115,7 @@ class _UnitLowerInverse(torch.autograd.Function):
         a = F.pad(a, (0, full - n, 0, full - n))
 
         def blocks(width: int) -> Tensor:
-            """The diagonal blocks (N, full / width, width, width)."""
+            """Return the diagonal blocks (N, full / width, width, width)."""
             return a.unflatten(2, (-1, width)).unflatten(1, (-1, width)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
         eye = torch.eye(size, dtype=a.dtype, device=a.device)
@@ -150,13 +132,13 @@ class _UnitLowerInverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """−X ᵀ grad Xᵀ, below the diagonal."""
+        """Return −Xᵀ grad Xᵀ, below the diagonal."""
         (x,) = ctx.saved_tensors
         return -(x.mT @ grads[0] @ x.mT).tril(-1)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token: q, k, v (B, 1, H, D) in float32, q scaled; returns o (B, 1, H, Dv) and the state after it."""
+    """Process one token: q, k, v (B, 1, H, D) in float32, q scaled; return o (B, 1, H, Dv) and the new state."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     beta = beta.transpose(1, 2).unsqueeze(-1)
     own = _precise(q, k.mT)
@@ -165,14 +147,69 @@ def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tenso
         return (own * correction).transpose(1, 2), k.mT * correction
     decay = g.exp().transpose(1, 2).unsqueeze(-1)
     state = state.float() * decay
-    # the old state is read once, for key and query together
-    recalled, seen = (torch.cat((k, q), 2) @ state).split(1, 2)
-    correction = beta * (v - recalled)
+    # one pass over the old state, for key and query together
+    of_key, of_query = (torch.cat((k, q), 2) @ state).split(1, 2)
+    correction = beta * (v - of_key)
     if torch.is_grad_enabled():
         state = torch.addcmul(state, k.mT, correction)
-    else:  # in the memory that the decayed state lies in: fresh memory costs more than the sum
+    else:  # in place: allocating memory takes longer than the sum
         state.addcmul_(k.mT, correction)
-    return (seen + own * correction).transpose(1, 2), state
+    return (of_query + own * correction).transpose(1, 2), state
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, normalise: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Convert to float32, normalise q and k, scale q."""
+    q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
+    if normalise:
+        q, k = l2norm(q), l2norm(k)
+    return q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, g, beta
+
+
+def _to_chunks(x: Tensor, chunks: int, size: int) -> Tensor:
+    """Turn (B, T, H, D) into (chunks, B·H, size, D), zeros at the end, with contiguous chunks."""
+    batch, length, heads = x.shape[:3]
+    if chunks * size > length:
+        x = F.pad(x, (0, 0, 0, 0, 0, chunks * size - length))
+    return x.view(batch, chunks, size, heads, -1).permute(1, 0, 3, 2, 4).reshape(chunks, batch * heads, size, -1)
+
+
+def _chunk_decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decays for gates (chunks, B·H, size, 1): between tokens s ≤ t, from a chunk's start to t, from t to its end."""
+    # in double precision: a small gate after a large one would be lost in a running sum in float32
+    total = g.double().cumsum(-2)
+    future = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).triu(1)
+    # differences to future tokens are positive and may overflow; masked before exp, as inf·0 in backward is NaN
+    between = (total - total.mT).masked_fill_(future, -torch.inf).float().exp()
+    return between, total.float().exp(), (total[..., -1:, :] - total).float().exp()
+
+
+def _run_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, need_state: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute outputs (chunks, B·H, size, Dv) and, if needed, the final state (B·H, Dk, Dv) of chunked arguments."""
+    chunks, rows, size, key_dim = q.shape
+    decay, from_start, to_end = _chunk_decays(g.clamp(min=_SMALLEST_GATE))
+    whole_chunk = from_start[..., -1:, :]
+    has_state = state is not None or chunks > 1
+    rhs = torch.cat((v, k * from_start), -1) if has_state else v
+    inverse = _UnitLowerInverse.apply((k @ k.mT * decay * beta).flatten(0, 1)).view(chunks, -1, size, size)
+    solved = inverse @ (rhs * beta)
+    inner = _precise(q, k.mT) * decay
+    if not has_state:
+        return inner @ solved, ((k * to_end).mT @ solved)[0]
+    own, of_state = solved.split((v.shape[-1], key_dim), -1)
+    if state is None:
+        state = q.new_zeros(rows, key_dim, v.shape[-1])
+    states, corrections = [], []
+    for own_i, of_state_i, k_i, decay_i in zip(own, of_state, (k * to_end).mT, whole_chunk, strict=True):
+        correction = torch.baddbmm(own_i, of_state_i, state, alpha=-1)
+        states.append(state)
+        corrections.append(correction)
+        if need_state or len(states) < chunks:
+            state = torch.baddbmm(state * decay_i, k_i, correction)
+    return (q * from_start) @ torch.stack(states) + inner @ torch.stack(corrections), state
 
 
 @_without_autocast
@@ -188,34 +225,34 @@ def gated_delta_rule(
     scale: float | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule, chunk by chunk.
+    """Compute the gated delta rule, chunk by chunk.
 
     With G the running sum of g within a chunk and S the state before it, token t corrects the state by
-    u_t = β_t (v_t − e^{G_t} Sᵀk_t − Σ_{s<t} e^{G_t − G_s} (k_t·k_s) u_s), so all of a chunk's corrections are
+    u_t = β_t (v_t − e^{G_t} Sᵀk_t − Σ_{s<t} e^{G_t − G_s} (k_t·k_s) u_s). All corrections of a chunk are
     U = (I + A)⁻¹ (β V − β e^G K S), A strictly lower triangular. Then
     o_t = e^{G_t} Sᵀq_t + Σ_{s≤t} e^{G_t − G_s} (q_t·k_s) u_s and S ← e^{G_C} S + Σ_s e^{G_C − G_s} k_s u_sᵀ.
 
     Parameters
     ----------
     q, k : Tensor, shape (B, T, H, Dk)
-        Queries and keys, any floating type; the work is done in float32, under autocast too.
+        Queries and keys of any floating type; they are converted to float32, under autocast too.
     v : Tensor, shape (B, T, H, Dv)
         Values.
     g : Tensor, shape (B, T, H)
-        Logarithm of the decay, ≤ 0; −inf forgets everything.
+        Logarithm of the decay, ≤ 0; −inf erases the state.
     beta : Tensor, shape (B, T, H)
-        Size of the correction, usually in [0, 1]. Where it is 0 and g is 0 the token leaves the state as it is: that
-        is how padding is passed over.
+        Size of the correction, usually in [0, 1]. A token with beta = g = 0, such as padding, does not change the
+        state.
     initial_state : Tensor, shape (B, H, Dk, Dv), optional
-        State before the first token; zeros if not given.
+        State before the first token; zeros by default.
     output_final_state : bool
         Whether to return the state after the last token.
     use_qk_l2norm_in_kernel : bool
-        Normalise q and k per head first, eps 1e-6 under the root.
+        Normalise q and k with `l2norm` first.
     scale : float, optional
-        Factor on q, Dk^−½ if not given.
+        Factor on q; Dk^−½ by default.
     chunk_size : int
-        Tokens in a chunk at most.
+        Largest number of tokens in a chunk.
 
     Returns
     -------
@@ -227,67 +264,24 @@ def gated_delta_rule(
     Raises
     ------
     ValueError
-        Shapes that do not belong together, or chunk_size below 1.
+        If shapes do not match, or chunk_size is below 1.
     """
     _check(q, k, v, g, beta, initial_state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     batch, length, heads, key_dim = q.shape
     dtype = v.dtype
-    scale = key_dim**-0.5 if scale is None else scale
-    q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
-    if use_qk_l2norm_in_kernel:
-        q, k = l2norm(q), l2norm(k)
-    q = q * scale
+    q, k, v, g, beta = _prepare(q, k, v, g, beta, use_qk_l2norm_in_kernel, scale)
     if length == 1:
-        o, after = _step(q, k, v, g, beta, initial_state)
-        return o.to(dtype), after if output_final_state else None
-    # chunks of even length: 150 tokens are three of 50, not two of 64 and one mostly of padding
+        o, state = _step(q, k, v, g, beta, initial_state)
+        return o.to(dtype), state if output_final_state else None
+    # chunks of equal length: 150 tokens are three of 50, not two of 64 and one that is mostly padding
     chunks = -(-length // chunk_size)
     size = -(-length // chunks)
-
-    def to_chunks(x: Tensor) -> Tensor:
-        """(B, T, H, D) to (chunks, B·H, size, D), so that a chunk is contiguous."""
-        if chunks * size > length:
-            x = F.pad(x, (0, 0, 0, 0, 0, chunks * size - length))
-        return x.view(batch, chunks, size, heads, -1).permute(1, 0, 3, 2, 4).reshape(chunks, batch * heads, size, -1)
-
-    q, k, v = to_chunks(q), to_chunks(k), to_chunks(v)
-    beta, g = to_chunks(beta[..., None]), to_chunks(g[..., None]).clamp(min=_SMALLEST_GATE)
-
-    # In double precision: a small gate after a large one would drown in the running sum otherwise.
-    total = g.double().cumsum(-2)
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    # e^{G_t − G_s} for s ≤ t. The other differences are positive and may overflow: masked before exp, or inf·0 spoils
-    # gradients.
-    decay = (total - total.mT).masked_fill_(future, -torch.inf).float().exp()
-    from_start = total.float().exp()
-    to_end = (total[..., -1:, :] - total).float().exp()
-    over_chunk = from_start[..., -1:, :]
-
-    has_state = initial_state is not None or chunks > 1
-    rhs = torch.cat((v, k * from_start), -1) if has_state else v
-    inverse = _UnitLowerInverse.apply((k @ k.mT * decay * beta).flatten(0, 1)).view(chunks, -1, size, size)
-    solved = inverse @ (rhs * beta)
-    inner = _precise(q, k.mT) * decay
-    if not has_state:
-        o = inner @ solved
-        state = ((k * to_end).mT @ solved)[0]
-    else:
-        own, seen = solved.split((v.shape[-1], key_dim), -1)
-        if initial_state is None:
-            state = q.new_zeros(batch * heads, key_dim, v.shape[-1])
-        else:
-            state = initial_state.float().reshape(batch * heads, key_dim, -1)
-        states, corrections = [], []
-        for own_i, seen_i, k_i, decay_i in zip(own, seen, (k * to_end).mT, over_chunk, strict=True):
-            correction = torch.baddbmm(own_i, seen_i, state, alpha=-1)
-            states.append(state)
-            corrections.append(correction)
-            if output_final_state or len(states) < chunks:
-                state = torch.baddbmm(state * decay_i, k_i, correction)
-        o = (q * from_start) @ torch.stack(states) + inner @ torch.stack(corrections)
+    q, k, v = (_to_chunks(x, chunks, size) for x in (q, k, v))
+    beta, g = (_to_chunks(x[..., None], chunks, size) for x in (beta, g))
+    first = None if initial_state is None else initial_state.float().reshape(batch * heads, key_dim, -1)
+    o, state = _run_chunks(q, k, v, g, beta, first, output_final_state)
     o = o.view(chunks, batch, heads, size, -1).permute(1, 0, 3, 2, 4).reshape(batch, chunks * size, heads, -1)
-    if not output_final_state:
-        return o[:, :length].to(dtype), None
-    return o[:, :length].to(dtype), state.view(batch, heads, key_dim, -1)
+    final = state.view(batch, heads, key_dim, -1) if output_final_state else None
+    return o[:, :length].to(dtype), final

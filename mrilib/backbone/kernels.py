@@ -185,7 +185,7 @@ def _relative_errors(
 def _evaluate(
     rule: Callable[..., Any], inputs: dict[str, Tensor], loss_weights: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Outputs of a rule and, for a loss that weights them, the gradients of all inputs."""
+    """Compute outputs of a rule and, for a loss that weights them, the gradients of all inputs."""
     x = {n: value.contiguous().detach().requires_grad_(loss_weights is not None) for n, value in inputs.items()}
     o, state = rule(**x, output_final_state=True, use_qk_l2norm_in_kernel=True)
     values = {"o": o, "final_state": state}

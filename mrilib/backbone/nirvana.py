@@ -1,8 +1,8 @@
-"""The Nirvana backbone: a language model of gated delta rule, windowed attention and a Trigger that learns as it reads.
+"""The Nirvana backbone: a language model with the gated delta rule, windowed attention and a Trigger.
 
-Module and parameter names are those of the published weights, so that a published `model.safetensors` loads as it is.
-Layers 0 and 1 are a gated delta net (Yang et al., 2024, arXiv:2412.06464). From layer 2 on the Trigger says for each
-token how much of the delta rule, of causal attention and of their mixture goes out.
+Layers 0 and 1 are a gated delta net (Yang et al., 2024, arXiv:2412.06464). From layer 2 on, the Trigger learns while it
+reads and weights, for each token, the outputs of the delta rule, of causal attention, and of a map of both. Module and
+parameter names are those of the published weights, so a published `model.safetensors` loads unchanged.
 
 Shapes: B batch, T tokens, d hidden size, H heads of D = d / H, C concept_dim.
 """
@@ -63,19 +63,19 @@ class NirvanaConfig(PreTrainedConfig):
     logit_dim : int
         Number L of the Trigger's adaptable factors per weight.
     window_size : int
-        Tokens that attention sees, the present one included.
+        Tokens within reach of attention, the present one included.
     norm_eps : float
         Added to the mean square in every RMSNorm.
     initializer_range : float
         Standard deviation of new linear weights.
     max_position_embeddings, rope_theta, fuse_norm, fuse_cross_entropy
-        Carried for the published file's sake: there are no position embeddings, and nothing here is fused by flag.
+        Unused keys of the published file: there are no position embeddings, and no flag fuses operations.
 
     Raises
     ------
     ValueError
-        A size that is no whole number of at least 1, num_heads that does not divide hidden_size, an activation other
-        than silu, or biases, which the architecture does not have.
+        If a size is not a whole number of at least 1, num_heads does not divide hidden_size, or the activation is not
+        silu; and for biases, which the architecture does not have.
     """
 
     model_type = MODEL_TYPE
@@ -104,18 +104,18 @@ class NirvanaConfig(PreTrainedConfig):
     pad_token_id: int | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # the published file points to code that is not shipped with it
+        # the published file refers to code that is not shipped with it
         kwargs.pop("auto_map", None)
-        # what follows from the other sizes may be told, if it is told right
-        told = {name: kwargs.pop(name, None) for name in ("head_dim", "intermediate_size")}
+        # derived sizes may be given, if they are correct
+        derived = {name: kwargs.pop(name, None) for name in ("head_dim", "intermediate_size")}
         super().__post_init__(**kwargs)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim",
                      "window_size"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-            if value > (most := LARGEST.get(name, 1 << 16)):
-                raise ValueError(f"{name} must be at most {most}, got {value}")
+            if value > (largest := LARGEST.get(name, 1 << 16)):
+                raise ValueError(f"{name} must be at most {largest}, got {value}")
         for name in ("norm_eps", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < 1:
@@ -124,9 +124,9 @@ class NirvanaConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by num_heads {self.num_heads}")
         if self.hidden_size < 16:
             raise ValueError(f"hidden_size must be at least 16, got {self.hidden_size}")
-        for name, value in told.items():
+        for name, value in derived.items():
             if value is not None and value != getattr(self, name):
-                raise ValueError(f"{name} {value} is not what the architecture has: {getattr(self, name)}")
+                raise ValueError(f"{name} must be {getattr(self, name)} in this architecture, got {value}")
         if self.hidden_act not in ("swish", "silu"):
             raise ValueError(f"hidden_act must be 'swish' or 'silu', got {self.hidden_act!r}")
         if self.attention_bias:
@@ -144,19 +144,19 @@ class NirvanaConfig(PreTrainedConfig):
 
 
 class Linear(nn.Linear):
-    """A linear map without bias that rounds alike for one token and for many, and is quick for one.
+    """A linear map without bias that rounds equally for one token and for many, and is fast for one.
 
-    The matrix libraries sum in another order where the rows do not fill a tile of four. In a narrow model the delta
-    rule's normed output blows that up to 2e-4 in some tokens; so there, where it costs little, rows of zeros fill up
-    the tile, and decoding step by step repeats a full pass to 5e-5. In wide models it costs more and changes little.
-    There a single token waits for the weights to come from memory, and the library reads them with one core for a
-    product with one row, with all cores for a batch of products.
+    Matrix libraries sum in another order if the rows do not fill a tile of four. In a narrow model the norm after the
+    delta rule amplifies this rounding to 2e-4 in some tokens. There, rows of zeros fill the tile, at little cost, and
+    step-by-step decoding repeats a full pass to 5e-5. In wide models padding costs more and changes little; there a
+    single token waits for the weights from memory. The library reads them with one core for a product with one row,
+    but with all cores for a batch of products.
     """
 
-    NARROW = 128  # hidden size
+    NARROW = 128  # largest hidden size at which tiles are filled
     fills_tiles = False  # set by the model
-    _PARTS = 16  # for as many cores; more would wait for the same memory
-    _LARGE = 1 << 16  # weights, from which parts are worth their while
+    _PARTS = 16  # products in a batch; more cores would wait for the same memory
+    _LARGE = 1 << 16  # number of weights from which the batch is faster
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -169,13 +169,13 @@ class Linear(nn.Linear):
             return F.linear(full, self.weight)[:rows].view(*x.shape[:-1], -1)
         single = rows == 1 and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
         if single and self.weight.numel() >= self._LARGE and self.out_features >= self._PARTS:
-            return self._of_one(x)
+            return self._map_one_row(x)
         return F.linear(x, self.weight)
 
-    def _of_one(self, x: Tensor) -> Tensor:
-        """The map of a single token, in `_PARTS` products and a rest."""
+    def _map_one_row(self, x: Tensor) -> Tensor:
+        """Map a single token by `_PARTS` products and a rest."""
         split = self.out_features - self.out_features % self._PARTS
-        # a row turned into a column, not a column: with that the library takes a way that is four times slower
+        # the transpose of a row: for a contiguous column the library is four times slower
         column = x.reshape(1, 1, -1).expand(self._PARTS, -1, -1).mT
         y = torch.bmm(self.weight[:split].view(self._PARTS, -1, self.in_features), column).flatten()
         if split < self.out_features:
@@ -193,21 +193,21 @@ def _correlate(x: Tensor, taps: Tensor) -> Tensor:
 
 
 class CausalConv(torch.autograd.Function):
-    """Causal depthwise convolution as a sum of shifted products; the library's own is ten times slower on CPUs.
+    """Causal depthwise convolution as a sum of shifted products; PyTorch's convolution is ten times slower on CPUs.
 
-    `CausalConv.apply(x, weight)` with x (B, T + KERNEL − 1, d), the KERNEL − 1 tokens before in front, and weight
-    (d, 1, KERNEL) gives y_t = Σ_j w_j x_{t+j}, (B, T, d).
+    `CausalConv.apply(x, weight)` returns y_t = Σ_j w_j x_{t+j}, (B, T, d). x (B, T + KERNEL − 1, d) starts with the
+    KERNEL − 1 previous tokens; weight is (d, 1, KERNEL).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution."""
+        """Convolve."""
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return _correlate(x, weight.squeeze(1).t().contiguous())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The same sum in reversed time for x; for frozen weights nothing else."""
+        """Return the gradients: for x the same sum in reversed time, for weights only if they are trained."""
         x, weight = ctx.saved_tensors
         grad = grads[0]
         grad_x = grad_weight = None
@@ -222,7 +222,7 @@ class CausalConv(torch.autograd.Function):
 
 
 class ShortConv(nn.Conv1d):
-    """A causal depthwise convolution with silu. It reads its own weight, so that hooks can offload it."""
+    """A causal depthwise convolution with silu; a module, so that accelerate's hooks can offload its weight."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, KERNEL, groups=channels, bias=False)
@@ -233,7 +233,7 @@ class ShortConv(nn.Conv1d):
 
 
 class Interpolation(nn.Module):
-    """The low-rank map of delta output, attention output and twice the Trigger's h, to the mixture's third term."""
+    """Low-rank map of the delta output, the attention output and twice the Trigger's h."""
 
     def __init__(self, in_features: int, hidden_size: int) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ class Interpolation(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q kᵀ / √D) v as written: what attn_implementation="eager" asks for; mask and causal as in the library."""
+    """Compute softmax(q kᵀ / √D) v, for attn_implementation="eager"; mask and causal as in PyTorch's attention."""
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -260,7 +260,7 @@ def _low_rank(hidden_size: int, rank: int) -> nn.Sequential:
 
 
 class TaskAwareDeltaNet(nn.Module):
-    """A layer's mixer: the delta branch and, from layer 2 on, attention and the Trigger that weighs the two.
+    """A layer's mixer: the delta branch and, from layer 2 on, attention and the Trigger, which weights both.
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ class TaskAwareDeltaNet(nn.Module):
             self.condition_interpolation = Interpolation(2 * d + 2 * config.concept_dim, d)
 
     def _convolve(self, index: int, x: Tensor, keep: Tensor | None, layer: NirvanaCacheLayer | None) -> Tensor:
-        """One of the three convolutions, with silu; x (B, T, d)."""
+        """Apply the convolution of q, k or v (index 0, 1, 2), with silu, to x (B, T, d)."""
         if keep is not None:
             x = x * keep.unsqueeze(-1)
         before = None if layer is None else layer.conv[index]
@@ -299,6 +299,47 @@ class TaskAwareDeltaNet(nn.Module):
         if layer is not None:
             layer.conv[index] = x[:, 1 - KERNEL :].detach().clone()
         return (self.q_conv1d, self.k_conv1d, self.v_conv1d)[index](x)
+
+    def _delta_branch(
+        self, x: Tensor, raw: tuple[Tensor, ...], keep: Tensor | None, layer: NirvanaCacheLayer | None
+    ) -> Tensor:
+        """Convolve the projections and apply the gated delta rule; (B, T, d)."""
+        split = (*x.shape[:2], self.heads, -1)
+        q, k, v = (self._convolve(i, y, keep, layer).view(split) for i, y in enumerate(raw))
+        beta = self.b_proj(x).float().sigmoid()
+        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        if keep is not None:  # a padded token neither decays nor changes the state
+            beta, g = beta * keep.unsqueeze(-1), g * keep.unsqueeze(-1)
+        o, state = gated_delta_rule(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            initial_state=None if layer is None else layer.delta,
+            output_final_state=layer is not None,
+        )
+        if layer is not None and state is not None:
+            layer.delta = state.detach()
+        o = self.o_norm(o.to(self.o_norm.weight.dtype))  # under autocast too the norm has the type of its weight
+        return self.o_proj((o * F.silu(self.g_proj(x)).view(split)).flatten(2))
+
+    def _attention_branch(
+        self, x: Tensor, raw: tuple[Tensor, ...], mask: Tensor | None, causal: bool, layer: NirvanaCacheLayer | None
+    ) -> Tensor:
+        """Attend with the projections plus low-rank maps of x; (B, T, d)."""
+        split = (*x.shape[:2], self.heads, -1)
+        q, k, v = (
+            (y + lora(x)).view(split).transpose(1, 2)
+            for y, lora in zip(raw, (self.q_lora, self.k_lora, self.v_lora), strict=True)
+        )
+        if layer is not None:
+            k, v = layer.append(k, v)
+        if self.config._attn_implementation == "eager":
+            o = _attend(q, k, v, mask, causal)
+        else:
+            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o_proj_attn(o.transpose(1, 2).flatten(2))
 
     def forward(
         self,
@@ -315,59 +356,29 @@ class TaskAwareDeltaNet(nn.Module):
         Parameters
         ----------
         x : Tensor, shape (B, T, d)
-            Normalised.
+            Normalised input.
         theta : TriggerState, optional
-            From the layer before; None starts anew.
+            From the previous layer; ones by default.
         router : callable
-            The call of the model's `TriggerWeights`. Not the module: accelerate's hooks would move it to their device.
+            The call of the model's `TriggerWeights`, not the module: accelerate would move a module to another device.
         keep : Tensor, shape (B, T), bool, optional
             False at padding.
         mask, causal
             From `attention_mask_for`.
         layer : NirvanaCacheLayer, optional
-            Read and brought up to date.
+            Read and updated.
 
         Returns
         -------
         Tensor, shape (B, T, d), and the TriggerState for the next layer
         """
-        split = (*x.shape[:2], self.heads, -1)
         raw = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        q, k, v = (self._convolve(i, y, keep, layer).view(split) for i, y in enumerate(raw))
-        beta = self.b_proj(x).float().sigmoid()
-        g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
-        if keep is not None:  # a padded token neither decays nor writes
-            beta, g = beta * keep.unsqueeze(-1), g * keep.unsqueeze(-1)
-        o, state = gated_delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state=None if layer is None else layer.delta,
-            output_final_state=layer is not None,
-        )
-        if layer is not None and state is not None:
-            layer.delta = state.detach()
-        o = self.o_norm(o.to(self.o_norm.weight.dtype))  # as wide as the weights under autocast too
-        delta = self.o_proj((o * F.silu(self.g_proj(x)).view(split)).flatten(2))
+        delta = self._delta_branch(x, raw, keep, layer)
         if not self.has_trigger:
             return delta, None
-
         h, theta = router(*self.concept_proj(x).chunk(3, -1), theta)
         h = h.to(x)  # the router may be on another device
-        q, k, v = (
-            (y + lora(x)).view(split).transpose(1, 2)
-            for y, lora in zip(raw, (self.q_lora, self.k_lora, self.v_lora), strict=True)
-        )
-        if layer is not None:
-            k, v = layer.append(k, v)
-        if self.config._attn_implementation == "eager":
-            o = _attend(q, k, v, mask, causal)
-        else:
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        attention = self.o_proj_attn(o.transpose(1, 2).flatten(2))
-
+        attention = self._attention_branch(x, raw, mask, causal, layer)
         t, u = self.t_proj(h).sigmoid(), self.t2_proj(h).sigmoid()
         both = self.condition_interpolation(torch.cat((delta, attention, h, h), -1))
         return u * delta + t * attention + u * t * both, theta
@@ -405,7 +416,7 @@ class NirvanaBlock(nn.Module):
 
 
 class NirvanaPreTrainedModel(PreTrainedModel):
-    """What both models share: initial weights and the library's switches."""
+    """Base class of both models: initial weights and the library's switches."""
 
     config: NirvanaConfig
     config_class = NirvanaConfig
@@ -430,7 +441,7 @@ class NirvanaPreTrainedModel(PreTrainedModel):
             init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus⁻¹
         elif isinstance(module, TriggerWeights):
             init.normal_(module.weight_linear, mean=0.0, std=self.config.initializer_range)
-            # θ starts at ones, so the versions add up to a plain LayerNorm
+            # θ starts at ones, so the versions sum to a plain LayerNorm
             init.constant_(module.weight_ln, 1 / self.config.logit_dim)
             init.zeros_(module.bias_linear)
             init.zeros_(module.bias_ln)
@@ -457,7 +468,7 @@ class NirvanaModel(NirvanaPreTrainedModel):
         self.post_init()
 
     def _keep(self, attention_mask: Tensor | None, x: Tensor, cache: NirvanaCache | None) -> Tensor | None:
-        """The new tokens' part of attention_mask as bool (B, T), or None where nothing is masked."""
+        """Return attention_mask for the new tokens as bool (B, T), or None if nothing is masked."""
         if attention_mask is None:
             return None
         batch, length = x.shape[:2]
@@ -475,17 +486,43 @@ class NirvanaModel(NirvanaPreTrainedModel):
 
     @staticmethod
     def _check_positions(position_ids: Tensor | None, keep: Tensor | None) -> None:
-        """Refuse several texts in one row: there are no position embeddings, and each would read those before it."""
+        """Refuse several texts in one row: without position embeddings, each would read the texts before it."""
         if position_ids is None or position_ids.shape[-1] < 2:
             return
         rises = position_ids[..., 1:] > position_ids[..., :-1]
         if keep is not None:
             rises = rises | ~(keep[:, 1:] & keep[:, :-1])
-        problem = "position_ids start again within a row: packed texts are not supported, give each text its own row"
+        message = "position_ids start again within a row: packed texts are not supported, give each text its own row"
         if torch.compiler.is_compiling():
-            torch._assert_async(rises.all(), problem)
+            torch._assert_async(rises.all(), message)
         elif not bool(rises.all()):
-            raise ValueError(problem)
+            raise ValueError(message)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return the input vectors (B, T, d) from ids or embeddings, after a check of the shapes."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or 0 in x.shape or x.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                "input_ids must have shape (B, T), inputs_embeds (B, T, d), none of them 0 and "
+                f"d = {self.config.hidden_size}; got {tuple((x if input_ids is None else input_ids).shape)}"
+            )
+        return x
+
+    @staticmethod
+    def _check_cache(past_key_values: NirvanaCache | None, cache: NirvanaCache | None) -> NirvanaCache | None:
+        """Return the cache that was given under one of its two names."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, NirvanaCache):
+            raise TypeError(
+                f"past_key_values must be a NirvanaCache, got {type(cache).__name__}: leave it out and pass "
+                "use_cache=True, or start with NirvanaCache(model.config); keys and values alone, as in prefix tuning, "
+                "are no state of the delta rule: use prompt tuning or LoRA instead"
+            )
+        return cache
 
     def forward(
         self,
@@ -510,50 +547,35 @@ class NirvanaModel(NirvanaPreTrainedModel):
         inputs_embeds : Tensor, shape (B, T, d), optional
             In place of input_ids.
         past_key_values : NirvanaCache, optional
-            What came before; brought up to date in place.
+            Cache of the previous tokens; updated in place.
         use_cache : bool, optional
             Make a cache if none is given; the config's setting by default. Gradient checkpointing sets it to False.
         output_hidden_states : bool, optional
-            Return the input of every block, and the last hidden state.
+            Return the input of every block and the last hidden state.
         return_dict : bool, optional
             False returns a tuple.
         position_ids : Tensor, shape (B, T) or (1, T), optional
-            Not used, as there are no position embeddings; they must rise within each row.
+            Unused, as there are no position embeddings; they must rise within each row.
         output_attentions : bool, optional
-            True is refused.
+            Must not be True.
         cache : NirvanaCache, optional
-            past_key_values under its name from transformers 5.24 on.
+            Name of past_key_values from transformers 5.24 on.
 
         Raises
         ------
         ValueError
-            Both or neither of input_ids and inputs_embeds, or one of them or an attention_mask of another shape; both
-            past_key_values and cache; position_ids that start again; output_attentions=True.
+            If both or neither of input_ids and inputs_embeds are given, or both past_key_values and cache. If a shape
+            is wrong, position_ids start again, or output_attentions is True.
         TypeError
-            past_key_values of another kind than NirvanaCache.
+            If past_key_values is not a NirvanaCache.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.dim() != 3 or 0 in x.shape or x.shape[2] != self.config.hidden_size:
-            raise ValueError(
-                "input_ids must have shape (B, T), inputs_embeds (B, T, d), none of them 0 and "
-                f"d = {self.config.hidden_size}; got {tuple((x if input_ids is None else input_ids).shape)}"
-            )
+        x = self._embed(input_ids, inputs_embeds)
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
                 "output_attentions=True is not supported: most of the mixing is done by the delta rule, which has no "
                 "attention weights; leave it out"
             )
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
-        cache = past_key_values if cache is None else cache
-        if cache is not None and not isinstance(cache, NirvanaCache):
-            raise TypeError(
-                f"past_key_values must be a NirvanaCache, got {type(cache).__name__}: leave it out and pass "
-                "use_cache=True, or start with NirvanaCache(model.config); keys and values alone, as in prefix tuning, "
-                "are no state of the delta rule: use prompt tuning or LoRA instead"
-            )
+        cache = self._check_cache(past_key_values, cache)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         if use_cache is None:
             use_cache = bool(self.config.use_cache)
@@ -577,18 +599,19 @@ class NirvanaModel(NirvanaPreTrainedModel):
                 states.append(x)
             rest = (self.rnn_router.__call__, keep, mask, causal, None if cache is None else cache.layers[i])
             if checkpointing:
-                # here, not by the library's layer class: it does nothing in eval mode, which a frozen backbone is in
+                # not by the library's layer class: it does nothing in eval mode, the mode of a frozen backbone
                 x, theta = checkpoint(block, x, theta, *rest, use_reentrant=False)
             else:
                 x, theta = block(x, theta, *rest)
         x = self.norm(x)
-        kept: dict[str, Any] = {OUTPUT_CACHE: cache}
-        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=(*states, x) if hidden else None, **kept)
+        named_cache: dict[str, Any] = {OUTPUT_CACHE: cache}
+        hidden_states = (*states, x) if hidden else None
+        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden_states, **named_cache)
         return output if return_dict is not False else output.to_tuple()
 
 
 class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
-    """The backbone with its language-model head, which is the embeddings' transpose.
+    """The backbone with its language-model head, the transposed embeddings.
 
     Parameters
     ----------
@@ -603,13 +626,13 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         self.model = NirvanaModel(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.lm_head.fills_tiles = config.hidden_size <= Linear.NARROW
-        # the published config's use_cache false is for training: generate would recompute everything at each step
+        # use_cache in the published config is false, for training; generate would recompute all tokens at each step
         self.generation_config.use_cache = True
         self.post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """False: `generate` leaves it to `forward` to make a NirvanaCache."""
+        """Return False, so that `generate` leaves the cache to `forward`."""
         return False
 
     def _prepare_generation_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -622,12 +645,12 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
             )
         return prepared
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # its signature says what generate accepts
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads the signature
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Leave out generate's tokenizer, which is for stop_strings; call the cache past_key_values, as PEFT does."""
+        """Leave out generate's tokenizer, which is for stop_strings; name the cache past_key_values, as PEFT does."""
         kwargs.pop("tokenizer", None)
         inputs: dict[str, Any] = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
-        if "cache" in inputs:  # under this name PEFT overlooks it, and would repeat a tuned prompt at every step
+        if "cache" in inputs:  # PEFT ignores this name and would repeat a tuned prompt at every step
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
 
@@ -647,7 +670,7 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         cache: NirvanaCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits and, with labels, the cross-entropy of the next token.
+        """Compute logits and, with labels, the cross-entropy of the next token.
 
         Parameters
         ----------
@@ -655,16 +678,16 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
         position_ids, output_attentions, cache
             As in `NirvanaModel.forward`.
         labels : Tensor, shape (B, T), optional
-            The tokens themselves, shifted in here; −100 is left out.
+            The tokens, not shifted; −100 is ignored.
         logits_to_keep : int or Tensor of indices
-            Logits of the last so many tokens only, or of these; 0 for all.
+            Compute the logits of the last n tokens only, or of these tokens; 0 for all.
         num_items_in_batch : int or Tensor, optional
-            Divide the summed loss by this instead of by the number of labels.
+            Divisor of the summed loss; the number of labels by default.
 
         Raises
         ------
         ValueError
-            labels together with logits_to_keep, and what `NirvanaModel.forward` raises.
+            If labels are given with logits_to_keep, or as in `NirvanaModel.forward`.
         """
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not every:

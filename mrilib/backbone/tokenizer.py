@@ -34,7 +34,7 @@ def sentencepiece_model() -> Path:
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Merges of the BPE in order: sentencepiece merges the neighbours whose union has the highest score.
+    """Order the BPE's merges: sentencepiece merges the neighbours whose union has the highest score.
 
     Runs of spaces have equal scores. Sentencepiece merges the leftmost of equals, so a run grows from its left end.
     Here every merge needs its own rank: of equals, those with the longer left part come first, to the same effect.

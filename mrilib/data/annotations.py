@@ -107,9 +107,6 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-# ------------------------------------------------------------------------------------------------- fastMRI+
-
-
 @dataclass(frozen=True)
 class Annotations:
     """Contents of a fastMRI+ CSV file and its list of reviewed files. Files are named without ``.h5``."""
@@ -273,9 +270,6 @@ def _require_file(path: Path, kind: str) -> None:
         raise ValueError(f"{path}: {kind} must be a file")
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path}: {path.stat().st_size} bytes; no {kind} is that large")
-
-
-# ------------------------------------------------------------------------------------------------- users' reports
 
 
 class Report(NamedTuple):

@@ -199,9 +199,6 @@ def list_slices(numbers: Sequence[int]) -> str:
     return f"slice{'s' if len(numbers) > 1 else ''} {', '.join(ranges)}"
 
 
-# ------------------------------------------------------------------------------------------------- folders
-
-
 def h5_files(directory: str | Path) -> list[Path]:
     """Paths of the h5 files of a folder, sorted by name.
 
@@ -236,21 +233,7 @@ def check_files(
     bar: Any = None,
     check: Callable[[Path], FileReport] = check_file,
 ) -> list[FileReport]:
-    """Check files in several processes.
-
-    Parameters
-    ----------
-    paths : sequence of Path
-    jobs : int, optional
-        Number of processes; by default one per core, or one for a few files.
-    bar : tqdm bar, optional
-    check : callable
-        Check of one file.
-
-    Returns
-    -------
-    list of FileReport, in the order of `paths`
-    """
+    """Check files in `jobs` processes (by default one per core); reports in the order of `paths`."""
     jobs = min(jobs or (1 if len(paths) <= FEW_FILES else joblib.cpu_count()), max(1, len(paths)))
     reports: dict[Path, FileReport] = {}
 
@@ -281,13 +264,6 @@ def usable_volumes(
     directory: str | Path, on_bad_file: str = "refuse", interactive: bool = False
 ) -> tuple[list[Volume], list[dict[str, Any]]]:
     """Volumes of a folder, after each file has been checked once.
-
-    Parameters
-    ----------
-    directory : path
-    on_bad_file : {"refuse", "skip"}
-    interactive : bool
-        Show a notebook's progress widget while files are read.
 
     Returns
     -------
@@ -371,15 +347,7 @@ class _Cache:
 
 
 def check_directory(directory: str | Path, jobs: int | None = None) -> tuple[str, bool]:
-    """Check all files of a folder, cached or not, for ``python -m mrilib check``.
-
-    Returns
-    -------
-    text : str
-        Problems and warnings by file, then the summary.
-    is_usable : bool
-        Whether no file has a problem.
-    """
+    """Check all files of a folder, cached or not: problems by file with a summary, and whether there is no problem."""
     paths = h5_files(directory)
     bar = progress_bar(len(paths), "check")
     reports = check_files(paths, jobs, bar)

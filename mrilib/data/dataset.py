@@ -162,7 +162,7 @@ class FastMRIDataset(Dataset[Slice]):
         return len(self.samples)
 
     def without_kspace(self) -> "FastMRIDataset":
-        """Copy whose slices have empty tensors; no file is read."""
+        """Copy with empty tensors for all slices; no file is read."""
         other = copy.copy(self)
         other.texts_only = True
         return other

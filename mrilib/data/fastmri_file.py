@@ -227,9 +227,6 @@ def require_unchanged(h5: h5py.File, volume: Volume) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------- links
-
-
 def leaving_links(h5: h5py.File) -> list[str]:
     """Problems of links, and of datasets with external storage, that lead out of the file; none is followed."""
     problems: list[str] = []
@@ -269,9 +266,6 @@ def dataset(h5: h5py.File, name: str) -> h5py.Dataset | None:
         return None
     node = h5[name]
     return node if isinstance(node, h5py.Dataset) else None
-
-
-# ------------------------------------------------------------------------------------------------- arrays, attributes
 
 
 def array_problems(name: str, array: h5py.Dataset, kspace: h5py.Dataset | None) -> list[str]:
@@ -361,9 +355,6 @@ def is_phantom(path: Path) -> bool:
     """Whether a file was written by `mrilib.phantom`."""
     with h5py.File(path, "r") as h5:
         return PHANTOM_ATTRIBUTE in h5.attrs
-
-
-# ------------------------------------------------------------------------------------------------- header
 
 
 def _header_text(stored: h5py.Dataset) -> bytes:

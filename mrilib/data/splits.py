@@ -100,14 +100,7 @@ def split_volumes(config: DataParameters) -> Split:
 
 
 def warn_of_unknown_files(config: DataParameters, files: Collection[str]) -> None:
-    """Warn about reports and annotations of files that are in no data folder, and suggest the most similar name.
-
-    Parameters
-    ----------
-    config : DataParameters
-    files : collection of str
-        Stems of the h5 files of all data folders.
-    """
+    """Warn about reports and annotations of files other than `files`, the stems of the files in all data folders."""
     reports = annotations_module.read_reports(resolve(config.reports_path)) if config.reports_path else {}
     annotations = load_annotations(config)
     named = {

@@ -262,14 +262,7 @@ def _lesion_layers(
 
 
 def render(patient: Patient, points: NDArray[np.float64], sequence: Sequence) -> tuple[Array, list[Array]]:
-    """Signal at points of a patient's head.
-
-    Parameters
-    ----------
-    patient : Patient
-    points : ndarray, shape (P, 3)
-        Patient coordinates [mm].
-    sequence : Sequence
+    """Signal at points (P, 3) of a patient's head [mm].
 
     Returns
     -------
@@ -299,19 +292,9 @@ def render(patient: Patient, points: NDArray[np.float64], sequence: Sequence) ->
 
 
 def add_lesions(patient: Patient, rng: np.random.Generator, slice_positions: NDArray[np.float64]) -> Patient:
-    """Copy of a patient with lesions in suitable tissue.
+    """Copy of a patient with lesions in suitable tissue; later lesions cover earlier ones.
 
-    Parameters
-    ----------
-    patient : Patient
-    rng : numpy.random.Generator
-    slice_positions : ndarray, shape (slices,)
-        z of the slice centres [mm]. Lesions lie within 1.5 mm of a slice, so that widely spaced slices show them too.
-
-    Returns
-    -------
-    Patient
-        Later entries of `lesions` cover earlier ones.
+    Lesions lie within 1.5 mm of a slice centre z [mm], so that widely spaced slices show them too.
     """
     spacing = float(np.diff(slice_positions).mean()) if len(slice_positions) > 1 else np.inf
     lesions: list[Lesion] = []

@@ -267,13 +267,7 @@ def _write_exam(
 
 
 def make_if_absent(config: ExploreParameters) -> bool:
-    """Write the phantom of 01_explore_data's parameters, unless it is complete or ``phantom_volumes`` is 0.
-
-    Returns
-    -------
-    bool
-        Whether data was written.
-    """
+    """Write the phantom of 01_explore_data's parameters, unless it is complete; whether data was written."""
     directory = resolve(config.data_dir)
     if not config.phantom_volumes or (directory.exists() and not (directory / PARAMETERS_FILE).exists()):
         return False  # no phantom requested, or a user's data

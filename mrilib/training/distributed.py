@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 from mrilib import processes
@@ -30,6 +33,13 @@ class TrainingStopped(Exception):
 def is_launched() -> bool:
     """Whether this is one of several processes that `accelerate launch` (or torchrun) has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def build_accelerator(device: torch.device, config: TrainingParameters, directory: Path) -> Accelerator:
+    """Build the accelerator of a training in a run folder."""
+    AcceleratorState._reset_state()  # otherwise a notebook cannot run again with another precision
+    is_cpu = device.type == "cpu"
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=is_cpu, project_dir=directory / "logs")
 
 
 def gather_from_processes(value: T) -> list[T]:

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 
@@ -24,7 +22,7 @@ from mrilib.data.dataset import Batch, FastMRIDataset
 from mrilib.data.sampler import ShapeBatchSampler, loading_error
 from mrilib.model.two_stage import count_parameters, tensor_hash
 from mrilib.training.device import rng_state
-from mrilib.training.distributed import gather_from_processes, is_launched, train_in_processes
+from mrilib.training.distributed import build_accelerator, gather_from_processes, is_launched, train_in_processes
 from mrilib.training.gradients import StepGradient, StepGradients, out_of_memory
 from mrilib.training.history import History
 from mrilib.training.optimizer import build_optimizer, build_schedule, total_steps
@@ -65,18 +63,13 @@ class Trainer:
         if not isinstance(train_loader.batch_sampler, ShapeBatchSampler):
             raise TypeError("the training loader must come from data.make_loader: another order cannot be resumed")
         self.sampler = train_loader.batch_sampler
-        AcceleratorState._reset_state()  # otherwise a notebook cannot run again with another precision
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            cpu=stage.model.device.type == "cpu",
-            project_dir=directory / "logs",
-        )
+        self.accelerator = build_accelerator(stage.model.device, config, directory)
         self.is_main = self.accelerator.is_main_process
         parameters = stage.model.freeze(stage.trainable)
         for parameter in parameters if self.accelerator.num_processes > 1 else ():
             torch.distributed.broadcast(parameter.data, 0)
-        launched = self.accelerator.num_processes if is_launched() else config.num_processes
-        self.step_batches = config.gradient_accumulation_steps * launched
+        process_count = self.accelerator.num_processes if is_launched() else config.num_processes
+        self.step_batches = config.gradient_accumulation_steps * process_count
         self.steps_per_epoch = -(-self.sampler.total // self.step_batches)
         self.total_steps = total_steps(config, self.steps_per_epoch)
         self.epochs = -(-self.total_steps // self.steps_per_epoch)

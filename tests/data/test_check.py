@@ -121,7 +121,7 @@ def test_slice_kind_separates_noise_from_images(shape: tuple[int, ...]) -> None:
     [([3], "slice 3"), ([0, 1], "slices 0, 1"), ([0, 2, 3, 4, 9], "slices 0, 2 to 4, 9")],
 )
 def test_slice_numbers_are_listed_as_ranges(numbers: list[int], text: str) -> None:
-    assert check._listed(numbers) == text
+    assert check.list_slices(numbers) == text
 
 
 def spoil(volumes: list[Volume], folder: Path) -> dict[str, str]:

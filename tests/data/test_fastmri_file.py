@@ -191,11 +191,11 @@ def test_names_and_texts_that_are_not_utf8(volumes: list[Volume], tmp_path: Path
 def test_header_encodings(volumes: list[Volume]) -> None:
     with h5py.File(volumes[0].path) as h5:
         xml = h5["ismrmrd_header"][()].decode()
-    found = read_header(xml.encode())
-    assert found.recon == volumes[0].image_shape and found.encoded == volumes[0].matrix
-    assert read_header(xml.encode() + b"\0\0") == found == read_header(xml)
-    assert read_header(xml.replace("utf-8", "utf-16").encode("utf-16")) == found
-    assert read_header(b"\xef\xbb\xbf" + xml.encode()) == found
+    header_of_file = read_header(xml.encode())
+    assert header_of_file.recon == volumes[0].image_shape and header_of_file.encoded == volumes[0].matrix
+    assert read_header(xml.encode() + b"\0\0") == header_of_file == read_header(xml)
+    assert read_header(xml.replace("utf-8", "utf-16").encode("utf-16")) == header_of_file
+    assert read_header(b"\xef\xbb\xbf" + xml.encode()) == header_of_file
     with pytest.raises(DataError, match="declares a document type"):
         read_header(UTF16)
 

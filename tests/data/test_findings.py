@@ -116,7 +116,7 @@ def test_every_row_of_fastmri_plus_round_trips(annotations):
         facts = findings_module.slice_facts(annotations, file, number, 16, acquisition, (320, 320))
         assert findings_module.parse(findings_module.answer(facts)) == facts
         assert facts.contrast == findings_module.CONTRASTS[acquisition]
-        assert {found.label for found in facts.findings} == set(rows.loc[rows["study_level"] == "No", "label"])
+        assert {finding.label for finding in facts.findings} == set(rows.loc[rows["study_level"] == "No", "label"])
         assert set(facts.study_labels) >= set(rows.loc[rows["study_level"] == "Yes", "label"])
         boxes += len(annotations.boxes(file, number, 320))
     assert boxes == (table["study_level"] == "No").sum() == 7570
@@ -151,8 +151,8 @@ def test_finding_on_a_missing_slice(tmp_path):
 
 def test_side_and_region_refer_to_the_displayed_image():
     def place(x, y):
-        found = findings_module.box_finding(Box(x - 1, y - 1, 2, 2, "Mass"), (120, 100))
-        return found.side, found.region
+        finding = findings_module.box_finding(Box(x - 1, y - 1, 2, 2, "Mass"), (120, 100))
+        return finding.side, finding.region
 
     assert place(20, 110) == ("left", "anterior")  # the array's last rows are displayed at the top
     assert place(80, 10) == ("right", "posterior")
@@ -230,10 +230,10 @@ def test_bad_files(tmp_path):
 
 def test_reports(tmp_path):
     path = tmp_path / "reports.jsonl"
-    line = {"file": "a", "slice": 3, "prompt": "What is seen?", "response": "A brain — normal."}
+    line = {"file": "a", "slice": 3, "prompt": "Describe.", "response": "A brain — normal."}
     path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     assert annotations_module.read_reports(path) == {
-        ("a", 3): annotations_module.Report("a", 3, "What is seen?", "A brain — normal.")
+        ("a", 3): annotations_module.Report("a", 3, "Describe.", "A brain — normal.")
     }
 
 

@@ -290,8 +290,8 @@ def test_sense_solves_its_least_squares_problem(height: int, width: int, coils: 
         for chosen in (None, prior):
             added = 0 if chosen is None else weight * prior[one].reshape(-1)
             exact = torch.linalg.solve(left, right + added).reshape(height, width).to(torch.complex64)
-            found = sense.sense(measured, mask, maps, weight, 40, chosen)[one]
-            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+            image = sense.sense(measured, mask, maps, weight, 40, chosen)[one]
+            torch.testing.assert_close(image, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_sense_gradient_is_that_of_the_minimiser() -> None:

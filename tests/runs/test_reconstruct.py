@@ -258,8 +258,8 @@ def test_zero_filled_images_use_all_coils(loaded, volumes, tmp_path):
     for volume in tested:
         with h5py.File(tmp_path / "zero_filled" / "4" / volume.path.name) as h5:
             written = h5["reconstruction"][()]
-        wanted = all_coils(volume, config, 4)
-        np.testing.assert_allclose(written, wanted, rtol=1e-3, atol=1e-4 * wanted.max())
+        expected = all_coils(volume, config, 4)
+        np.testing.assert_allclose(written, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
     scores = reconstructions.score_reconstructions(tmp_path, tested, [4])
     section = reconstructions.summarize_methods(scores, 100)["4"]
@@ -284,8 +284,8 @@ def test_previews_show_zero_filled_images_from_all_coils(loaded, volumes):
     system, config = loaded
     data = FastMRIDataset(volumes[:1], config, acceleration=4)
     (shown,) = inference.preview(system, data, 1, lambda batch: batch.target)
-    wanted = all_coils(volumes[0], config, 4)[1]
-    np.testing.assert_allclose(shown.images["zero_filled"], wanted, rtol=1e-3, atol=1e-4 * wanted.max())
+    expected = all_coils(volumes[0], config, 4)[1]
+    np.testing.assert_allclose(shown.images["zero_filled"], expected, rtol=1e-3, atol=1e-4 * expected.max())
 
 
 def test_reconstruct_prints_the_cost_of_compression(written, loaded, volumes):
@@ -301,6 +301,6 @@ def test_the_metrics_table_states_the_cost_of_compression(cost, tmp_path):
     methods = {"zero_filled": scores | {"compression_cost_ssim": cost, "compression_cost_psnr": 6 * cost}}
     methods |= {"zero_filled_compressed": scores} if cost else {}
     (tmp_path / "metrics.json").write_text(json.dumps({"reconstruction": {"4": methods}}))
-    told = tables.metrics_text(tmp_path / "metrics.json")
-    wanted = "costs zero-filled images 0.021 in SSIM and 0.13 dB in PSNR at 4x" if cost else "nothing was compressed"
-    assert wanted in told and ("zero-filled, compressed coils" in told) == bool(cost)
+    text = tables.metrics_text(tmp_path / "metrics.json")
+    expected = "costs zero-filled images 0.021 in SSIM and 0.13 dB in PSNR at 4x" if cost else "nothing was compressed"
+    assert expected in text and ("zero-filled, compressed coils" in text) == bool(cost)
