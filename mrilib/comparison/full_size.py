@@ -51,7 +51,7 @@ def measure(params: str | Path = "params/full", directory: str | Path = "outputs
         settings = resolve(read_yaml(resolve(params) / "stage1.yaml")["config_path"])
         write_random_backbone(settings, folder / "backbone.safetensors")
         values = {
-            "data_dir": str(make_data(folder / "data")),
+            "data_dir": str(_make_patients(folder / "data")),
             "annotations_dir": "",
             "split_seed": 3,  # trains on the patient with 20 coils, compressed to 16, and 320 phase-encoding lines
             "val_fraction": 0.34,
@@ -97,25 +97,18 @@ def table(reports: Sequence[Report]) -> pd.DataFrame:
     )
 
 
-def write_random_backbone(config_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
-    """Write random weights for a backbone's configuration as a safetensors file, without building the model.
+def write_random_backbone(config_path: Path, path: Path) -> None:
+    """Write random bfloat16 weights for a backbone's configuration as a safetensors file, without building the model.
 
-    Parameters
-    ----------
-    config_path : Path
-        For instance ``models/nirvana_1_3B.json``.
-    path : Path
-        File to write; 2.8 GB for the 1.3B backbone in bfloat16.
-    dtype : torch.dtype
-    seed : int
+    The file has 2.8 GB for ``models/nirvana_1_3B.json``.
     """
     settings = json.loads(config_path.read_text())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, parameter in model.named_parameters():
-        values = torch.empty(parameter.shape, dtype=dtype)
+        values = torch.empty(parameter.shape, dtype=torch.bfloat16)
         if parameter.ndim > 1:
             values.normal_(std=settings["initializer_range"], generator=generator)
         else:
@@ -124,6 +117,6 @@ def write_random_backbone(config_path: Path, path: Path, dtype: torch.dtype = to
     save_file(tensors, path)
 
 
-def make_data(directory: Path, img_size: int = 320) -> Path:
-    """Make three phantom patients of `img_size` pixels, 2·`img_size` readout points, and 10, 20 and 25 coils."""
-    return make_dataset(directory, volumes=9, slices=4, img_size=img_size, coils=20, seed=8, progress=False)
+def _make_patients(directory: Path) -> Path:
+    """Make three phantom patients of 320 pixels, 640 readout points, and 10, 20 and 25 coils."""
+    return make_dataset(directory, volumes=9, slices=4, img_size=320, coils=20, seed=8, progress=False)

@@ -82,18 +82,15 @@ def readers(volumes: Sequence[Volume], config: DataParameters) -> dict[str, Call
     return {OURS: ours.__getitem__, FASTMRI: theirs.__getitem__, FASTMRI_CROPPED: cropped, WHOLE: whole}
 
 
-def compare(
-    loaders: Mapping[str, Callable[[int], Any]], count: int, repeats: int = 5, slow: Sequence[str] = (WHOLE,)
-) -> pd.DataFrame:
+def compare(loaders: Mapping[str, Callable[[int], Any]], count: int, repeats: int = 5) -> pd.DataFrame:
     """Measure the speed of `readers` in turns in one process; the best of several passes counts.
 
     Parameters
     ----------
     loaders : mapping of str to function of a slice's number
     count : int
-        Slices per pass; slow readers read 2.
+        Slices per pass; 2 for the slow "whole volumes".
     repeats : int
-    slow : sequence of str
 
     Returns
     -------
@@ -103,7 +100,7 @@ def compare(
     seconds: dict[str, float] = dict.fromkeys(loaders, float("inf"))
     for _ in range(repeats):
         for name, read in loaders.items():
-            indices = range(2) if name in slow else range(count)
+            indices = range(2) if name == WHOLE else range(count)
             begin = time.perf_counter()
             for index in indices:
                 read(index)

@@ -64,47 +64,34 @@ def _outlined() -> dict[str, Any]:
     return {"font": _font(), "stroke_width": 2, "stroke_fill": "black"}
 
 
-def tile(
-    image: NDArray, high: float, caption: str, low: float = 0.0, cmap: str = "gray", side: int = SIDE
-) -> Image.Image:
-    """Fit an image into a square and write a line of text above it.
+def tile(image: NDArray, high: float, caption: str, low: float = 0.0, cmap: str = "gray") -> Image.Image:
+    """Fit a displayed image (h, w) into a square of `SIDE` pixels and write a line of text above it.
 
-    Parameters
-    ----------
-    image : array, float, shape (h, w)
-        As displayed, first row on top.
-    high, low : float
-        Ends of the window.
-    caption : str
-    cmap : str
-        Name of a matplotlib colour map.
-    side : int
-        Side of the square [screen pixels].
+    The window is from `low` to `high`; `cmap` names a matplotlib colour map.
     """
     height, width = image.shape
     level = np.clip((image - low) * (255 / max(high - low, float(np.finfo(np.float32).tiny))), 0, 255).astype(np.uint8)
-    scale = side / max(height, width)
+    scale = SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Coloured after resizing, which is faster and adds no colours that the map lacks.
     resized = Image.fromarray(level).resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BILINEAR)
     picture = Image.fromarray(_color_table(cmap)[np.asarray(resized)])
-    square = Image.new("RGB", (side, side + CAPTION), "white")
-    square.paste(picture, ((side - size[0]) // 2, CAPTION + (side - size[1]) // 2))
-    ImageDraw.Draw(square).text((side // 2, CAPTION // 2), caption, fill="black", font=_font(), anchor="mm")
+    square = Image.new("RGB", (SIDE, SIDE + CAPTION), "white")
+    square.paste(picture, ((SIDE - size[0]) // 2, CAPTION + (SIDE - size[1]) // 2))
+    ImageDraw.Draw(square).text((SIDE // 2, CAPTION // 2), caption, fill="black", font=_font(), anchor="mm")
     return square
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[Box], shape: tuple[int, int]) -> None:
     """Draw findings, in array coordinates, onto the tile of an image of this shape (h, w) [pixels]."""
     draw = ImageDraw.Draw(picture)
-    side = picture.width
-    scale = side / max(shape)
-    left, top = (side - round(shape[1] * scale)) // 2, CAPTION + (side - round(shape[0] * scale)) // 2
+    scale = SIDE / max(shape)
+    left, top = (SIDE - round(shape[1] * scale)) // 2, CAPTION + (SIDE - round(shape[0] * scale)) // 2
     for box in boxes:
         x, y, width, height = (scale * value for value in display_box(box, shape[0]))
         draw.rectangle((left + x, top + y, left + x + width, top + y + height), outline=SKY, width=2)
         above = top + y > CAPTION + 16
-        start = min(left + x, side - _font().getlength(box.label) - 3)
+        start = min(left + x, SIDE - _font().getlength(box.label) - 3)
         place, anchor = (top + y - 4, "ls") if above else (top + y + height + 2, "la")
         draw.text((start, place), box.label, fill=SKY, anchor=anchor, **_outlined())
 
@@ -113,22 +100,21 @@ def draw_scale_bar(picture: Image.Image, shape: tuple[int, ...], pixel: tuple[fl
     """Draw a scale bar into the lower left corner of the tile of an image of this shape (h, w) [pixels]."""
     if (bar := scale_bar(shape, pixel)) is None:
         return
-    side = picture.width
-    scale = side / max(shape)
-    left = (side - round(shape[1] * scale)) // 2 + 8
+    scale = SIDE / max(shape)
+    left = (SIDE - round(shape[1] * scale)) // 2 + 8
     right = left + round(bar[1] * scale)
-    bottom = CAPTION + (side + round(shape[0] * scale)) // 2 - 10
+    bottom = CAPTION + (SIDE + round(shape[0] * scale)) // 2 - 10
     draw = ImageDraw.Draw(picture)
     draw.rectangle((left - 1, bottom - 2, right + 1, bottom + 2), fill="black")
     draw.line((left, bottom, right, bottom), fill="white", width=2)
     draw.text((left, bottom - 5), f"{bar[0]} mm", fill="white", anchor="ls", **_outlined())
 
 
-def error_scale_strip(side: int = SIDE, error_scale: float = ERROR_SCALE) -> Image.Image:
+def error_scale_strip() -> Image.Image:
     """Draw the error map's colour bar in per cent of the grey window, as wide as a tile."""
-    strip = Image.new("RGB", (side, CAPTION), "white")
-    draw, end, middle = ImageDraw.Draw(strip), f"{100 / error_scale:g} % of the target's window", CAPTION // 2
-    left, right = 20, side - 10 - round(_font().getlength(end))
+    strip = Image.new("RGB", (SIDE, CAPTION), "white")
+    draw, end, middle = ImageDraw.Draw(strip), f"{100 / ERROR_SCALE:g} % of the target's window", CAPTION // 2
+    left, right = 20, SIDE - 10 - round(_font().getlength(end))
     colors = _color_table(ERROR_MAP)[np.linspace(0, 255, right - left).round().astype(int)]
     strip.paste(Image.fromarray(np.repeat(colors[None], 10, axis=0)), (left, middle - 5))
     draw.text((left - 6, middle), "0", fill="black", font=_font(), anchor="rm")
@@ -151,18 +137,7 @@ def sheet(tiles: Sequence[Image.Image], columns: int, below: Image.Image) -> byt
 
 
 def overview_png(sample: Slice, parts: SliceParts, boxes: Sequence[Box] = (), coil: int = 0) -> bytes:
-    """Draw the picture of `images.slice_overview` fast.
-
-    Parameters
-    ----------
-    sample : Slice
-    parts : SliceParts
-        `images.slice_parts` of it.
-    boxes : sequence of Box
-        Findings in array coordinates, drawn on the target.
-    coil : int
-        Coil of the k-space tile.
-    """
+    """Draw the picture of `images.slice_overview` fast, from the slice's `images.slice_parts`."""
     columns = montage_columns(len(parts.maps))
     shape = parts.zero_filled.shape
     lines = log_kspace(sample, coil)

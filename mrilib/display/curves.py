@@ -32,9 +32,6 @@ from mrilib.training.history import History
 METRIC_LABELS = {
     "ssim": "SSIM",
     "psnr": "PSNR [dB]",
-    "nmse": "NMSE",
-    "ssim_head": "SSIM inside the head",
-    "psnr_head": "PSNR inside the head [dB]",
 }
 VALIDATION_LABELS = {  # metrics with a panel in the training curves
     "token_accuracy": "token accuracy",
@@ -70,14 +67,10 @@ def _legend_below(figure: Figure, axes: Sequence[Axes], columns: int) -> None:
 
 
 @styled
-def training_curves(histories: History | Mapping[str, History], title: str = "") -> RecordFigure:
+def training_curves(histories: History | Mapping[str, History]) -> RecordFigure:
     """Draw loss, validation metrics, learning rate and gradient norms over the steps.
 
-    Parameters
-    ----------
-    histories : History, or mapping of name → History
-        Several share the axes (stage 1 and its baseline, say). Gradient norms are those of the first.
-    title : str
+    Several histories, by name, share the axes. Gradient norms are those of the first.
     """
     named = dict(histories) if isinstance(histories, Mapping) else {"": histories}
     first = next(iter(named.values()))
@@ -91,8 +84,6 @@ def training_curves(histories: History | Mapping[str, History], title: str = "")
     columns = 3 if len(panels) > 4 else 2
     rows = -(-len(panels) // columns)
     figure = RecordFigure(WIDTH, 2.5 * rows + 0.2)
-    if title:
-        figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels, strict=False):
         panel(axis)
@@ -150,18 +141,9 @@ def _styles(named: Mapping[str, History]) -> list[tuple[str, History, str, str]]
 
 
 def plot_loss(axis: Axes, history: History, name: str, color: str, marker: str = MARKERS[0], raw: bool = True) -> None:
-    """Plot the smoothed training loss over the steps, and the validation loss after each epoch.
+    """Plot the smoothed training loss over the steps, and the validation loss after each epoch so far.
 
-    Parameters
-    ----------
-    axis : Axes
-    history : History
-        Epochs may still be missing.
-    name : str
-        Name in the legend.
-    color, marker : str
-    raw : bool
-        Also plot the unsmoothed loss, pale.
+    `name` is for the legend; `raw` also plots the unsmoothed loss, pale.
     """
     # Validation has no label smoothing, so the training cross-entropy without it is plotted.
     key, label = ("loss", "1 − SSIM")
@@ -256,10 +238,7 @@ def _gradient_panel(axis: Axes, history: History) -> None:
 def compare_curves(runs: Mapping[str, Mapping[str, History]]) -> RecordFigure:
     """Draw the losses of several runs, one panel per stage.
 
-    Parameters
-    ----------
-    runs : mapping
-        Run → stage (key of `STAGES`) → History.
+    `runs` maps run → stage (key of `STAGES`) → History.
 
     Raises
     ------
@@ -314,35 +293,23 @@ def _group_axis(axis: Axes, groups: Sequence[str]) -> None:
 
 
 @styled
-def metrics_bars(
-    section: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    metrics: Sequence[str] = ("ssim", "psnr"),
-    methods: Sequence[str] | None = None,
-) -> RecordFigure:
-    """Draw metrics of the methods at each acceleration, with 95% intervals over patients.
+def metrics_bars(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> RecordFigure:
+    """Draw SSIM and PSNR of the methods at each acceleration, with 95% intervals over patients.
 
-    Parameters
-    ----------
-    section : mapping
-        metrics.json's "reconstruction": acceleration → method → {"ssim", "ssim_ci95", …}.
-    metrics : sequence of str
-        Keys of `METRIC_LABELS`.
-    methods : sequence of str, optional
-        Default: all but the token ablations, which `token_swap` shows, and zero-filled images of compressed coils.
+    `section` is metrics.json's "reconstruction": acceleration → method → {"ssim", "ssim_ci95", …}. The token ablations,
+    which `token_swap` shows, and the zero-filled images of compressed coils are left out.
     """
     accelerations = sorted(section, key=float)
-    if methods is None:
-        present = in_order(method for scores in section.values() for method in scores)
-        left_out = ("other_patient_tokens", "no_tokens", "zero_filled_compressed")
-        methods = [name for name in present if name not in left_out]
+    left_out = ("other_patient_tokens", "no_tokens", "zero_filled_compressed")
+    methods = [name for name in in_order(m for scores in section.values() for m in scores) if name not in left_out]
     figure = RecordFigure(WIDTH, 3.3)
-    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axis, metric in zip(axes, metrics, strict=True):
+    axes = figure.subplots(1, 2)
+    for axis, metric in zip(axes, METRIC_LABELS, strict=True):
         series: dict[str, list[tuple[float, Sequence[float] | None]]] = {}
         for method in methods:
             entries = [section[a].get(method, {}) for a in accelerations]
             series[method] = [(entry.get(metric, np.nan), entry.get(f"{metric}_ci95")) for entry in entries]
-        form = "{:.1f}" if "psnr" in metric else "{:.3f}"
+        form = "{:.1f}" if metric == "psnr" else "{:.3f}"
         _bars(axis, [f"{a}x" for a in accelerations], series, _method_colors(methods), form)
         axis.set_title(METRIC_LABELS[metric])
     _legend_below(figure, axes, min(4, len(methods)))
@@ -350,16 +317,8 @@ def metrics_bars(
 
 
 @styled
-def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> RecordFigure:
-    """Draw each test volume's score as a dot by contrast, with the contrast's mean as a line.
-
-    Parameters
-    ----------
-    scores : mapping
-        Acceleration → method → scores of the volumes.
-    metric : str
-        Key of `METRIC_LABELS`.
-    """
+def metrics_by_contrast(scores: VolumeScores) -> RecordFigure:
+    """Draw each test volume's SSIM as a dot by contrast, with the contrast's mean as a line."""
     accelerations = sorted(scores, key=float)
     figure = RecordFigure(WIDTH, 3.2)
     axes = figure.subplots(1, len(accelerations), squeeze=False, sharey=True)[0]
@@ -370,7 +329,7 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> RecordFig
         width = 0.8 / len(methods)  # of a method within a contrast
         for number, (method, volumes) in enumerate(methods.items()):
             for place, contrast in enumerate(contrasts):
-                values = [getattr(score, metric) for score in volumes if score.acquisition == contrast]
+                values = [score.ssim for score in volumes if score.acquisition == contrast]
                 center = place + (number - (len(methods) - 1) / 2) * width
                 spread = np.linspace(-0.3, 0.3, len(values)) * width if len(values) > 1 else np.zeros(len(values))
                 label, marker = method_label(method) if place == 0 else "_", MARKERS[number % 6]
@@ -380,7 +339,7 @@ def metrics_by_contrast(scores: VolumeScores, metric: str = "ssim") -> RecordFig
                     axis.plot(ends, [mean, mean], color=colors[method], linewidth=2.2)
         _group_axis(axis, contrasts)
         axis.set_title(f"{acceleration}x")
-    axes[0].set_ylabel(METRIC_LABELS[metric])
+    axes[0].set_ylabel("SSIM")
     _legend_below(figure, axes, min(4, len(scores[accelerations[0]])))
     return figure
 
@@ -399,24 +358,17 @@ ANALYSIS_PANELS = {
 
 
 @styled
-def analysis_comparison(
-    section: Mapping[str, Any], contrast_floor: tuple[float | None, float | None] = (None, None)
-) -> RecordFigure:
+def analysis_comparison(section: Mapping[str, Any]) -> RecordFigure:
     """Draw cross-entropy, contrast accuracy and finding F1 of the generated text and of its baselines.
 
-    Parameters
-    ----------
-    section : mapping
-        metrics.json's "analysis"; missing baselines are left out. A standard error ``<name>_se`` gives error bars of
-        ±2. For a baseline's cross-entropy they are of the difference to the model's.
-    contrast_floor : (share, standard_error)
-        Share of the commonest contrast, drawn as a line, with a band of ±2 standard errors if known.
+    `section` is metrics.json's "analysis"; missing baselines are left out. Error bars are ±2 standard errors
+    ``<name>_se``. For a baseline's cross-entropy they are of the difference to the model's.
     """
     figure = RecordFigure(WIDTH, 3.2)
     for axis, (name, title) in zip(figure.subplots(1, len(ANALYSIS_PANELS)), ANALYSIS_PANELS.items(), strict=True):
         _analysis_panel(axis, name, section)
         axis.set_title(title)
-        share, error = contrast_floor
+        share, error = section.get("contrast_commonest"), section.get("contrast_commonest_se")
         if name == "contrast_accuracy" and share is not None:
             label = "commonest contrast"
             if error is not None:
@@ -452,16 +404,14 @@ def _analysis_panel(axis: Axes, name: str, section: Mapping[str, Any]) -> None:
 
 
 @styled
-def token_swap(scores: VolumeScores, metric: str = "ssim") -> RecordFigure:
-    """Draw scores of the decoder with its own tokens, with other tokens, and trained without tokens.
+def token_swap(scores: VolumeScores) -> RecordFigure:
+    """Draw the SSIM of the decoder with its own tokens, with other tokens, and trained without tokens.
 
     Parameters
     ----------
     scores : mapping
         Acceleration → tokens ("own tokens", "shuffled tokens", …; own ones first) → scores of the same volumes in the
         same order.
-    metric : str
-        Key of `METRIC_LABELS`.
 
     Returns
     -------
@@ -480,12 +430,12 @@ def token_swap(scores: VolumeScores, metric: str = "ssim") -> RecordFigure:
     for place, acceleration in enumerate(accelerations):
         volumes = scores[acceleration]
         patients = [score.patient for score in volumes[variants[0]]]
-        own = [getattr(score, metric) for score in volumes[variants[0]]]
+        own = [score.ssim for score in volumes[variants[0]]]
         for number, name in enumerate(variants):
             if name not in volumes:
                 series[name].append((np.nan, None))
                 continue
-            values = [getattr(score, metric) for score in volumes[name]]
+            values = [score.ssim for score in volumes[name]]
             series[name].append((float(np.mean(values)), image.bootstrap_interval(values, patients)))
             if number > 0:
                 changes = [value - reference for value, reference in zip(values, own, strict=True)]
@@ -493,9 +443,9 @@ def token_swap(scores: VolumeScores, metric: str = "ssim") -> RecordFigure:
                 x = place + (number - len(variants) / 2) * 0.24
                 _difference(differences, x, float(np.mean(changes)), interval, colors[name])
     _bars(means, groups, series, colors)
-    means.set_title(METRIC_LABELS[metric])
+    means.set_title("SSIM")
     differences.axhline(0, color=BLUE, linewidth=1.2)
-    differences.set(title=f"change of {METRIC_LABELS[metric]} against {variants[0]}", xlim=(-0.6, len(groups) - 0.4))
+    differences.set(title=f"change of SSIM against {variants[0]}", xlim=(-0.6, len(groups) - 0.4))
     _group_axis(differences, groups)
     differences.margins(y=0.15)
     _legend_below(figure, [means], len(variants))

@@ -47,7 +47,6 @@ ERROR_SCALE = 5  # errors are shown this much brighter than anatomy
 ERROR_LABEL = f"|zero-filled − target| ×{ERROR_SCALE}"
 NO_TARGET = "no target in this file"
 COIL_MAPS = "coil maps from the centre lines, 0 to 1"
-Zoom = tuple[float, float, float]  # row and column of a square's centre, and its side; fractions of the image
 
 # ------------------------------------------------------------------------------------------------- images
 
@@ -152,16 +151,9 @@ def score_text(scores: Mapping[str, float]) -> str:
 
 
 def scale_bar(shape: tuple[int, ...], pixel: tuple[float, float] | None) -> tuple[int, float] | None:
-    """Choose a scale bar of 50, 20 or 10 mm that covers at most a third of the image's width.
+    """Choose a scale bar of 50, 20 or 10 mm that covers at most a third of the width of an image (h, w).
 
-    Parameters
-    ----------
-    shape : (h, w)
-    pixel : (readout, phase) [mm], optional
-
-    Returns
-    -------
-    (int [mm], float [pixels]), or None if the pixel size is unknown or no length fits
+    Returns its length in mm and in pixels; None if no length fits or the pixel size (readout, phase) [mm] is unknown.
     """
     if pixel is None:
         return None
@@ -174,9 +166,9 @@ def _image(axis: Axes, image: NDArray, low: float, high: float, title: str = "",
     axis.set_title(title)
 
 
-def _error_bar(figure: RecordFigure, label: str, error_scale: float, **place: Any) -> None:
+def _error_bar(figure: RecordFigure, label: str, **place: Any) -> None:
     """Draw the colour bar of the error map in per cent of the grey window."""
-    colors = ScalarMappable(Normalize(0, 100 / error_scale), ERROR_MAP)
+    colors = ScalarMappable(Normalize(0, 100 / ERROR_SCALE), ERROR_MAP)
     bar = figure.colorbar(colors, **place)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
@@ -212,15 +204,9 @@ def _boxes(axis: Axes, boxes: Sequence[Box], rows: int) -> None:
 
 @styled
 def slice_overview(sample: Slice, boxes: Sequence[Box] = (), coil: int = 0) -> RecordFigure:
-    """Draw k-space with its mask, zero-filled image, target, coil images, coil maps and error of one slice.
+    """Draw k-space of a coil with the mask, zero-filled image, target, coil images, coil maps and error of one slice.
 
-    Parameters
-    ----------
-    sample : Slice
-    boxes : sequence of Box
-        Findings in array coordinates, drawn on the target.
-    coil : int
-        Coil of the k-space panel.
+    `boxes` are findings in array coordinates, drawn on the target.
     """
     parts = slice_parts(sample)
     columns = montage_columns(len(parts.maps))
@@ -241,7 +227,7 @@ def slice_overview(sample: Slice, boxes: Sequence[Box] = (), coil: int = 0) -> R
         _boxes(axes[0, 2], boxes, parts.target.shape[0])
         _image(axes[1, 2], parts.error, 0, parts.window / ERROR_SCALE, ERROR_LABEL, ERROR_MAP)
         place = axes[1, 2].inset_axes((0.0, -0.06, 1.0, 0.035))
-        _error_bar(figure, "error [% of the target's grey window]", ERROR_SCALE, cax=place, orientation="horizontal")
+        _error_bar(figure, "error [% of the target's grey window]", cax=place, orientation="horizontal")
     _image(axes[1, 0], montage(parts.coil_images, columns), 0, parts.coil_window, "coil images")
     _image(axes[1, 1], montage(parts.maps, columns), 0, 1, COIL_MAPS)
     for axis in axes.flat:
@@ -265,8 +251,6 @@ def _kspace_panel(axis: Axes, sample: Slice, coil: int) -> None:
 @styled
 def reconstruction_comparison(
     rows: Comparison | Sequence[Comparison],
-    error_scale: float = ERROR_SCALE,
-    zoom: Zoom | None = None,
     title: str = "",
     errors_right: bool | None = None,
 ) -> RecordFigure:
@@ -275,11 +259,8 @@ def reconstruction_comparison(
     Parameters
     ----------
     rows : Comparison, or sequence of Comparison
-        All with the same methods. A row's images share one grey window, 0 to the target's 99.8th percentile.
-    error_scale : float
-        The error map ends at the grey window's end over `error_scale`.
-    zoom : (row, column, side), optional
-        Centre and side of a square of the displayed image, as fractions of its size, shown enlarged in each corner.
+        All with the same methods. A row's images share one grey window, 0 to the target's 99.8th percentile;
+        the error map ends at 1/5 of it.
     title : str
     errors_right : bool, optional
         Errors to the right of the images (small, one row a slice) or below them. Default: whichever fits.
@@ -312,14 +293,14 @@ def reconstruction_comparison(
             corner, *error_axes = axes[2 * number + 1]
             corner.set_axis_off()
             corner.text(0.0, 0.98, row.title, transform=corner.transAxes, va="top")
-        _target_panel(first, row, zoom)
+        _target_panel(first, row)
         for name, image_axis, error_axis in zip(names, image_axes, error_axes, strict=True):
-            _method_panels(image_axis, error_axis, row, name, labels[name], error_scale, zoom)
+            _method_panels(image_axis, error_axis, row, name, labels[name])
     label = "|error| [% of the grey window, 0 to the target's 99.8th percentile]"
     if not all(row.scores for row in slices):
         label += "; SSIM and PSNR of the slice, with its volume's maximum"
     place = {"ax": list(axes.flat), "location": "bottom", "shrink": 0.4, "aspect": 40, "pad": 0.02}
-    _error_bar(figure, label, error_scale, **place)
+    _error_bar(figure, label, **place)
     return figure
 
 
@@ -335,50 +316,24 @@ def _common_methods(slices: Sequence[Comparison]) -> list[str]:
     return names
 
 
-def _target_panel(axis: Axes, row: Comparison, zoom: Zoom | None) -> None:
+def _target_panel(axis: Axes, row: Comparison) -> None:
     target, window = display_image(row.target), display_window(row.target)
     _image(axis, target, 0, window, "target")
     for box in row.boxes:
         axis.add_patch(_outline(box, target.shape[0], SKY))
     _scale_bar(axis, target.shape, row.pixel)
-    _inset(axis, target, window, zoom)
 
 
-def _method_panels(
-    image_axis: Axes, error_axis: Axes, row: Comparison, name: str, label: str, error_scale: float, zoom: Zoom | None
-) -> None:
+def _method_panels(image_axis: Axes, error_axis: Axes, row: Comparison, name: str, label: str) -> None:
     image, window = display_image(row.images[name]), display_window(row.target)
     scores = row.scores[name] if row.scores else slice_scores(row.target, row.images[name], row.maximum)
     _image(image_axis, image, 0, window, f"{label}\n{score_text(scores)}")
-    _inset(image_axis, image, window, zoom)
     error = np.abs(image - display_image(row.target))
-    _image(error_axis, error, 0, window / error_scale, f"{label}\n|error| ×{error_scale:g}", ERROR_MAP)
-
-
-def _inset(axis: Axes, image: NDArray, window: float, zoom: Zoom | None) -> None:
-    """Outline the zoomed square and show it enlarged in the lower right corner."""
-    if zoom is None:
-        return
-    (rows, columns), half = image.shape, zoom[2] / 2
-    top, bottom = (int(np.clip((zoom[0] + sign * half) * rows, 0, rows)) for sign in (-1, 1))
-    left, right = (int(np.clip((zoom[1] + sign * half) * columns, 0, columns)) for sign in (-1, 1))
-    place = (left - 0.5, top - 0.5)
-    axis.add_patch(Rectangle(place, right - left, bottom - top, fill=False, edgecolor=ORANGE, linewidth=1))
-    corner = axis.inset_axes((0.6, 0.0, 0.4, 0.4))
-    corner.imshow(image[top:bottom, left:right], cmap="gray", vmin=0, vmax=window)
-    corner.set(xticks=[], yticks=[])
-    for spine in corner.spines.values():
-        spine.set(visible=True, edgecolor=ORANGE, linewidth=1)
+    _image(error_axis, error, 0, window / ERROR_SCALE, f"{label}\n|error| ×{ERROR_SCALE}", ERROR_MAP)
 
 
 def reconstruction_progress(examples: Mapping[int, Sequence[Comparison]]) -> RecordFigure:
-    """Draw the model's reconstructions of the same slices after several epochs.
-
-    Parameters
-    ----------
-    examples : mapping of int → sequence of Comparison
-        Epoch → `inference.preview`.
-    """
+    """Draw the model's reconstructions of the same slices after several epochs: epoch → `inference.preview`."""
     first = next(iter(examples.values()))
     rows = []
     for number, start in enumerate(first):
@@ -395,7 +350,6 @@ def reconstruction_progress(examples: Mapping[int, Sequence[Comparison]]) -> Rec
 def mask_gallery(
     width: int,
     configurations: Sequence[tuple[float, int]],
-    mask_types: Sequence[str] = MASK_TYPES,
     seed: int | tuple[int, ...] = 0,
     padding: tuple[int, int] | None = None,
 ) -> RecordFigure:
@@ -406,15 +360,14 @@ def mask_gallery(
     width : int
         Number of phase-encoding lines.
     configurations : sequence of (center_fraction, acceleration)
-    mask_types : sequence of str
     seed : int or tuple of int
     padding : (left, right), optional
         Lines outside [left, right) were never acquired.
     """
-    figure = RecordFigure(WIDTH, 0.5 + 0.42 * len(mask_types) * len(configurations))
+    figure = RecordFigure(WIDTH, 0.5 + 0.42 * len(MASK_TYPES) * len(configurations))
     axes = figure.subplots(len(configurations), 1, squeeze=False)[:, 0]
     for axis, (fraction, acceleration) in zip(axes, configurations, strict=True):
-        for row, name in enumerate(mask_types):
+        for row, name in enumerate(MASK_TYPES):
             function = masks.make_mask_func(name, [fraction], [acceleration])
             mask, _ = masks.sample_mask(function, width, seed, padding or (0, width))
             low = round(width * fraction)  # fastMRI's own centre, which may be one line off the middle
@@ -423,8 +376,8 @@ def mask_gallery(
             color[:, start : start + low] = [int(BLUE[i : i + 2], 16) for i in (1, 3, 5)]
             axis.imshow(color, extent=(0, width, row + 0.36, row - 0.36), aspect="auto", interpolation="nearest")
             axis.text(width * 1.012, row, f"{mask.float().mean():.1%} = 1/{1 / mask.float().mean():.2f}", va="center")
-        axis.set(xlim=(0, width), ylim=(len(mask_types) - 0.5, -0.5), yticks=range(len(mask_types)))
-        axis.set_yticklabels([name.replace("_", " ") for name in mask_types])
+        axis.set(xlim=(0, width), ylim=(len(MASK_TYPES) - 0.5, -0.5), yticks=range(len(MASK_TYPES)))
+        axis.set_yticklabels([name.replace("_", " ") for name in MASK_TYPES])
         axis.grid(False)
         axis.set_title(
             f"{acceleration}x nominal, centre fraction {fraction:g}; right: sampled fraction of the lines", loc="left"
@@ -453,15 +406,7 @@ def retained_energy(data: Tensor) -> NDArray:
 
 @styled
 def coil_compression_curve(curves: Mapping[str, ArrayLike], num_coils: int) -> RecordFigure:
-    """Draw the share of energy lost over the number of virtual coils.
-
-    Parameters
-    ----------
-    curves : mapping
-        Name of a slice → its `retained_energy`.
-    num_coils : int
-        Number of virtual coils in use; marked.
-    """
+    """Draw the energy lost over the number of virtual coils: name of a slice → its `retained_energy`."""
     figure = RecordFigure(WIDTH, 3.0)
     axis = figure.subplots()
     markers = "osD^vP"
@@ -482,12 +427,7 @@ def coil_compression_curve(curves: Mapping[str, ArrayLike], num_coils: int) -> R
 def dataset_summary(split: Mapping[str, Sequence[Volume]], annotations: Annotations | None = None) -> RecordFigure:
     """Draw numbers of volumes by part, coils and width, and of slices by finding; contrasts in colours.
 
-    Parameters
-    ----------
-    split : mapping
-        "train", "val", "test" → volumes, as from `splits.split_volumes`.
-    annotations : Annotations, optional
-        Without them the last panel says that findings are unknown.
+    `split` maps "train", "val" and "test" to volumes, as `splits.split_volumes` does.
     """
     volumes = [volume for part in split.values() for volume in part]
     colors = dict(zip(sorted({volume.acquisition for volume in volumes}), COLORS * 3, strict=False))

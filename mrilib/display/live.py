@@ -227,10 +227,7 @@ def live_curves(history: History) -> RecordFigure:
 def text_progress(examples: Mapping[int, pd.DataFrame]) -> str:
     """Write an HTML table of the texts generated for the same slices after several epochs; wrong facts are bold.
 
-    Parameters
-    ----------
-    examples : mapping of int → DataFrame
-        Epoch → `inference.example_texts`: columns file, slice, true, generated.
+    `examples` maps epoch → `inference.example_texts`, with columns file, slice, true and generated.
     """
     first = next(iter(examples.values()))
     rows: list[tuple[str, ...]] = []

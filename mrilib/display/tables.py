@@ -42,10 +42,10 @@ class Markup(str):
     __slots__ = ()
 
 
-def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     """Write a left-aligned HTML table; every table of a notebook is written here.
 
-    Cells, names and caption are escaped unless they are `Markup`, because file names are not trusted. The table's class
+    Cells and names are escaped unless they are `Markup`, because file names are not trusted. The table's class
     keeps MathJax from reading formulas in them.
     """
 
@@ -57,16 +57,15 @@ def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str
     left = ' style="text-align: left; vertical-align: top"'
     head = "".join(f'<th scope="col"{left}>{cell(name)}</th>' for name in names)
     body = "".join("<tr>" + "".join(f"<td{left}>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-    title = f"<caption>{cell(caption)}</caption>" if caption else ""
-    content = f"{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<table class="tex2jax_ignore mathjax_ignore">{content}'
 
 
-def as_html(table: pd.DataFrame, index: bool = False, caption: str = "") -> HTML:
+def as_html(table: pd.DataFrame, index: bool = False) -> HTML:
     """Convert a DataFrame to an HTML table for a notebook; `index` adds the row names."""
     rows = table.reset_index() if index else table
     names = [("" if index and place == 0 and table.index.name is None else name) for place, name in enumerate(rows)]
-    return HTML(html_table(names, rows.to_numpy(dtype=object).tolist(), caption))
+    return HTML(html_table(names, rows.to_numpy(dtype=object).tolist()))
 
 
 # ------------------------------------------------------------------------------------------------- metrics

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 METHOD_LABELS = {
     "model": "two-stage model",
     "trained_without_tokens": "decoder trained without tokens",
-    "no_tokens": "no tokens",
-    "other_patient_tokens": "another patient's tokens",
+    "no_tokens": "zero tokens",
+    "other_patient_tokens": "shuffled tokens",
     "varnet": "fastMRI's VarNet",
-    "varnet_measured_lines": "VarNet, measured lines put back",
+    "varnet_measured_lines": "VarNet with data consistency",
     "unet": "fastMRI's U-Net",
     "bart": "BART l1-wavelet",
     "nearest_training_slice": "nearest training slice (oracle)",

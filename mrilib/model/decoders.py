@@ -95,7 +95,7 @@ DECODERS: dict[str, DecoderEntry] = {
     ),
     "varnet": DecoderEntry("fastMRI's VarNet", False, lambda config, _: VarNetBaseline(*_sizes(config))),
     "varnet_measured_lines": DecoderEntry(
-        "VarNet, measured lines put back",
+        "VarNet with data consistency",
         False,
         lambda config, _: VarNetBaseline(*_sizes(config), measured_lines=True),
     ),

@@ -33,11 +33,11 @@ def test_a_tile_is_fitted_and_windowed():
     image = np.zeros((10, 20))
     image[0, :] = 3.0
     image[1, :] = 1.5
-    picture = np.asarray(browsers.tile(image, 3.0, "×5 −", side=100))
-    assert picture.shape == (100 + CAPTION, 100, 3)
-    top = CAPTION + 25  # 50 of 100 rows are the image, in the middle
+    picture = np.asarray(browsers.tile(image, 3.0, "×5 −"))
+    assert picture.shape == (SIDE + CAPTION, SIDE, 3)
+    top, scale = CAPTION + SIDE // 4, SIDE // 20  # the image is the middle half of the rows
     assert (picture[top + 1] == 255).all() and (picture[top - 1] == 255).all()
-    assert (picture[top + 7] == 127).all() and (picture[top + 12] == 0).all()
+    assert (picture[top + 3 * scale // 2] == 127).all() and (picture[top + 5 * scale // 2] == 0).all()
     assert (picture[:CAPTION] < 128).any(), "no caption"
 
 
@@ -122,7 +122,7 @@ def test_the_browser_is_fast_at_full_size(tmp_path):
 
 
 def test_the_error_scale_covers_the_whole_error_map():
-    strip = np.asarray(browsers.error_scale_strip(error_scale=5))
+    strip = np.asarray(browsers.error_scale_strip())
     row = strip[CAPTION // 2 - 5]
     white = (row == 255).all(-1)
     assert strip.shape == (CAPTION, SIDE, 3) and white[:4].all()

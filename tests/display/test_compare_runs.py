@@ -67,7 +67,7 @@ def test_named_runs(two_runs, tmp_path, volumes):
 
 
 def test_all_finished_runs_by_default(tmp_path, volumes, monkeypatch):
-    monkeypatch.setattr("mrilib.config.ROOT", tmp_path)
+    monkeypatch.setattr("mrilib.files.ROOT", tmp_path)
     own = make_run(tmp_path / "outputs" / "own", volumes, status="running")
     make_run(tmp_path / "outputs" / "failed", volumes, status="failed")
     done = make_run(tmp_path / "outputs" / "finished", volumes)
@@ -77,7 +77,7 @@ def test_all_finished_runs_by_default(tmp_path, volumes, monkeypatch):
 
 
 def test_nothing_to_compare(tmp_path, monkeypatch):
-    monkeypatch.setattr("mrilib.config.ROOT", tmp_path)
+    monkeypatch.setattr("mrilib.files.ROOT", tmp_path)
     with pytest.raises(ParameterError, match="no finished run"):
         compare_runs.select_runs(CompareParameters.create({}), tmp_path / "own")
 

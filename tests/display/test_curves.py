@@ -13,7 +13,7 @@ def titles(figure):
 
 
 def test_training_curves_of_text():
-    figure = curves.training_curves({"stage 1": history(), "baseline": history(7, 1)}, "stage 1")
+    figure = curves.training_curves({"stage 1": history(), "baseline": history(7, 1)})
     loss = figure.axes[0]
     labels = loss.get_legend_handles_labels()[1]
     assert labels == ["stage 1 training", "stage 1 validation", "baseline training", "baseline validation"]
@@ -109,8 +109,10 @@ def test_analysis_comparison_leaves_out_missing_baselines():
         "contrast_accuracy": 1.0,
         "finding_f1": 0.4,
         "finding_f1_best_constant": 0.1,
+        "contrast_commonest": 0.34,
+        "contrast_commonest_se": 0.03,
     }
-    figure = curves.analysis_comparison(section, (0.34, 0.03))
+    figure = curves.analysis_comparison(section)
     entropy, contrast, findings = figure.axes
     assert [text.get_text() for text in entropy.texts] == ["0.300", "0.900"]
     assert [text.get_text() for text in contrast.texts] == ["1.000"]

@@ -116,13 +116,13 @@ def test_reconstruction_comparison_has_one_window_per_row(errors_right):
         Comparison(unit * target, {"zero_filled": unit * target * 0.5, "model": unit * target * 0.999}, 2e-4 * unit)
         for unit in (1.0, 3.0)
     ]
-    figure = images.reconstruction_comparison(rows, error_scale=4, errors_right=errors_right)
+    figure = images.reconstruction_comparison(rows, errors_right=errors_right)
     windows = [axis.get_images()[0].get_clim()[1] for axis in figure.axes if axis.get_images()]
     high = [images.display_window(row.target) for row in rows]
-    expected = sorted([*3 * high, *(2 * [value / 4 for value in high])])
+    expected = sorted([*3 * high, *(2 * [value / 5 for value in high])])
     assert sorted(windows) == pytest.approx(expected)
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles.count("zero-filled\n|error| ×4") == 2
+    assert titles.count("zero-filled\n|error| ×5") == 2
     scored = [title for title in titles if title.startswith("two-stage model\nSSIM")]
     assert len(scored) == 2 and len(set(scored)) == 1  # they differ in units only
     assert np.array_equal(images_of(figure)[0], rows[0].target[::-1])
@@ -131,7 +131,7 @@ def test_reconstruction_comparison_has_one_window_per_row(errors_right):
 def test_reconstruction_comparison_shows_given_scores():
     image = np.ones((16, 16))
     row = Comparison(image, {"model": image}, 1.0, scores={"model": {"ssim": 0.1234, "psnr": 20.06}})
-    titles = [axis.get_title() for axis in images.reconstruction_comparison(row, zoom=(0.9, 0.1, 0.5)).axes]
+    titles = [axis.get_title() for axis in images.reconstruction_comparison(row).axes]
     assert "two-stage model\nSSIM 0.123, 20.1 dB" in titles
 
 

@@ -79,12 +79,6 @@ def test_nothing_is_drawn_headless(monkeypatch):
     assert not hasattr(monitor, "picture")
 
 
-def test_curves_of_a_first_step_without_an_epoch():
-    figure = live.live_curves(History(entries(1)))
-    labels = [axis.get_title() or axis.get_ylabel() for axis in figure.axes]
-    assert labels == ["cross-entropy [nats per token]", "learning rate"]
-
-
 def test_text_progress_marks_differences():
     true = "Axial T2 image, middle third of the brain. Findings: none."
     texts = {2: true.replace("T2", "T1"), 4: "T2 <b>& so on", 6: true}

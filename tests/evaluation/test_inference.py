@@ -105,7 +105,7 @@ def test_contrast_floor_of_one_patient_has_no_error():
     scores = inference.score_texts(text_rows(truth, patients="aa"), truth)
     assert scores["contrast_commonest"] == 1 and scores["contrast_commonest_se"] is None
     assert "±" not in tables.text_conclusion(scores)
-    curves.analysis_comparison(scores, (scores["contrast_commonest"], scores["contrast_commonest_se"]))._repr_png_()
+    curves.analysis_comparison(scores)._repr_png_()
     assert inference.score_texts(text_rows(truth, patients="ab"), truth)["contrast_commonest_se"] is not None
 
 
@@ -188,7 +188,7 @@ def test_an_unlisted_contrast_is_not_scored():
     assert [unknown[name] for name in names] == [None] * len(names) and unknown["contrast_samples"] == 0
     assert "no test sample has a contrast that is in the list" in tables.text_conclusion(unknown)
     assert tables.analysis_table({"analysis": unknown}).iloc[1, 1:].tolist() == ["–"] * 4
-    figure = curves.analysis_comparison(unknown, (unknown["contrast_commonest"], unknown["contrast_commonest_se"]))
+    figure = curves.analysis_comparison(unknown)
     assert "no test sample has\na listed contrast" in texts_of(figure)
 
 
