@@ -1,4 +1,4 @@
-"""The backbone with the libraries of Hugging Face and torch: Trainer, pipelines, PEFT, TRL, torch.compile and export."""
+"""The backbone with Hugging Face libraries and torch: Trainer, pipelines, PEFT, TRL, torch.compile and export."""
 
 import re
 import subprocess
