@@ -109,16 +109,8 @@ def gated_delta_rule(
     if kernels is not None:
         # the recurrent kernel has no backward pass
         rule = kernels.recurrent if q.shape[1] == 1 and not torch.is_grad_enabled() else kernels.chunk
-    return rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=True,
-    )
+    states = {"initial_state": initial_state, "output_final_state": output_final_state}
+    return rule(q, k, v, g, beta, **states, use_qk_l2norm_in_kernel=True)
 
 
 def check(kernels: FusedKernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, float]:

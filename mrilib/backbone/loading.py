@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,8 +225,7 @@ def _load_file(config_path: Path, path: Path, dtype: torch.dtype, device: str) -
     model = _build_without_memory(config_path, tensor_count=sum(map(len, files.values())))
     if problems := _misfits(model, files):
         raise ValueError(f"{path} does not fit {config_path}, {len(problems)} of its tensors: {_listed(problems)}")
-    for file in files:
-        _fill(model, file, dtype, device)
+    _fill(model, files, dtype, device)
     model.tie_weights()
     head_files = [file for file, infos in files.items() if any(info.name == "lm_head.weight" for info in infos)]
     if model.config.tie_word_embeddings and head_files:
@@ -275,15 +274,15 @@ def _misfits(model: PreTrainedModel, files: dict[Path, list[TensorInfo]]) -> lis
     return problems + [f"missing: {name} {tuple(parameters[name].shape)}" for name in missing]
 
 
-def _fill(model: PreTrainedModel, file: Path, dtype: torch.dtype, device: str) -> None:
-    """Replace a model's parameters by the tensors in a file."""
-    parameters = dict(model.named_parameters())
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if name in parameters:
+def _fill(model: PreTrainedModel, files: Iterable[Path], dtype: torch.dtype, device: str) -> None:
+    """Replace a model's parameters by the tensors in its files."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in shapes.keys() & set(tensors.keys()):
                 module, _, attribute = name.rpartition(".")
                 # copied: safetensors may return a view of the file
-                value = torch.empty(parameters[name].shape, dtype=dtype, device=device)
+                value = torch.empty(shapes[name], dtype=dtype, device=device)
                 value.copy_(tensors.get_tensor(name))
                 setattr(model.get_submodule(module), attribute, nn.Parameter(value))
 

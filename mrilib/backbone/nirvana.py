@@ -17,14 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.logging import get_logger
@@ -310,15 +303,8 @@ class TaskAwareDeltaNet(nn.Module):
         g = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
         if keep is not None:  # a padded token neither decays nor changes the state
             beta, g = beta * keep.unsqueeze(-1), g * keep.unsqueeze(-1)
-        o, state = gated_delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            initial_state=None if layer is None else layer.delta,
-            output_final_state=layer is not None,
-        )
+        before = None if layer is None else layer.delta
+        o, state = gated_delta_rule(q, k, v, g, beta, initial_state=before, output_final_state=layer is not None)
         if layer is not None and state is not None:
             layer.delta = state.detach()
         o = self.o_norm(o.to(self.o_norm.weight.dtype))  # under autocast too the norm has the type of its weight

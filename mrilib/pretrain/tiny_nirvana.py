@@ -109,12 +109,8 @@ def _new_model(vocab_size: int, config: PretrainParameters) -> NirvanaForCausalL
     model = NirvanaForCausalLM(
         NirvanaConfig(
             vocab_size=vocab_size,
-            hidden_size=config.hidden_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_heads=config.num_heads,
-            concept_dim=config.concept_dim,
-            logit_dim=config.logit_dim,
             initializer_range=EMBEDDING_STD,
+            **config.model_dump(include={"hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim"}),
         )
     )
     for module in model.modules():

@@ -322,7 +322,7 @@ def test_sequences_beyond_the_backbones_positions_are_refused(phantom_dir, tmp_p
         lambda: system.generate(prefix, ["Describe"], 20),
         lambda: system.hidden_states(torch.zeros(1, 27, 32)),
     ):
-        with pytest.raises(ValueError, match="knows 24 positions"):
+        with pytest.raises(ValueError, match="has 24 positions"):
             run()
 
 
@@ -346,7 +346,7 @@ def test_frozen_layers_recompute_in_eval_mode(kind):
     def measure():
         runs.clear()
         leaf = x.clone().requires_grad_()
-        with backbone_speed.Saved(backbone) as saved:
+        with backbone_speed.SavedTensors(backbone) as saved:
             loss = backbone(inputs_embeds=leaf, use_cache=False).logits.square().mean()
         loss.backward()
         return leaf.grad, saved.bytes, len(runs)
@@ -375,7 +375,7 @@ def test_frozen_weights_cost_no_gradients(kind):
 
     def measure():
         leaf = x.clone().requires_grad_()
-        with FlopCounterMode(display=False) as forward, backbone_speed.Saved(backbone) as saved:
+        with FlopCounterMode(display=False) as forward, backbone_speed.SavedTensors(backbone) as saved:
             loss = backbone(inputs_embeds=leaf, use_cache=False).logits.square().mean()
         with FlopCounterMode(display=False) as backward:
             loss.backward()

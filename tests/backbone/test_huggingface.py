@@ -1,4 +1,4 @@
-"""The backbone with Hugging Face and torch tools: Trainer, PEFT, TRL, torch.compile, export, offload."""
+"""The backbone with Hugging Face libraries and torch: Trainer, pipelines, PEFT, TRL, torch.compile and export."""
 
 import re
 import subprocess
