@@ -1,9 +1,13 @@
-# make demo · make test · make test-transformers · make lab · make lint: each makes .venv first, once.
+# A bare `make` lists the targets. Each target that needs .venv makes it first, once.
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-transformers lab lint .venv
+.PHONY: help demo test test-transformers lab lint .venv
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z.-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
 
 demo: $(BIN)/installed  ## phantom data, both stages, evaluation → outputs/demo; prints the metrics
 	$(BIN)/python -m mrilib run params/demo $(ARGS)
@@ -27,13 +31,13 @@ test-transformers: $(BIN)/installed  ## the backbone's tests with the oldest and
 lab: $(BIN)/installed  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_explore_data.ipynb $(ARGS)
 
-lint: $(BIN)/installed
+lint: $(BIN)/installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check mrilib tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv: $(BIN)/installed
+.venv: $(BIN)/installed  ## the pinned packages
 
 # The stamp is written last: an installation that was cut off is taken up again.
 $(BIN)/installed: pyproject.toml constraints.txt

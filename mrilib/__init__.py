@@ -1,7 +1,22 @@
 """Two-stage MRI reconstruction with a frozen language-model backbone.
 
-Importing the package alone is fast. Its names are loaded from their modules at their first use, and the backbone is
-registered with transformers at the first look-up of a model's config.
+Importing the package is fast: its names are loaded at their first use (PEP 562), and the backbone is registered with
+transformers when a model's configuration is first looked up.
+
+Ten files lead from a file on disk to the loss. In the order of reading:
+
+1. ``config``: every parameter of every notebook
+2. ``physics/fourier``: Fourier transform, root sum of squares, crop
+3. ``data/dataset``: one undersampled slice, and a batch of them
+4. ``data/findings``: contrast, level and findings as text and back
+5. ``model/unet``: the U-Net
+6. ``model/encoder``: k-space to tokens
+7. ``model/decoder``: tokens and measured data to an image
+8. ``model/two_stage``: encoder, frozen backbone and decoder together
+9. ``training/stages``: the two losses and the validation scores
+10. ``training/loop``: the training loop
+
+docs/reading-path.md lists the packages and where a new loss, decoder, encoder or mask goes.
 """
 
 import importlib
@@ -26,7 +41,6 @@ _AUTO = "transformers.models.auto.configuration_auto"
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, loaded when they are asked for (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module 'mrilib' has no attribute {name!r}")
     return getattr(importlib.import_module(f"mrilib.{_MODULES[name]}"), name)
@@ -37,29 +51,29 @@ def __dir__() -> list[str]:
 
 
 def _register_at_first_use(auto: ModuleType) -> None:
-    """Have AutoConfig import `mrilib.backbone.nirvana`, which registers the backbone, before its first look-up."""
+    """Let the first look-up of AutoConfig import `mrilib.backbone.nirvana`, which registers the backbone."""
     methods = {name: auto.AutoConfig.__dict__[name] for name in ("from_pretrained", "for_model")}
 
     def wrap(name: str) -> Any:
-        def first(cls: type, *args: Any, **kwargs: Any) -> Any:
-            for each, method in methods.items():
-                setattr(auto.AutoConfig, each, method)
+        def first_call(cls: type, *args: Any, **kwargs: Any) -> Any:
+            for original_name, method in methods.items():
+                setattr(auto.AutoConfig, original_name, method)
             importlib.import_module("mrilib.backbone.nirvana")
             return getattr(cls, name)(*args, **kwargs)
 
-        return classmethod(first)
+        return classmethod(first_call)
 
     for name in methods:
         setattr(auto.AutoConfig, name, wrap(name))
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Wait for transformers' AutoConfig to be imported; everything else is found as ever."""
+class _AutoConfigFinder(importlib.abc.MetaPathFinder):
+    """Import hook that calls `_register_at_first_use` after transformers' AutoConfig is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's own spec, with the registration after its execution."""
+        """Return the usual spec of AutoConfig's module, with the registration added; None for other modules."""
         if fullname != _AUTO:
             return None
         sys.meta_path.remove(self)
@@ -79,4 +93,4 @@ class _Finder(importlib.abc.MetaPathFinder):
 if _AUTO in sys.modules:
     _register_at_first_use(sys.modules[_AUTO])
 else:
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _AutoConfigFinder())

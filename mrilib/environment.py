@@ -1,8 +1,8 @@
-"""What a run was made with: commit, versions, hardware, peak memory."""
+"""Environment of a run: commit, versions, hardware, peak memory."""
 
-import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 
-from mrilib.config import ROOT
-
-logger = logging.getLogger("mrilib")
-
+from mrilib.files import ROOT
 
 PACKAGES = ("torch", "transformers", "accelerate", "fastmri", "safetensors", "h5py", "numpy", "papermill")
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the repository and whether the work tree differs from it; commit None outside of git."""
+    """Return the repository's commit and whether the work tree differs from it; both None without git."""
     command = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
@@ -31,30 +28,27 @@ def git_state() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
+    """Return the versions of Python and of the packages that affect the results."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and CUDA devices."""
+    """Return processor, cores, memory and CUDA devices."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": memory,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, or of its CUDA device if it has one [bytes]."""
+    """Return the peak memory of the CUDA device, or without one of this process [bytes]."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

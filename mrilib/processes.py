@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import fcntl
 import functools
-import logging
 import os
 import platform
 import signal
@@ -17,49 +16,42 @@ from typing import Any, TextIO
 
 import psutil
 
-from mrilib.config import ParameterError, display_path
-from mrilib.files import _now
+from mrilib.errors import ParameterError
+from mrilib.files import display_path, timestamp
 
-logger = logging.getLogger("mrilib")
+RUN_VARIABLE = "MRILIB_RUN"  # environment variable: the run folder that the parent process has locked
+STOP_FILE = "stop"
 
-
-# ---------------------------------------------------------------------------------------------- one process a folder
-
-RUN_VARIABLE = "MRILIB_RUN"  # tells the processes that a run starts which folder it holds for them
-
-
-_held: dict[Path, TextIO] = {}
-
-
-_claimed: set[Path] = set()  # those of them that this process was the first to hold
+held_locks: dict[Path, TextIO] = {}  # run folder → its open lock file
+_exclusive: set[Path] = set()  # folders that this process locked first
 
 
 def lock_run(directory: Path, wait: float = 3.0) -> None:
-    """Claim a run folder for this process and those that it starts, until `unlock_run` or their end.
+    """Lock a run folder for this process and its children, until `unlock_run` or the end of all of them.
 
-    An exclusive lock finds out whether anyone is there; a shared one is then kept, which the processes that this one
-    starts take too. So the folder is claimed until the last of them has ended, even if the first was killed.
+    The exclusive lock shows that nobody else uses the folder. It then becomes a shared lock, which child processes
+    take as well. So the folder stays locked until the last child has ended, even if this process is killed.
 
     Parameters
     ----------
     directory : Path
     wait : float
-        How long to wait for the remains of a killed run to end [s].
+        Time to wait for the children of a killed run to end [s].
 
     Raises
     ------
     ParameterError
-        Another process holds the folder.
+        If another process holds the folder.
     """
-    if directory in _held:
+    if directory in held_locks:
         return
     directory.mkdir(parents=True, exist_ok=True)
-    family = os.environ.get(RUN_VARIABLE) == str(directory)
-    file = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (the lock lasts as long as it is open)
+    is_child = os.environ.get(RUN_VARIABLE) == str(directory)
+    file = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (the lock lasts while the file is open)
     deadline = time.monotonic() + wait
     while True:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if family else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if is_child else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
@@ -70,62 +62,56 @@ def lock_run(directory: Path, wait: float = 3.0) -> None:
                     f"'{display_path(directory)}' is in use by {holder}; wait for its end, or choose another output_dir"
                 ) from None
             time.sleep(0.1)
-    if not family:
+    if not is_child:
         cancel_stop(directory)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+        file.write(f"process {os.getpid()} on {platform.node()} since {timestamp()}\n")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_SH)
         os.environ[RUN_VARIABLE] = str(directory)
-        _claimed.add(directory)
-    _held[directory] = file
+        _exclusive.add(directory)
+    held_locks[directory] = file
 
 
 def unlock_run(directory: Path) -> None:
-    """Give a run folder up."""
-    file = _held.pop(directory, None)
+    """Release a run folder."""
+    file = held_locks.pop(directory, None)
     if file is not None:
         file.close()
-    if directory in _claimed:  # what this process starts from now on is no longer at work for that run
-        _claimed.remove(directory)
+    if directory in _exclusive:  # processes started from now on are not children of that run
+        _exclusive.remove(directory)
         if os.environ.get(RUN_VARIABLE) == str(directory):
             del os.environ[RUN_VARIABLE]
 
 
-STOP_FILE = "stop"
-
-
 def request_stop(directory: Path, reason: str) -> None:
-    """Ask the training in a run folder to save and stop after the step that is under way."""
+    """Ask the training in a run folder to save and stop after its current step."""
     (directory / STOP_FILE).write_text(reason + "\n")
 
 
 def cancel_stop(directory: Path) -> None:
-    """Take `request_stop` back."""
+    """Undo `request_stop`."""
     (directory / STOP_FILE).unlink(missing_ok=True)
 
 
 def stop_requested(directory: Path | None = None) -> bool:
-    """Whether `request_stop` was called since the run's first process started; of any folder held here by default."""
-    return any((folder / STOP_FILE).exists() for folder in ([directory] if directory else list(_held)))
-
-
-# ------------------------------------------------------------------------------------------ processes and signals
+    """Return whether `request_stop` was called for a folder; by default, for any folder locked by this process."""
+    return any((folder / STOP_FILE).exists() for folder in ([directory] if directory else list(held_locks)))
 
 
 def child_process_options() -> dict[str, Any]:
-    """Options of subprocess.Popen for a child that a terminal's Ctrl-C does not reach and that does not outlive us."""
+    """Return subprocess.Popen options for a child that ignores the terminal's Ctrl-C and ends with this process."""
     libc = ctypes.CDLL(None)
     die = functools.partial(libc.prctl, 1, int(signal.SIGTERM)) if hasattr(libc, "prctl") else None  # PR_SET_PDEATHSIG
     return {"start_new_session": True, "preexec_fn": die}
 
 
 def end_process(process: "subprocess.Popen[Any]", wait: float = 60.0) -> None:
-    """End a process, if it has not ended, and all that it has started: asked first, killed after `wait` seconds."""
+    """Terminate a process and its children; kill those that have not ended after `wait` [s]."""
     try:
-        family = psutil.Process(process.pid).children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
-        family = []
+        children = []
     if process.poll() is None:
         process.terminate()
         try:
@@ -133,37 +119,37 @@ def end_process(process: "subprocess.Popen[Any]", wait: float = 60.0) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for child in psutil.wait_procs(family, timeout=5)[1]:
+    for child in psutil.wait_procs(children, timeout=5)[1]:
         child.kill()
 
 
 @contextlib.contextmanager
 def stop_on_signals(directory: Path, also: Callable[[int], None] | None = None) -> Iterator[list[int]]:
-    """Turn SIGTERM, SIGINT and SIGHUP into the run's stop file; yields the list of those that came.
+    """Write the run's stop file on SIGTERM, SIGINT and SIGHUP; yield the list of received signals.
 
     Parameters
     ----------
     directory : Path
     also : callable, optional
-        Called with how many have come.
+        Called with the number of signals received so far.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
-        came.append(number)
+        received.append(number)
         request_stop(directory, signal.Signals(number).name)
         if also is not None:
-            also(len(came))
+            also(len(received))
 
-    if threading.current_thread() is not threading.main_thread():
-        yield came
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
         return
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             before[number] = signal.signal(number, handler)
     try:
-        yield came
+        yield received
     finally:
         for number, old in before.items():
             signal.signal(number, old)

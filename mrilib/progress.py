@@ -1,20 +1,17 @@
-"""Progress bars for terminals, notebooks and headless records, and the peak memory of a process."""
+"""Progress bars for terminals, notebooks and headless records."""
 
-import logging
 import sys
 from typing import Any
 
-logger = logging.getLogger("mrilib")
-
 
 def ipython_shell() -> Any:
-    """IPython's shell if this process runs in one, else None."""
+    """Return the IPython shell that runs this process; None outside IPython."""
     module = sys.modules.get("IPython")
     return module.get_ipython() if module else None
 
 
-class _InPlace:
-    """A text stream for tqdm that shows its last line in one notebook output, so that records hold no progress spam."""
+class _NotebookLine:
+    """Text stream for tqdm: one notebook output that shows the last line, so that records stay short."""
 
     def __init__(self) -> None:
         from IPython.display import Code, display
@@ -28,23 +25,19 @@ class _InPlace:
             self.handle.update(self.show(line))
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: there is no buffer."""
 
 
 def progress_bar(total: int, description: str, interactive: bool = False, show: bool = True) -> Any:
-    """A tqdm bar: a widget in an interactive notebook, one line in a headless record, the terminal elsewhere."""
-    if not show:
-        from tqdm import tqdm
+    """Return a tqdm bar: a widget in an interactive notebook, one line in a headless one, else in the terminal."""
+    from tqdm import tqdm
 
+    if not show:
         return tqdm(disable=True)
     if ipython_shell() is None:
-        from tqdm import tqdm
-
         return tqdm(total=total, desc=description, dynamic_ncols=True)
     if interactive:
         from tqdm.notebook import tqdm as notebook_tqdm
 
         return notebook_tqdm(total=total, desc=description)
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=description, file=_InPlace(), mininterval=1.0, ncols=110, ascii=" ━")
+    return tqdm(total=total, desc=description, file=_NotebookLine(), mininterval=1.0, ncols=110, ascii=" ━")

@@ -1,4 +1,4 @@
-"""A small phantom data set and backbone, made once for all tests, and what every test leaves behind."""
+"""Fixtures for all tests: a small phantom data set, a tiny backbone, and the release of run folders."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ IMG_SIZE = 64
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `mrilib.data.check` remembers of the tests' files stays out of the user's cache."""
+    """Keep the cache of `mrilib.data.check` out of the user's cache folder."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
@@ -28,10 +28,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 patients × 3 contrasts × 3 slices of 64 rows, 6 to 8 coils.
+    """Phantom data: 4 patients × 3 contrasts × 3 slices of 64 rows, 6 to 8 coils. Read-only.
 
-    This seed has odd widths, widths below and above 64, lines that were not acquired, and a patient nobody reviewed.
-    Tests must not write into it.
+    This seed gives odd widths, widths below and above 64, lines without data, and a patient without annotations.
     """
     directory = tmp_path_factory.mktemp("phantom")
     return make_dataset(directory, volumes=12, slices=3, img_size=IMG_SIZE, coils=6, seed=52, progress=False)
@@ -39,19 +38,19 @@ def phantom_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def volumes(phantom_dir: Path) -> list[Volume]:
-    """The data set's volumes, sorted by name."""
+    """Volumes of the phantom data, sorted by name."""
     return index_volumes(phantom_dir)
 
 
 @pytest.fixture(scope="session")
 def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random tiny Nirvana with its tokenizer, as a Hugging Face folder. Tests must not write into it."""
+    """Random tiny Nirvana and its tokenizer as a Hugging Face folder. Read-only."""
     return systems.write_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 @pytest.fixture(autouse=True)
 def free_folders() -> Iterator[None]:
-    """A run folder that a test holds is given up with its end, as by the end of its process."""
+    """Release the run folders that a test has locked."""
     yield
-    for directory in list(processes._held):
+    for directory in list(processes.held_locks):
         processes.unlock_run(directory)

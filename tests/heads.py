@@ -1,7 +1,8 @@
-"""Files as the archive has them: a second real head, and the shapes of fastMRI's brains."""
+"""Files like those of fastMRI's archive: a second real head, and the shapes of its brain scans."""
 
 from pathlib import Path
 
+import changed_files
 import h5py
 import numpy as np
 
@@ -13,36 +14,30 @@ __all__ = ["as_test_file", "nibabel_head", "write_head", "write_shape"]
 
 
 def as_test_file(path: Path, acceleration: int = 4) -> None:
-    """Turn a volume into what fastMRI's test set has: masked, with its mask, without a target, max and norm."""
+    """Mask a file with an equispaced mask, as in fastMRI's test set."""
     with h5py.File(path, "r+") as h5:
         width = h5["kspace"].shape[-1]
-        func = masks.make_mask_func("equispaced", [0.1], [acceleration])
-        mask = masks.sample_mask(func, width, 7, (0, width))[0].numpy()
-        h5["kspace"][...] = np.where(mask, h5["kspace"][()], 0)
-        h5["mask"] = mask
-        for name in ("max", "norm"):
-            del h5.attrs[name]
-        del h5["reconstruction_rss"]
-        h5.attrs["acceleration"] = acceleration
-        h5.attrs["num_low_frequency"] = round(0.1 * width)
+        mask_func = masks.make_mask_func("equispaced", [0.1], [acceleration])
+        mask = masks.sample_mask(mask_func, width, 7, (0, width))[0].numpy()
+        changed_files.as_test_file(mask, acceleration)(h5)
 
 
 def write_shape(
     path: Path,
     coils: int,
     matrix: tuple[int, int],
-    recon: tuple[int, int],
+    image_shape: tuple[int, int],
     padding: tuple[int, int] = (0, 0),
     header_width: int = 0,
 ) -> Path:
-    """Three slices of one shape: anatomy, nothing at all, noise alone.
+    """Write a file of three slices: anatomy, zeros, noise.
 
     Parameters
     ----------
     matrix : (H, W) of the k-space
-    recon : (h, w) of the target
+    image_shape : (h, w) of the target
     header_width : int
-        reconSpace's y where it is not the target's: fastMRI's FLAIR 203 asks for more columns than there are.
+        y of reconSpace if it differs from the target, as in fastMRI's FLAIR 203.
     """
     rng = np.random.default_rng(coils)
     head = np.zeros((matrix[0] // 2, matrix[1]), np.float32)
@@ -55,13 +50,10 @@ def write_shape(
     lines = np.zeros(matrix[1], np.float32)
     lines[padding[0] : matrix[1] - padding[1]] = 1
     data = np.stack([image, 0 * image, 1e-6 * (noise[0] + 1j * noise[1]) * lines])
-    write_h5(path, data, recon, "AXFLAIR", f"patient of {path.stem}", sequence=SEQUENCES["AXFLAIR"], padding=padding)
+    sequence = SEQUENCES["AXFLAIR"]
+    write_h5(path, data, image_shape, "AXFLAIR", f"patient of {path.stem}", sequence=sequence, padding=padding)
     if header_width:
+        old, new = f"<y>{image_shape[1]}</y>", f"<y>{header_width}</y>"
         with h5py.File(path, "r+") as h5:
-            xml = h5["ismrmrd_header"][()].decode()
-            start = xml.index("<reconSpace>")
-            del h5["ismrmrd_header"]
-            h5["ismrmrd_header"] = (
-                xml[:start] + xml[start:].replace(f"<y>{recon[1]}</y>", f"<y>{header_width}</y>", 1)
-            ).encode()
+            changed_files.header(old, new, after="<reconSpace>")(h5)
     return path

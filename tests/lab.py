@@ -1,4 +1,4 @@
-"""JupyterLab in headless Chromium, for the tests: start it, open a notebook, run it, move its sliders."""
+"""JupyterLab in headless Chromium for the tests: start it, run notebooks, move sliders."""
 
 import os
 import shutil
@@ -24,14 +24,16 @@ ABSENT = "" if CHROMIUM and DRIVER else "needs Chromium and its driver: apt-get 
 
 
 class Server:
-    """A JupyterLab of the installed environment on a folder, without the user's own settings."""
+    """A JupyterLab server on a folder, without the user's settings."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        own = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+        with socket.socket() as free_socket:
+            free_socket.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free_socket.getsockname()[1]}"
+        folders = {
+            name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
+        }
         options = {
             "ServerApp.port": self.url.rsplit(":", 1)[1],
             "ServerApp.root_dir": folder,
@@ -41,14 +43,14 @@ class Server:
             "LabApp.user_settings_dir": folder / "settings",
             "LabApp.extension_manager": "readonly",
         }
-        quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-        quiet.parent.mkdir(parents=True)
-        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no questions, no calls to the outside
+        notifications = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        notifications.parent.mkdir(parents=True)
+        notifications.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no dialogs, no network calls
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", *(f"--{k}={v}" for k, v in options.items())]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--allow-root")
-        self.log = open(folder / "jupyterlab.log", "w")  # noqa: SIM115 (open as long as the server)
-        self.process = subprocess.Popen(command, env={**os.environ, **own}, stdout=self.log, stderr=self.log)
+        self.log = open(folder / "jupyterlab.log", "w")  # noqa: SIM115 (open while the server runs)
+        self.process = subprocess.Popen(command, env={**os.environ, **folders}, stdout=self.log, stderr=self.log)
         until(self._answers, 120, "JupyterLab does not answer")
 
     def _answers(self) -> bool:
@@ -60,12 +62,12 @@ class Server:
             return False
 
     def close(self) -> None:
-        """Ask the server to stop, which ends its kernels."""
+        """Stop the server and with it its kernels."""
         self.process.terminate()
         try:
             self.process.wait(60)
         finally:
-            self.process.kill()  # does nothing to one that has ended
+            self.process.kill()  # no effect if it has ended
             self.log.close()
 
 
@@ -78,7 +80,7 @@ class Lab:
         for argument in ("--headless=new", f"--window-size={width},{height}", "--disable-dev-shm-usage"):
             options.add_argument(argument)
         if hasattr(os, "geteuid") and os.geteuid() == 0:
-            options.add_argument("--no-sandbox")  # Chromium refuses it for root
+            options.add_argument("--no-sandbox")  # Chromium needs it as root
         for switch in ("--disable-background-networking", "--hide-scrollbars"):
             options.add_argument(switch)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -87,7 +89,7 @@ class Lab:
         self.driver.set_script_timeout(30)
 
     def open(self, notebook: str) -> None:
-        """Open a notebook of the server's folder and wait until its kernel is there."""
+        """Open a notebook of the server's folder and wait for its kernel."""
         self.driver.get(f"{self.server.url}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}?reset")
         until(lambda: self._kernel() == "idle", 180, f"no kernel for {notebook}")
 
@@ -97,12 +99,12 @@ class Lab:
         )
 
     def run_all(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Run all cells, as the menu does, and wait for the last one, looking at something meanwhile.
+        """Run all cells and wait for the last one; call `meanwhile` repeatedly.
 
         Raises
         ------
         AssertionError
-            If a cell shows an error, or they are not done in time.
+            If a cell shows an error, or the cells take longer than `seconds`.
         """
         self.driver.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         state = """
@@ -122,21 +124,21 @@ class Lab:
         until(done, seconds, "the cells are not done")
 
     def slider(self, label: str) -> WebElement:
-        """The handle of the slider with this label, scrolled into view."""
+        """Return the handle of the slider with this label, scrolled into view."""
         assert self.show_widgets(), "no widget in this notebook"
         path = f"//*[contains(@class, 'widget-slider')][.//label[normalize-space()='{label}']]"
-        found: list[WebElement] = []
+        handles: list[WebElement] = []
 
-        def there() -> bool:
-            found[:] = self.driver.find_elements(By.XPATH, path + "//*[contains(@class, 'noUi-handle')]")
-            return bool(found)
+        def has_slider() -> bool:
+            handles[:] = self.driver.find_elements(By.XPATH, path + "//*[contains(@class, 'noUi-handle')]")
+            return bool(handles)
 
-        until(there, 20, f"no slider '{label}'")
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", found[0])
-        return found[0]
+        until(has_slider, 20, f"no slider '{label}'")
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", handles[0])
+        return handles[0]
 
     def show_widgets(self) -> bool:
-        """Scroll to the first cell with a widget, if there is one: cells out of sight are not in the page."""
+        """Scroll to the first cell with a widget and return whether there is one; hidden cells are not in the page."""
         script = """
             const panel = window.jupyterapp.shell.currentWidget.content;
             const shown = cell => cell.type === 'code' && cell.outputs.toJSON().some(
@@ -148,12 +150,12 @@ class Lab:
         return self.driver.execute_script(script) >= 0
 
     def press(self, handle: WebElement, key: str = Keys.ARROW_RIGHT) -> None:
-        """One step of a slider by keyboard."""
+        """Move a slider by one step with the keyboard."""
         self.driver.execute_script("arguments[0].focus()", handle)
         handle.send_keys(key)
 
     def picture(self) -> Any:
-        """The widgets' picture as the page has it: a checksum of its pixels, and its size [pixels]; None: not there."""
+        """Return a checksum of the widget's picture, with its width and height [pixels]; None if there is none."""
         return self.driver.execute_script("""
             const image = document.querySelector('img.widget-image');
             if (!image || !image.complete || !image.naturalWidth) return null;
@@ -168,13 +170,13 @@ class Lab:
         """)
 
     def tops(self, css: str) -> list[float]:
-        """Upper edges of the elements of this kind [screen pixels], from the window's."""
+        """Return the distances of the elements' upper edges from the window's [screen pixels]."""
         return self.driver.execute_script(
             "return [...document.querySelectorAll(arguments[0])].map(one => one.getBoundingClientRect().top)", css
         )
 
     def contrast(self, css: str) -> float:
-        """Contrast of an element's text with the nearest background behind it, 1 to 21 (WCAG 2.1's ratio)."""
+        """Return the contrast ratio of an element's text with its background, 1 to 21 (WCAG 2.1)."""
         return self.driver.execute_script(
             """
             const numbers = color => color.match(/[0-9.]+/g).map(Number);
@@ -198,19 +200,19 @@ class Lab:
             "window.jupyterapp.commands.execute('apputils:change-theme', {theme: arguments[0]}).then(() => done())",
             name,
         )
-        time.sleep(0.5)  # its style sheet is loaded after the promise is kept
+        time.sleep(0.5)  # the style sheet is loaded after the promise resolves
 
     def errors(self) -> list[str]:
-        """What the page has written to the console as an error.
+        """Return the errors in the browser's console.
 
-        Not Chromium's own word that a page nobody has clicked into may not ask before it is left: a notebook that is
-        still being saved when the next one is opened would have asked.
+        Chromium's message about a blocked 'beforeunload' dialog is ignored: it appears when the next notebook is opened
+        before the last one is saved.
         """
         severe = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
         return [message for message in severe if "Blocked attempt to show a 'beforeunload'" not in message]
 
     def screenshot(self, path: Path) -> None:
-        """Save what is seen."""
+        """Save a screenshot of the window."""
         path.parent.mkdir(parents=True, exist_ok=True)
         assert self.driver.save_screenshot(str(path))
 
@@ -219,10 +221,10 @@ class Lab:
         self.driver.quit()
 
 
-def until(true: Callable[[], Any], seconds: float, otherwise: str) -> None:
-    """Wait for a condition, looking every fifth of a second."""
+def until(condition: Callable[[], Any], seconds: float, message: str) -> None:
+    """Wait for a condition, and check it every fifth of a second."""
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         if time.monotonic() > end:
-            raise AssertionError(f"{otherwise} after {seconds:g} s")
+            raise AssertionError(f"{message} after {seconds:g} s")
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Histories and scores of trainings that never ran."""
+"""Invented histories and scores of trainings."""
 
 from typing import Any
 
@@ -7,21 +7,23 @@ from mrilib.training.history import History
 
 
 def history(steps: int = 12, epochs: int = 3, text: bool = True) -> History:
-    made = History(best_epoch=2)
+    """Return the history of stage 1 (`text`) or stage 2."""
+    result = History(best_epoch=2)
     for step in range(1, steps + 1):
         entry = {"epoch": (step - 1) * epochs // steps + 1, "step": step, "loss": 3.0 + 1 / step, "learning_rate": 1e-3}
         entry |= {"gradient_norm": 2.0, "gradient_norm_vit": 1.0, "gradient_norm_frozen": 0.0, "seconds": 0.1}
         entry |= {"cross_entropy": 1 / step, "token_accuracy": 0.5} if text else {}
         if not text:
             entry |= {f"{what}_{how}": 0.5 for what in ("target", "reconstruction") for how in ("mean", "max")}
-        made.steps.append(entry)
+        result.steps.append(entry)
     for epoch in range(1, epochs + 1):
         scores = {"val_token_accuracy": 0.4} if text else {"val_ssim": 0.8, "val_psnr": 25.0, "val_nmse": 0.1}
-        made.epochs.append({"epoch": epoch, "train_loss": 3.0, "val_loss": 0.5 / epoch, **scores, "seconds": 1.0})
-    return made
+        result.epochs.append({"epoch": epoch, "train_loss": 3.0, "val_loss": 0.5 / epoch, **scores, "seconds": 1.0})
+    return result
 
 
 def volume_scores(ssim: float, patients: int = 4) -> list[VolumeScore]:
+    """Return scores of two volumes per patient, with rising SSIM."""
     return [
         VolumeScore(f"f{i}", f"p{i // 2}", ("AXT1", "AXT2")[i % 2], ssim + 0.01 * i, 20.0 + i, 0.1, ssim - 0.1, 18.0)
         for i in range(2 * patients)
@@ -29,5 +31,6 @@ def volume_scores(ssim: float, patients: int = 4) -> list[VolumeScore]:
 
 
 def score(patient: str, ssim: float, **others: Any) -> VolumeScore:
+    """Return the scores of one volume."""
     values = {"file": patient, "acquisition": "AXT1", "psnr": 0, "nmse": 0, "ssim_head": ssim, "psnr_head": 0}
     return VolumeScore(patient=patient, ssim=ssim, **{**values, **others})

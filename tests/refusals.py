@@ -1,4 +1,4 @@
-"""Bad input at the command line: a row for each kind, and the one way in which it must be refused."""
+"""Refusals of bad input by the command line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,33 +8,23 @@ import pytest
 
 from mrilib.__main__ import main
 
-USAGE = 2  # argparse's exit status for a command line that it cannot read
+USAGE = 2  # argparse's exit status for a wrong command line
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One kind of bad input.
+    """One kind of bad input."""
 
-    Attributes
-    ----------
-    kind : str
-        What is wrong; the test's name.
-    prepare : callable
-        Writes the bad input into an empty folder and returns the command's arguments.
-    words : tuple of str
-        What the error line must contain: the file, key or parameter, and what to do.
-    """
-
-    kind: str
-    prepare: Callable[[Path], list[str]]
-    words: tuple[str, ...]
+    kind: str  # name of the test
+    prepare: Callable[[Path], list[str]]  # writes the input into an empty folder and returns the arguments
+    words: tuple[str, ...]  # of the error line: file, key or parameter, and advice
 
     def __str__(self) -> str:
         return self.kind.replace(" ", "-")
 
 
 def assert_refused(arguments: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    """The command fails with exactly one line on stderr, which holds all the words and no control character."""
+    """Check that a command fails with one printable line on stderr that contains all the words."""
     capsys.readouterr()
     try:
         status = main(arguments)

@@ -1,4 +1,4 @@
-"""Small systems for the tests: a random tiny backbone, an encoder and a decoder of 64×64 pixels."""
+"""Small models and their parameters for the tests: tiny backbone, encoder and decoder for 64×64 pixels."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ SIZE = 64
 
 
 def write_backbone(directory: Path) -> Path:
-    """A random Nirvana of width 32 with its tokenizer, as a Hugging Face folder."""
+    """Write a random Nirvana of width 32 and its tokenizer as a Hugging Face folder."""
     torch.manual_seed(0)
     tokenizer = corpus.make_tokenizer(vocab_size=500, texts=50)
     config = NirvanaConfig(
@@ -33,7 +33,7 @@ def write_backbone(directory: Path) -> Path:
 
 
 def values(data: Path, backbone: Path, **others: Any) -> dict[str, Any]:
-    """Parameters that both stages know."""
+    """Return values of parameters that both stages have."""
     return {
         "data_dir": str(data),
         "val_fraction": 0.25,
@@ -67,47 +67,47 @@ DECODER = {"decoder_type": "lightweight", "decoder_hidden_dim": 16}
 
 
 def stage1_config(data: Path, backbone: Path, **others: Any) -> Stage1Parameters:
-    """Stage 1 at its smallest."""
+    """Return the parameters of a small stage 1."""
     return Stage1Parameters.create(values(data, backbone, **ENCODER, **others))
 
 
 def stage2_config(data: Path, backbone: Path, checkpoint: Path, **others: Any) -> Stage2Parameters:
-    """Stage 2 at its smallest."""
+    """Return the parameters of a small stage 2."""
     return Stage2Parameters.create(values(data, backbone, stage1_checkpoint=str(checkpoint), **DECODER, **others))
 
 
 def build(config: Stage1Parameters) -> two_stage.TwoStageModel:
-    """Encoder and backbone, seeded."""
+    """Return a seeded encoder with its backbone."""
     torch.manual_seed(1)
     backbone, tokenizer = two_stage.build_backbone(config, "cpu")
     return two_stage.TwoStageModel(two_stage.build_encoder(config, backbone, tokenizer), backbone, tokenizer)
 
 
 def batch_of(dataset: FastMRIDataset, count: int) -> Batch:
-    """The first slices of equal shape, up to `count`."""
+    """Return a batch of the first slice and the next of its shape, up to `count`."""
     key = dataset.shape_key(0)
     same = [index for index in range(len(dataset)) if dataset.shape_key(index) == key]
     return collate([dataset[index] for index in same[:count]])
 
 
 def loaders(config: Stage1Parameters | Stage2Parameters) -> tuple[DataLoader, DataLoader]:
-    """Training and validation loader, as the notebooks make them."""
-    loaders = setup.make_loaders(config)
-    return loaders.train, loaders.val
+    """Return the training and validation loaders of the notebooks."""
+    both = setup.make_loaders(config)
+    return both.train, both.val
 
 
 def train_in(directory: Path, config: Stage1Parameters | Stage2Parameters) -> None:
-    """Train a stage in a run folder, as `python -m mrilib train` does; at the top level, for processes to be killed."""
+    """Train a stage in a run folder, like `python -m mrilib train`; at the top level for use as a process."""
     train.train(config.model_copy(update={"output_dir": str(directory)}))
 
 
 def processes_of(directory: Path) -> list[int]:
-    """All processes that work for a run folder: each has it in its environment."""
-    found = []
+    """Return the processes of a run folder, which have it in their environment."""
+    pids = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(processes.RUN_VARIABLE) == str(directory) and process.pid != os.getpid():
-                found.append(process.pid)
+                pids.append(process.pid)
         except (psutil.Error, OSError):
             continue
-    return found
+    return pids

@@ -1,4 +1,4 @@
-"""Notebook sources: no outputs, a parameters cell that is exactly the config, params that fit; papermill alone."""
+"""Notebook sources: no outputs, the parameters cell of the config, fitting params files; plain papermill."""
 
 import json
 import re
@@ -15,8 +15,9 @@ from nbconvert import HTMLExporter
 from papermill.inspection import inspect_notebook
 
 from mrilib.__main__ import COMMANDS, main
-from mrilib.config import NOTEBOOKS, PARAMETERS_HEADER, ROOT
+from mrilib.config import NOTEBOOKS, ROOT
 from mrilib.model.decoders import find_decoder
+from mrilib.parameters import PARAMETERS_HEADER
 from mrilib.runs import parameter_reference
 
 PARAMS = sorted(ROOT.glob("params/*/*.yaml"))
@@ -48,11 +49,11 @@ def test_sources_carry_no_outputs_and_no_widget_state(stem):
 
 @pytest.mark.parametrize("key", NOTEBOOKS)
 def test_parameters_cell_is_the_config(key):
-    """The same names, types, defaults and meanings."""
+    """The same names, types, defaults and descriptions."""
     stem, cls = NOTEBOOKS[key]
     source = parameters_cell(stem)
     assert source.startswith(PARAMETERS_HEADER)
-    assert source == parameter_reference.parameters_cell(cls), "python -m mrilib.runs.parameter_reference writes it"
+    assert source == parameter_reference.parameters_cell(cls), "run python -m mrilib.runs.parameter_reference"
     namespace: dict = {}
     exec(source, namespace)
     assigned = {name: namespace[name] for name in cls.model_fields}
@@ -67,7 +68,7 @@ def test_params_files_fit_their_notebook(path):
     cls(**values)
     defaults = {name: field.default for name, field in cls.model_fields.items()}
     same = [name for name, value in values.items() if value == defaults[name]]
-    assert not same, "these are the notebook's defaults: leave them out"
+    assert not same, "defaults of the notebook, to be left out"
     assert list(values) == [name for name in cls.model_fields if name in values], "in the order of the notebook"
 
 
@@ -78,22 +79,15 @@ def test_demo_comparison_and_full_have_a_file_for_each_notebook():
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
-def test_the_comparisons_methods_change_stage_2(path):
+def test_methods_fit_stage_2(path):
     values, stage2 = yaml.safe_load(path.read_text()), yaml.safe_load((path.parent.parent / "stage2.yaml").read_text())
     assert find_decoder(values["decoder"]) and values["max_steps"] > 0
     NOTEBOOKS["stage2"][1](**{**stage2, **values})
 
 
 def papermill(notebook: str, out: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        f"notebooks/{notebook}.ipynb",
-        str(out),
-        "--no-progress-bar",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "papermill", f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar"]
+    command += arguments
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -116,7 +110,7 @@ def test_a_notebook_runs_by_plain_papermill(stage1_values, tmp_path):
 
 
 def check_record(path: Path) -> None:
-    """A record that shows everything without a kernel: pictures and tables in it, and in the HTML made of it."""
+    """Check that a rendered notebook and its HTML contain pictures and tables, but no widgets."""
     assert path.stat().st_size < 2e6
     notebook = nbformat.read(path, as_version=4)
     assert "widgets" not in notebook.metadata
@@ -134,32 +128,32 @@ def check_record(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"learnin_rate": 1e-4}, "learning_rate"),
         ({"epochs": "several"}, "epochs"),
         ({"data_dir": "no/such/folder"}, "no/such/folder"),
     ],
 )
-def test_first_cell_refuses_what_it_does_not_know(stage1_values, tmp_path, changed, told):
+def test_the_first_cell_refuses_wrong_parameters(stage1_values, tmp_path, changed, message):
     params = tmp_path / "stage1.yaml"
     params.write_text(yaml.safe_dump({**stage1_values, "output_dir": str(tmp_path / "run"), **changed}))
     result = papermill("02_train_stage1", tmp_path / "out.ipynb", "-f", str(params))
     assert result.returncode != 0
-    assert "ParameterError" in result.stderr and told in result.stderr
+    assert "ParameterError" in result.stderr and message in result.stderr
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", NOTEBOOKS)
-def test_papermills_help_tells_every_parameter_with_its_meaning(key):
+def test_papermills_help_lists_every_parameter_with_its_description(key):
     stem, cls = NOTEBOOKS[key]
-    told = inspect_notebook(str(ROOT / "notebooks" / f"{stem}.ipynb"))
-    assert list(told) == list(cls.model_fields)
-    for name, parameter in told.items():
-        told, field = parameter["help"].removeprefix("# "), cls.model_fields[name]
-        assert told.startswith(field.description)
+    listed = inspect_notebook(str(ROOT / "notebooks" / f"{stem}.ipynb"))
+    assert list(listed) == list(cls.model_fields)
+    for name, parameter in listed.items():
+        text, field = parameter["help"].removeprefix("# "), cls.model_fields[name]
+        assert text.startswith(field.description)
         if typing.get_origin(field.annotation) is typing.Literal:
-            assert all((value or "empty") in told for value in typing.get_args(field.annotation))
+            assert all((value or "empty") in text for value in typing.get_args(field.annotation))
         else:
             assert parameter["inferred_type_name"] in (str(field.annotation), field.annotation.__name__)
 
@@ -178,20 +172,20 @@ def test_documented_papermill_commands_are_right():
 
 
 def test_documented_mrilib_commands_are_right(capsys):
-    """Names and options of the commands in README and docs, and the params files that they name."""
-    text = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-    commands = re.findall(r" -m mrilib ([\w-]+)([^\n#`]*)", text)
+    """Names, options and params files of the commands in README and docs."""
+    pages = "\n".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    commands = re.findall(r" -m mrilib ([a-z][\w-]*)([^\n#`]*)", pages)
     assert {name for name, _ in commands} == set(COMMANDS)
     for name, rest in commands:
         with pytest.raises(SystemExit):
             main([name, "--help"])
-        told = capsys.readouterr().out
-        assert all(option in told for option in re.findall(r"(?<=[\s[])--?[\w-]+", rest)), (name, rest)
+        text = capsys.readouterr().out
+        assert all(option in text for option in re.findall(r"(?<=[\s[])--?[\w-]+", rest)), (name, rest)
         assert all((ROOT / path).exists() for path in re.findall(r"params/[a-z][\w/.]*", rest)), (name, rest)
 
 
 def test_parameter_reference_is_current():
     page = parameter_reference.PATH.read_text()
-    assert page == parameter_reference.reference(), "python -m mrilib.runs.parameter_reference makes it anew"
+    assert page == parameter_reference.reference(), "run python -m mrilib.runs.parameter_reference"
     for _, cls in NOTEBOOKS.values():
         assert all(f"`{name}`" in page for name in cls.model_fields)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.logging import get_logger
 
 from mrilib.backbone.cache import KERNEL, NirvanaCache, NirvanaCacheLayer, attention_mask_for
 from mrilib.backbone.kernels import gated_delta_rule
@@ -33,6 +34,8 @@ __all__ = [
     "NirvanaModel",
     "load_backbone",
 ]
+
+logger = get_logger("mrilib")
 
 FIRST_TRIGGER_LAYER = 2
 LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "window_size": 1 << 31}  # other sizes: 1 << 16
@@ -532,7 +535,7 @@ class NirvanaModel(NirvanaPreTrainedModel):
         past_key_values : NirvanaCache, optional
             Cache of the previous tokens; updated in place.
         use_cache : bool, optional
-            Make a cache if none is given; the config's setting by default.
+            Make a cache if none is given; the config's setting by default. Gradient checkpointing sets it to False.
         output_hidden_states : bool, optional
             Return the input of every block and the last hidden state.
         return_dict : bool, optional
@@ -562,9 +565,12 @@ class NirvanaModel(NirvanaPreTrainedModel):
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         if use_cache is None:
             use_cache = bool(self.config.use_cache)
-        if checkpointing and (use_cache or cache is not None):
+        if checkpointing and cache is not None:
             # a recomputed layer would write into the cache twice
-            raise ValueError("use_cache and gradient checkpointing do not go together: pass use_cache=False")
+            raise ValueError("past_key_values and gradient checkpointing do not go together: leave past_key_values out")
+        if checkpointing and use_cache:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing: use_cache=False is used")
+            use_cache = False
         if cache is None and use_cache:
             cache = NirvanaCache(self.config)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -614,6 +620,16 @@ class NirvanaForCausalLM(NirvanaPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """Return False, so that `generate` leaves the cache to `forward`."""
         return False
+
+    def _prepare_generation_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse another cache than NirvanaCache; transformers would only warn that it ignores the setting."""
+        prepared = GenerationMixin._prepare_generation_config(self, *args, **kwargs)
+        kind = prepared[0].cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r} is not supported: generate makes a NirvanaCache; leave it out"
+            )
+        return prepared
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads the signature
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -1,1 +1,1 @@
-"""Other methods, distribution shifts and speed measurements."""
+"""Baselines, distribution shifts and speed measurements."""

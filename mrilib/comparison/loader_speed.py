@@ -1,4 +1,4 @@
-"""How fast slices come: this loader, fastMRI's own, and reading whole volumes, on the same files, masks and crop."""
+"""Speed of this loader, of fastMRI's, and of reading whole volumes, on the same files, masks and crop."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,25 +22,15 @@ from mrilib.phantom.scanner import SEQUENCES, simulate_volume, write_h5
 from mrilib.physics import fourier, masks
 
 OURS, FASTMRI, FASTMRI_CROPPED, WHOLE = "this loader", "fastMRI", "fastMRI + crop", "whole volumes"
+RATE, SPEED_UP = "slices a second", "this loader is faster by"  # columns, also keys in run.json
 
 
 def make_volumes(
     directory: Path, count: int = 2, slices: int = 16, coils: int = 16, img_size: int = 320, seed: int = 0
 ) -> list[Volume]:
-    """Phantom volumes of one size, 2·img_size × img_size, as most of fastMRI's brains are; made once.
+    """Make phantom volumes of 2·img_size × img_size, as most of fastMRI's brains, unless they exist.
 
-    Parameters
-    ----------
-    directory : Path
-        Holds nothing else, as fastMRI's SliceDataset opens every file.
-    count, slices, coils : int
-    img_size : int
-        Side of the images [pixels].
-    seed : int
-
-    Returns
-    -------
-    list of Volume
+    `directory` must hold nothing else, as fastMRI's SliceDataset opens every file.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -61,18 +51,19 @@ def make_volumes(
 
 
 def readers(volumes: Sequence[Volume], config: DataParameters) -> dict[str, Callable[[int], Any]]:
-    """What each way does for one slice: a function of its number.
+    """Make the compared readers, each a function from a slice's number to the slice.
 
-    All take fastMRI's validation mask of the file. "fastMRI" is its SliceDataset with VarNetDataTransform as it is,
-    which leaves the readout oversampling on; "fastMRI + crop" also takes it off, so that it delivers what this loader
-    does; "whole volumes" is this loader reading the whole file for each slice.
+    All apply fastMRI's validation mask of the file. "fastMRI" is its SliceDataset with VarNetDataTransform. "fastMRI +
+    crop" also removes the readout oversampling, as this loader does. "whole volumes" is this loader reading the whole
+    file for each slice.
 
     Parameters
     ----------
     volumes : sequence of Volume
-        Every file of one folder.
+        All files of one folder.
     config : DataParameters
-        mask_type, accelerations, center_fractions, num_coils (at least the files' coils: fastMRI does not compress).
+        mask_type, accelerations, center_fractions, and num_coils of at least the files' coils, as fastMRI does not
+        compress.
     """
     ours = FastMRIDataset(volumes, config)
     mask_func = masks.make_mask_func(config.mask_type, config.center_fractions, config.accelerations)
@@ -91,44 +82,38 @@ def readers(volumes: Sequence[Volume], config: DataParameters) -> dict[str, Call
     return {OURS: ours.__getitem__, FASTMRI: theirs.__getitem__, FASTMRI_CROPPED: cropped, WHOLE: whole}
 
 
-def compare(
-    ways: Mapping[str, Callable[[int], Any]], count: int, repeats: int = 5, slow: Sequence[str] = (WHOLE,)
-) -> pd.DataFrame:
-    """Slices a second of each way, measured in turns in one process; the best of several passes counts.
+def compare(loaders: Mapping[str, Callable[[int], Any]], count: int, repeats: int = 5) -> pd.DataFrame:
+    """Measure the speed of `readers` in turns in one process; the best of several passes counts.
 
     Parameters
     ----------
-    ways : mapping of str to function of a slice's number
+    loaders : mapping of str to function of a slice's number
     count : int
-        Slices a pass; the same for all but the slow ones, which read 2 a pass.
+        Slices per pass; 2 for the slow "whole volumes".
     repeats : int
-    slow : sequence of str
 
     Returns
     -------
     DataFrame
-        Rows: ways. Columns: slices a second, and how often the first way is as fast.
+        A row per reader, with its slices per second and the speed-up of the first one over it.
     """
-    seconds: dict[str, float] = dict.fromkeys(ways, float("inf"))
+    seconds: dict[str, float] = dict.fromkeys(loaders, float("inf"))
     for _ in range(repeats):
-        for name, read in ways.items():
-            some = range(2) if name in slow else range(count)
+        for name, read in loaders.items():
+            indices = range(2) if name == WHOLE else range(count)
             begin = time.perf_counter()
-            for index in some:
+            for index in indices:
                 read(index)
-            seconds[name] = min(seconds[name], (time.perf_counter() - begin) / len(some))
-    table = pd.DataFrame({"slices a second": {name: 1 / value for name, value in seconds.items()}})
-    table["this loader is faster by"] = table["slices a second"].iloc[0] / table["slices a second"]
+            seconds[name] = min(seconds[name], (time.perf_counter() - begin) / len(indices))
+    table = pd.DataFrame({RATE: {name: 1 / value for name, value in seconds.items()}})
+    table[SPEED_UP] = table[RATE].iloc[0] / table[RATE]
     return table
 
 
 def compare_workers(
     volumes: Sequence[Volume], config: DataParameters, workers: Sequence[int] = (0, 1, 2), batch_size: int = 4
 ) -> pd.DataFrame:
-    """Slices a second of whole passes through a DataLoader, batched, by number of loading processes.
-
-    The first batch, for which processes are started, is not counted.
-    """
+    """Measure slices per second of batched passes through a DataLoader, by number of loading processes."""
     ours, theirs = {}, {}
     mask_func = masks.make_mask_func(config.mask_type, config.center_fractions, config.accelerations)
     for number in workers:
@@ -137,12 +122,12 @@ def compare_workers(
         official = SliceDataset(volumes[0].path.parent, "multicoil", VarNetDataTransform(mask_func, use_seed=True))
         loader: DataLoader[Any] = DataLoader(official, batch_size=batch_size, num_workers=number)
         theirs[number] = _rate(loader, lambda batch: len(batch.fname))
-    return pd.DataFrame({f"{OURS} [slices a second]": ours, f"{FASTMRI} [slices a second]": theirs})
+    return pd.DataFrame({f"{OURS} [{RATE}]": ours, f"{FASTMRI} [{RATE}]": theirs})
 
 
 def _rate(loader: DataLoader[Any], size: Callable[[Any], int]) -> float:
     batches = iter(loader)
-    next(batches)
+    next(batches)  # not counted: it starts the processes
     begin, count = time.perf_counter(), 0
     for batch in batches:
         count += size(batch)

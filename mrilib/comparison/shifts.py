@@ -1,12 +1,14 @@
-"""Shifts: test files as another scanner, or the same scanner with more noise, would have written them (`shift` of 04).
+"""Distribution shifts of the test files: more noise, fewer coils, another head, other phantom patients.
 
-Each function writes fastMRI-format copies of volumes, so that every method reads them as it reads any file. Another
-acceleration, mask type or folder is a parameter of 04 and needs no copy.
+Each function writes volumes in fastMRI format, so that every method can read them. The parameter `shift` of notebook 04
+selects one; acceleration, mask type and folder have their own parameters.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import nibabel
@@ -22,24 +24,26 @@ from mrilib.phantom import dataset
 from mrilib.phantom.scanner import SEQUENCES, simulate_volume, write_h5
 from mrilib.physics.fourier import center_crop_or_pad, ifft2c, rss
 
-EDGE = 0.08  # share of the readout's field of view, at each end, that holds nothing but noise
+EDGE = 0.08  # share of the readout's field of view, at each end, that contains only noise
 
 
 def noise_level(kspace: NDArray[np.complexfloating], padding: tuple[int, int]) -> float:
-    """Standard deviation of the complex white noise in fully sampled k-space, in its real as in its imaginary part.
+    """Estimate the standard deviation of white noise in fully sampled k-space, per real and imaginary part.
+
+    The estimate uses the ends of the oversampled readout, where there is no head, and only the outer fifth of the
+    phase-encoding lines, where a head that reaches so far has little signal.
 
     Parameters
     ----------
     kspace : array, complex, shape (slices, coils, readout, phase)
-        With readout oversampling: at the ends of a twofold field of view there is no head, only noise. A fifth of the
-        lines, at the edges of k-space, is looked at: there even a head that reaches so far has little signal.
+        With readout oversampling.
     padding : (left, right)
         Lines outside [left, right) were not acquired.
 
     Returns
     -------
     float [unit of the k-space]
-        From the median of the magnitude, which is σ·√(2 ln 2) for a Rayleigh distribution.
+        σ, from the median of the magnitude, which is σ·√(2 ln 2) for a Rayleigh distribution.
     """
     left, right = padding
     lines = max(1, (right - left) // 10)
@@ -51,9 +55,9 @@ def noise_level(kspace: NDArray[np.complexfloating], padding: tuple[int, int]) -
 
 
 def more_noise(volume: Volume, directory: Path, factor: float, seed: int = 0) -> Volume:
-    """A copy of a file with `factor` times its own noise; its target stays that of the original.
+    """Write a copy of a file with `factor` times its noise and the original target.
 
-    White noise of variance (factor² − 1)σ² is added to every acquired sample, with σ estimated by `noise_level`.
+    White noise of variance (factor² − 1)σ² is added to every acquired sample, with σ from `noise_level`.
 
     Raises
     ------
@@ -61,7 +65,7 @@ def more_noise(volume: Volume, directory: Path, factor: float, seed: int = 0) ->
         If `factor` is below 1.
     """
     if factor < 1:
-        raise ValueError(f"noise factor {factor}: noise cannot be taken off; at least 1 is wanted")
+        raise ValueError(f"noise factor {factor}: noise cannot be removed; give at least 1")
     with h5py.File(volume.path, "r") as source:
         kspace, target = source["kspace"][()], source["reconstruction_rss"][()]
     left, right = volume.padding
@@ -73,16 +77,16 @@ def more_noise(volume: Volume, directory: Path, factor: float, seed: int = 0) ->
 
 
 def fewer_coils(volume: Volume, directory: Path, coils: int) -> Volume:
-    """A copy of a file as a scanner with `coils` of its coils would have written it, target included.
+    """Write a copy of a file with only `coils` of its coils, evenly spread over the array, and their target.
 
-    The coils are spread evenly over the array; a file that has no more than so many is copied as it is.
+    A file with no more coils than that keeps all.
     """
     with h5py.File(volume.path, "r") as source:
         kspace = source["kspace"][()]
-    kept = np.linspace(0, kspace.shape[1], min(coils, kspace.shape[1]), endpoint=False).astype(int)
-    kspace = kspace[:, kept]
-    images = torch.stack([rss(ifft2c(torch.from_numpy(one))) for one in kspace])
-    return _copy(volume, directory, kspace, center_crop_or_pad(images, volume.recon).numpy())
+    indices = np.linspace(0, kspace.shape[1], min(coils, kspace.shape[1]), endpoint=False).astype(int)
+    kspace = kspace[:, indices]
+    images = torch.stack([rss(ifft2c(torch.from_numpy(coil_data))) for coil_data in kspace])
+    return _copy(volume, directory, kspace, center_crop_or_pad(images, volume.image_shape).numpy())
 
 
 def _copy(volume: Volume, directory: Path, kspace: NDArray[np.complexfloating], target: NDArray[np.floating]) -> Volume:
@@ -102,7 +106,7 @@ def _copy(volume: Volume, directory: Path, kspace: NDArray[np.complexfloating], 
 
 
 def nibabel_head() -> NDArray[np.float32]:
-    """The EPI head of nibabel's own tests, (8, 96, 96): a real one, rows from posterior to anterior, as fastMRI's."""
+    """Load the real EPI head of nibabel's tests, (8, 96, 96); rows from posterior to anterior, as in fastMRI."""
     image = nibabel.load(Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz")
     assert isinstance(image, nibabel.Nifti1Image) and nibabel.aff2axcodes(image.affine) == ("L", "A", "S")
     volume = np.asarray(image.dataobj)[16:-16, :, 6:22:2, 0].astype(np.float32)
@@ -110,31 +114,30 @@ def nibabel_head() -> NDArray[np.float32]:
 
 
 def write_head(path: Path, coils: int = 6) -> Path:
-    """Write that head as a fully sampled fastMRI volume with target, 192×96, lines at the edges not acquired."""
-    data = simulate_volume(1e-6 * nibabel_head(), coils, np.random.default_rng(0), voxel_size=(2, 2), padding=(5, 3))
-    write_h5(
-        path, data, (96, 96), "AXT2", "a second head", sequence=SEQUENCES["AXT2"], voxel_size=(2, 2), padding=(5, 3)
-    )
+    """Write `nibabel_head` as a fully sampled fastMRI volume, 192×96, with target and unacquired lines at the edges."""
+    geometry: Any = {"voxel_size": (2, 2), "padding": (5, 3)}
+    data = simulate_volume(1e-6 * nibabel_head(), coils, np.random.default_rng(0), **geometry)
+    write_h5(path, data, (96, 96), "AXT2", "a second head", sequence=SEQUENCES["AXT2"], **geometry)
     return path
 
 
 def shifted(config: EvaluateParameters, volumes: Sequence[Volume], directory: Path) -> list[Volume]:
-    """The test volumes under the shift that the parameters name; files that are there are not written again.
+    """Apply the shift of the parameters to the test volumes; existing files are not written again.
 
     Parameters
     ----------
     config : EvaluateParameters
-        `shift`: "noise 2" doubles the noise, "coils 4" keeps four coils, "head nibabel" is another real head, and
-        "patients 2" are as many phantom patients made with seed 2.
+        `shift`: "noise 2" doubles the noise, "coils 4" keeps four coils, "head nibabel" is another real head,
+        "patients 2" is the same number of phantom volumes with seed 2, and "" is no shift.
     volumes : sequence of Volume
-        The test volumes; they are returned as they are without a shift.
+        The test volumes.
     directory : Path
         Receives a folder of files.
 
     Raises
     ------
     ParameterError
-        An unknown shift; "patients" where `data_dir` is not a phantom, or is one of that seed.
+        If the shift is unknown, or "patients" needs a phantom of another seed in `data_dir`.
     """
     if not config.shift:
         return list(volumes)
@@ -149,16 +152,17 @@ def shifted(config: EvaluateParameters, volumes: Sequence[Volume], directory: Pa
             write_head(path, config.num_coils)
         return [read_volume(path)]
     if kind == "noise" and _is_number(value) and float(value) >= 1:
-        copy: Callable[[Volume], Volume] = lambda one: more_noise(one, folder, float(value), config.seed)  # noqa: E731
+        copy: Callable[..., Volume] = functools.partial(more_noise, factor=float(value), seed=config.seed)
     elif kind == "coils" and value.isdigit() and int(value):
-        copy = lambda one: fewer_coils(one, folder, int(value))  # noqa: E731
+        copy = functools.partial(fewer_coils, coils=int(value))
     else:
         raise ParameterError(
             f"shift: '{config.shift}' is not known; there are 'noise FACTOR' (at least 1), 'coils NUMBER', "
             "'head nibabel' and 'patients SEED'"
         )
     paths = [folder / volume.path.name for volume in volumes]
-    return [read_volume(path) if path.exists() else copy(volume) for path, volume in zip(paths, volumes, strict=True)]
+    pairs = zip(paths, volumes, strict=True)
+    return [read_volume(path) if path.exists() else copy(volume, folder) for path, volume in pairs]
 
 
 def _is_number(text: str) -> bool:
@@ -166,14 +170,14 @@ def _is_number(text: str) -> bool:
 
 
 def _other_patients(config: EvaluateParameters, count: int, seed: int, folder: Path) -> list[Volume]:
-    """As many volumes made as the phantom in `data_dir`, from another seed."""
-    known = resolve(config.data_dir) / dataset.PARAMETERS_FILE
-    if not known.exists():
-        raise ParameterError(f"shift: patients {seed}: '{config.data_dir}' is no phantom to make others like")
-    made = read_json(known)
-    if made["seed"] == seed:
+    """Make `count` volumes like the phantom in `data_dir`, from another seed."""
+    path = resolve(config.data_dir) / dataset.PARAMETERS_FILE
+    if not path.exists():
+        raise ParameterError(f"shift: patients {seed}: '{config.data_dir}' is no phantom; this shift needs one")
+    phantom = read_json(path)
+    if phantom["seed"] == seed:
         raise ParameterError(f"shift: patients {seed}: '{config.data_dir}' holds these patients; choose another seed")
     if not (folder / "brain_file_list.csv").exists():  # written last
-        size = {name: made[name] for name in ("slices", "img_size", "coils")}
+        size = {name: phantom[name] for name in ("slices", "img_size", "coils")}
         dataset.make_dataset(folder, volumes=count, seed=seed, **size, progress=False)
     return index_volumes(folder)

@@ -1,4 +1,4 @@
-"""What the token cache saves: an epoch of stage 2 with and without it, beside the decoder's own steps."""
+"""Time saved by the token cache: an epoch of stage 2 with and without it, next to the decoder's training steps."""
 
 import tempfile
 import time
@@ -13,49 +13,49 @@ from mrilib.data.dataset import Batch
 from mrilib.training import device as device_module
 from mrilib.training import loop, setup, stages
 
-PASSES = 2  # over the cached data; the best is told
+PASSES = 2  # over the cached data; the best counts
 
 
 class CacheTimes(NamedTuple):
-    """Seconds of one epoch of stage 2, its training and validation slices."""
+    """Times of one epoch of stage 2 on its training and validation slices [s]."""
 
-    steps: int  # of training
-    tokens_computed: float  # slices loaded and image tokens computed
-    tokens_cached: float  # slices and image tokens read from the disk
-    decoder: float  # the decoder's own training steps, on batches in memory
+    steps: int  # number of training steps
+    tokens_computed: float  # load slices and compute image tokens
+    tokens_cached: float  # read slices and image tokens from the disk
+    decoder: float  # the decoder's training steps, on batches in memory
     epoch: float  # the whole epoch with the cache: training, validation, checkpoints
 
     @property
     def saved(self) -> float:
-        """How many times faster everything but the decoder is."""
+        """Speed-up of everything but the decoder."""
         return self.tokens_computed / self.tokens_cached
 
     @property
     def overhead(self) -> float:
-        """The whole epoch over the decoder's own steps."""
+        """Time of the whole epoch over the decoder's training steps."""
         return self.epoch / self.decoder
 
 
 def measure(stage1: Stage1Parameters, stage2: Stage2Parameters) -> CacheTimes:
-    """Time an epoch's parts on the data of `stage2`, with one mask a slice.
+    """Time the parts of an epoch on the data of `stage2`, with one mask per slice.
 
-    The encoder is one of `stage1` without training, which costs the same. The cache is filled into a temporary folder
-    and is read from the page cache, as it is in a training whose tokens fit in memory.
+    The encoder of `stage1` is untrained, which costs the same. The cache is in a temporary folder and read from the
+    page cache, as in a training whose tokens fit in memory.
 
     Raises
     ------
     DataError
-        If the data are not there.
+        If the data are missing.
     """
     with tempfile.TemporaryDirectory(prefix="token-cache-") as name:
         folder = Path(name)
-        given = {"epochs": 1 + PASSES, "masks_per_slice": 1, "train_control": False}
-        config = stage2.model_copy(update=given | {"token_cache_dir": str(folder / "cache")})
+        values = {"epochs": 1 + PASSES, "masks_per_slice": 1, "train_control": False}
+        config = stage2.model_copy(update=values | {"token_cache_dir": str(folder / "cache")})
         loaders = setup.make_loaders(config)
-        computed = _seconds(_stage(stage1, config), loaders)
+        computed = _token_seconds(_stage(stage1, config), loaders)
         stage = _stage(stage1, config)
         loaders = setup.stage_loaders(config, stage, loaders)
-        cached = min(_seconds(stage, loaders) for _ in range(PASSES))
+        cached = min(_token_seconds(stage, loaders) for _ in range(PASSES))
         batches = list(loaders.train)
         history = loop.fit(stage, config, loaders.train, loaders.val, folder / "run")
         epoch = min(entry["seconds"] for entry in history.epochs[1:])
@@ -70,8 +70,8 @@ def _stage(stage1: Stage1Parameters, config: Stage2Parameters) -> stages.Reconst
     return stage
 
 
-def _seconds(stage: stages.ReconstructionStage, loaders: setup.Loaders) -> float:
-    """Everything that an epoch does before the decoder: slices loaded, image tokens got."""
+def _token_seconds(stage: stages.ReconstructionStage, loaders: setup.Loaders) -> float:
+    """Time everything before the decoder in an epoch: loading slices and computing or reading image tokens."""
     begin = time.perf_counter()
     with torch.no_grad():
         for loader in (loaders.train, loaders.val):
@@ -94,11 +94,11 @@ def _decoder_seconds(stage: stages.ReconstructionStage, batches: list[Batch], ma
 
 
 def table(times: CacheTimes) -> pd.DataFrame:
-    """The seconds in words, one line each."""
+    """Tabulate the times."""
     rows = {
         "slices and image tokens, computed": f"{times.tokens_computed:.1f} s",
         "slices and image tokens, from the cache": f"{times.tokens_cached:.2f} s ({times.saved:.0f} times faster)",
-        f"the decoder's own {times.steps} steps": f"{times.decoder:.1f} s",
+        f"{times.steps} training steps of the decoder alone": f"{times.decoder:.1f} s",
         "whole epoch with the cache": f"{times.epoch:.1f} s ({times.overhead:.2f} times the decoder's steps)",
     }
-    return pd.DataFrame({"what": rows.keys(), "seconds an epoch": rows.values()})
+    return pd.DataFrame({"part": rows.keys(), "time per epoch": rows.values()})

@@ -1,11 +1,10 @@
 """fastMRI brain files, slice by slice: h5 → Slice → Batch.
 
-What reaches the model comes from the masked k-space alone: scale, coil compression and coil maps. Target, maximum and
-attributes are for the loss and the metrics.
+The model's input (scale, coil compression, coil maps) comes from the masked k-space alone. Target, maximum and
+attributes are used by the loss and the metrics.
 """
 
 import copy
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,25 +13,18 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
+from fastmri.data.subsample import MaskFunc
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mrilib.config import DataParameters, ParameterError, resolve
 from mrilib.data import annotations as annotations_module
 from mrilib.data import findings
 from mrilib.data.annotations import Annotations, Box, Report
-from mrilib.data.fastmri_file import (
-    SMALLEST_SCALE,
-    DataError,
-    Volume,
-    dataset,
-    told,
-)
+from mrilib.data.fastmri_file import SMALLEST_SCALE, DataError, Volume, first_line, require_unchanged
 from mrilib.data.findings import Facts
 from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier, masks
-
-logger = logging.getLogger("mrilib")
 
 
 class Slice(NamedTuple):
@@ -41,88 +33,51 @@ class Slice(NamedTuple):
     kspace: Tensor  # complex64 (coil, readout, phase): masked, divided by its root mean square
     mask: Tensor  # bool (phase,)
     scale: float  # [file units]: normalised value × scale = file value
-    target: Tensor | None  # float32 (h, w) RSS of the fully sampled data [file units]
+    target: Tensor | None  # float32 (h, w): RSS of the fully sampled data [file units]
     maximum: float  # of the target volume [file units]
-    recon: tuple[int, int]  # h, w of the evaluated image
+    image_shape: tuple[int, int]  # (h, w) of the evaluated image [pixels]
     acceleration: int
     file: str
     slice_num: int
     patient: str
     facts: Facts
     report: Report | None
-    acquired: Tensor | None = None  # bool (phase,): False on the header's padding; None: every line was acquired
-    tokens: Tensor | None = None  # image tokens (N, hidden) if a token cache holds them, in the backbone's own type
-    pixel: tuple[float, float] | None = None  # readout, phase [mm]; None if the file does not tell
-    boxes: tuple[Box, ...] | None = None  # of the evaluated image; None: nobody reviewed the volume
-    look: int = 0  # which of the epoch's looks at the slice this is, each with a mask of its own
-    mirrored: bool = False  # the encoder is to see the image flipped left to right; the facts are, the rest is as read
+    acquired: Tensor | None = None  # bool (phase,): False on the padding of the header; None: all lines were acquired
+    tokens: Tensor | None = None  # image tokens (N, hidden) from a token cache
+    pixel: tuple[float, float] | None = None  # (readout, phase) [mm]; None if the header lacks it
+    boxes: tuple[Box, ...] | None = None  # on the evaluated image, never mirrored; None: volume not reviewed
+    repeat: int = 0  # number of earlier uses of the slice in this epoch; each has its own mask
+    mirrored: bool = False  # the encoder flips the image left to right; the facts are flipped already
 
 
 class Batch(NamedTuple):
-    """Slices of equal shape, stacked; B is their number."""
+    """B stacked slices of equal shape."""
 
     kspace: Tensor  # complex64 (B, coil, readout, phase)
     mask: Tensor  # bool (B, phase)
     scale: Tensor  # float32 (B,) [file units]
     target: Tensor | None  # float32 (B, h, w) [file units]
     maximum: Tensor  # float32 (B,) [file units]
-    recon: tuple[int, int]
-    slices: list[Slice]  # what is not stacked above; without their tensors
+    image_shape: tuple[int, int]  # (h, w) [pixels]
+    slices: list[Slice]  # without k-space, target and tokens
     acquired: Tensor | None = None  # bool (B, phase)
-    tokens: Tensor | None = None  # image tokens (B, N, hidden) if a token cache holds them for all the slices
+    tokens: Tensor | None = None  # image tokens (B, N, hidden) if a token cache holds them for all slices
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in self._asdict().items()
-            if isinstance(value, Tensor)
-        }
-        return self._replace(**moved)
+        """Copy with the tensors on `device`."""
+        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._tensors()})
 
     def chunks(self, size: int) -> Iterator["Batch"]:
-        """The batch in parts of `size` slices at most."""
+        """Split into batches of at most `size` slices."""
         if len(self.slices) <= size:
             yield self
             return
         for start in range(0, len(self.slices), size):
             part = slice(start, start + size)
-            cut: dict[str, Any] = {
-                name: value[part] for name, value in self._asdict().items() if isinstance(value, Tensor)
-            }
-            yield self._replace(**cut, slices=self.slices[part])
+            yield self._replace(slices=self.slices[part], **{name: value[part] for name, value in self._tensors()})
 
-
-def _require_unchanged(h5: h5py.File, volume: Volume) -> None:
-    """Refuse a file that is no longer the one that the run began with."""
-    wanted: dict[str, tuple[int, ...]] = {"kspace": (volume.slices, volume.coils, *volume.matrix)}
-    if volume.has_target:
-        wanted["reconstruction_rss"] = (volume.slices, *volume.recon)
-    if volume.has_mask:
-        wanted["mask"] = volume.matrix[1:]
-    for name, shape in wanted.items():
-        stored = dataset(h5, name)
-        if stored is None or stored.shape != shape or stored.dtype.kind != {"kspace": "c"}.get(name, stored.dtype.kind):
-            now = "is gone" if stored is None else f"is {stored.dtype} {stored.shape} now"
-            raise DataError(
-                f"{volume.path.name}: the file was replaced while it was in use: {name} {now}, was {shape}; put the "
-                "old file back, or begin a new run"
-            )
-
-
-def loading_error(error: RuntimeError) -> DataError | None:
-    """What to do where a process that loads data was killed; None if that is not what the error says."""
-    if "DataLoader worker" not in str(error):
-        return None
-    return DataError(
-        f"a process that loads data has ended ({told(error)}), most often for want of memory; lower num_workers or "
-        "batch_size, then resume"
-    )
-
-
-def _norm(lines: Tensor) -> float:
-    """Euclidean length in double precision: no file's unit makes the squares too small or too large."""
-    return torch.linalg.vector_norm(torch.view_as_real(lines), dtype=torch.float64).item()
+    def _tensors(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in self._asdict().items() if isinstance(value, Tensor)]
 
 
 class FastMRIDataset(Dataset[Slice]):
@@ -134,27 +89,31 @@ class FastMRIDataset(Dataset[Slice]):
     config : DataParameters
         num_coils, img_size, crop, mask_type, accelerations, center_fractions, seed, reports_path.
     annotations : Annotations, optional
-        fastMRI+ findings; without them the findings of every slice are unknown.
+        fastMRI+ findings; without them the findings of all slices are unknown.
     training : bool
-        Training masks come from (seed, file, slice, mask number), others from the file name, as fastMRI's do.
+        Seed masks from (seed, file, slice, mask number) instead of the file name, and mirror slices.
     masks_per_slice : int
-        Training masks a slice sees in turn, epoch by epoch (where an epoch sees it again, those of the epochs to come);
-        0: a new one every epoch, and each time that an epoch sees the slice.
+        Training masks of a slice, used in turn by epoch (a repeat within an epoch takes the next one); 0: a new mask
+        for each epoch and repeat.
     acceleration : int, optional
-        Use this one alone (one of config.accelerations).
+        Use only this one of config.accelerations.
     max_slices : int
-        Take so many slices, evenly spread; 0: all.
+        Use only so many slices, evenly spread; 0: all.
     mirror_fraction : float
-        Chance of a training slice to be `mirrored`, drawn anew each epoch from (seed, file, slice, epoch), and each
-        time that an epoch sees it. A slice with a report of the user's own never is: its words may name sides.
+        Probability that a training slice is mirrored, drawn from (seed, file, slice, epoch, repeat). A slice with a
+        user's report is never mirrored, since the report may name sides.
+
+    Attributes
+    ----------
+    epoch : int
+        Set it before each pass over the data.
 
     Raises
     ------
     DataError
-        If ``crop: image`` meets a file with its own mask, a file cannot be read, or a mask leaves the centre line out.
+        If ``crop: image`` is used with a file that has its own mask, if a file cannot be read, or if a mask omits the
+        centre line.
     """
-
-    _COILS = 4  # read at a time
 
     def __init__(
         self,
@@ -172,48 +131,45 @@ class FastMRIDataset(Dataset[Slice]):
         self.config = config
         self.annotations = annotations
         self.training = training
-        self.texts_only = False
         self.masks_per_slice, self.mirror_fraction = masks_per_slice, mirror_fraction
         self.epoch = 0
-        self._buffer = np.empty((0, 0, 0), np.complex64)
+        self.texts_only = False
+        self._reader = _LineReader()
+        self.mask_func = self._make_mask_func(acceleration)
+        self.reports = _read_reports(config.reports_path, self.volumes)
+        if config.crop == "image" and (own := [v.file for v in self.volumes if v.has_mask]):
+            raise DataError(f"crop: image changes the acquisition, but {own[0]} has its own mask; use crop: readout")
+        self.samples = [(v, s) for v, volume in enumerate(self.volumes) for s in range(volume.slices)]
+        if 0 < max_slices < len(self.samples):
+            chosen = np.linspace(0, len(self.samples) - 1, max_slices).round().astype(int)
+            self.samples = [self.samples[i] for i in chosen]
+        if annotations is not None:
+            for index in range(len(self)):
+                self.facts(index)  # refuses a box outside its image now rather than during training
+
+    def _make_mask_func(self, acceleration: int | None) -> MaskFunc:
+        config = self.config
         paired = zip(config.center_fractions, config.accelerations, strict=True)
         pairs = [(fraction, a) for fraction, a in paired if acceleration in (None, a)]
         if not pairs:
             raise ParameterError(f"acceleration {acceleration} is not one of accelerations {config.accelerations}")
-        for width in {config.img_size if config.crop == "image" else v.matrix[1] for v in volumes if not v.has_mask}:
+        for width in {self._after_crop(volume).matrix[1] for volume in self.volumes if not volume.has_mask}:
             for pair in pairs:
                 masks.check_mask(config.mask_type, *pair, width)
-        self.mask_func = masks.make_mask_func(config.mask_type, *zip(*pairs, strict=True))
-        self.reports = annotations_module.read_reports(resolve(config.reports_path)) if config.reports_path else {}
-        slices = {volume.file: volume.slices for volume in self.volumes}
-        for file, slice_num in self.reports:
-            if slice_num >= slices.get(file, slice_num + 1):
-                raise DataError(
-                    f"reports_path: a report of {file}, slice {slice_num}, but the file has {slices[file]} slices, "
-                    "counted from 0"
-                )
-        if config.crop == "image" and (own := [v.file for v in self.volumes if v.has_mask]):
-            raise DataError(f"crop: image changes the acquisition, but {own[0]} brings its own mask; use crop: readout")
-        samples = [(v, s) for v, volume in enumerate(self.volumes) for s in range(volume.slices)]
-        if max_slices and max_slices < len(samples):
-            samples = [samples[i] for i in np.linspace(0, len(samples) - 1, max_slices).round().astype(int)]
-        self.samples = samples
-        if annotations is not None:
-            for index in range(len(samples)):  # a box outside of its image is told now, not after a night
-                self.facts(index)
+        return masks.make_mask_func(config.mask_type, *zip(*pairs, strict=True))
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def without_kspace(self) -> "FastMRIDataset":
-        """The same slices in the same order with empty tensors, for a control that sees none: nothing is read."""
+        """Copy with empty tensors for all slices; no file is read."""
         other = copy.copy(self)
         other.texts_only = True
         return other
 
     def uncompressed(self) -> "FastMRIDataset":
-        """The same slices under the same masks with all their coils, for what needs no compression."""
-        other = FastMRIDataset.__new__(FastMRIDataset)  # of a cached dataset too, whose entries are compressed
+        """Copy with the same slices and masks, without coil compression."""
+        other = FastMRIDataset.__new__(FastMRIDataset)  # not the subclass: cached slices are compressed
         vars(other).update(vars(self))
         most = max(self.config.num_coils, *(volume.coils for volume in self.volumes))
         other.config = self.config.model_copy(update={"num_coils": most})
@@ -221,33 +177,33 @@ class FastMRIDataset(Dataset[Slice]):
 
     @property
     def compresses(self) -> bool:
-        """Whether any of its files has more than num_coils coils."""
+        """Whether any file has more than num_coils coils."""
         return any(volume.coils > self.config.num_coils for volume in self.volumes)
 
     def shape_key(self, index: int) -> tuple[int, ...]:
-        """What must be equal for slices to be stacked: coils, k-space matrix and evaluated image."""
-        volume = self.volumes[self.samples[index][0]]
-        if self.config.crop == "image":
-            return (min(volume.coils, self.config.num_coils), int(volume.has_target))
+        """Shape of a slice; slices with equal keys can be stacked."""
+        volume, _ = self._sample(index)
         coils = min(volume.coils, self.config.num_coils)
-        return (coils, volume.readout, volume.matrix[1], *volume.recon, int(volume.has_target))
+        if self.config.crop == "image":
+            return (coils, int(volume.has_target))
+        return (coils, volume.readout, volume.matrix[1], *volume.image_shape, int(volume.has_target))
 
     def facts(self, index: int) -> Facts:
-        """Contrast, level and findings of a slice, for its text and its scores; not for its input."""
+        """Contrast, level and findings of a slice: for its text and its scores, not for the model's input."""
         volume, slice_num = self._sample(index)
         return findings.slice_facts(
-            self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.recon
+            self.annotations, volume.file, slice_num, volume.slices, volume.acquisition, volume.image_shape
         )
 
     def boxes(self, index: int) -> tuple[Box, ...] | None:
-        """Boxes of a slice's findings on the evaluated image; None where they are unknown."""
+        """Boxes of a slice's findings on the evaluated image; None if the volume was not reviewed."""
         volume, slice_num = self._sample(index)
         if self.annotations is None or not self.annotations.reviewed(volume.file):
             return None
-        boxes = self.annotations.boxes(volume.file, slice_num, volume.recon[0])
-        if self.config.crop == "image":  # as `kspace.center_crop_or_pad` crops and pads
+        boxes = self.annotations.boxes(volume.file, slice_num, volume.image_shape[0])
+        if self.config.crop == "image":  # shifted as `center_crop_or_pad` shifts the image
             size = self.config.img_size
-            down, across = ((size - n) // 2 if n < size else -((n - size) // 2) for n in volume.recon)
+            down, across = ((size - n) // 2 if n < size else -((n - size) // 2) for n in volume.image_shape)
             boxes = tuple(replace(box, x=box.x + across, y=box.y + down) for box in boxes)
         return boxes
 
@@ -255,143 +211,170 @@ class FastMRIDataset(Dataset[Slice]):
         volume, slice_num = self.samples[index]
         return self.volumes[volume], slice_num
 
+    def _after_crop(self, volume: Volume) -> Volume:
+        """Apply the parameter `crop` to the shapes and the padding of a volume."""
+        if self.config.crop == "readout":
+            return volume
+        size = self.config.img_size
+        return volume._replace(image_shape=(size, size), readout=size, matrix=(size, size), padding=(0, size))
+
     def __getitem__(self, index: int | tuple[int, int]) -> Slice:
-        """A slice by its index, or by (index, look): what an epoch sees again has another mask, and may be flipped."""
-        index, look = index if isinstance(index, tuple) else (index, 0)
+        """Slice by its index, or by (index, repeat) if the epoch has used it `repeat` times before."""
+        index, repeat = index if isinstance(index, tuple) else (index, 0)
         volume, slice_num = self._sample(index)
         if self.texts_only:
-            nothing = torch.zeros(0)
-            return self._slice(index, nothing.to(torch.complex64), nothing.bool(), 1.0, None, volume.recon, 0, look)
-        padding, recon, readout, width = volume.padding, volume.recon, volume.readout, volume.matrix[1]
-        if cropped := self.config.crop == "image":
-            recon = (self.config.img_size, self.config.img_size)
-            padding, readout, width = (0, recon[1]), recon[0], recon[1]
+            kspace, mask = torch.zeros(0, dtype=torch.complex64), torch.zeros(0, dtype=torch.bool)
+            return self._slice(index, kspace, mask, 1.0, None, volume.image_shape, 0, repeat)
+        cropped = self._after_crop(volume)
+        place = f"{volume.path.name}, slice {slice_num}"
         try:
             with h5py.File(volume.path, "r") as h5:
-                _require_unchanged(h5, volume)
-                if volume.has_mask:
-                    mask, acceleration = torch.from_numpy(h5["mask"][()].astype(bool)), volume.acceleration
-                    mask[: padding[0]] = False
-                    mask[padding[1] :] = False
+                require_unchanged(h5, volume)
+                mask, acceleration = self._mask(h5, cropped, slice_num, repeat)
+                measured = mask.nonzero().squeeze(1)
+                if self.config.crop == "image":
+                    raw = torch.from_numpy(h5["kspace"][slice_num].astype(np.complex64, copy=False))
+                    image = fourier.center_crop_or_pad(fourier.ifft2c(raw), cropped.image_shape)
+                    lines = fourier.fft2c(image)[..., measured]
                 else:
-                    seed = self._mask_seed(volume, slice_num, look)
-                    mask, acceleration = masks.sample_mask(self.mask_func, width, seed, padding)
+                    lines = self._reader.read(h5["kspace"], slice_num, measured)
                 target = None
                 if volume.has_target:
                     target = torch.from_numpy(h5["reconstruction_rss"][slice_num].astype(np.float32, copy=False))
-                measured = mask.nonzero().squeeze(1)
-                if cropped:
-                    raw = torch.from_numpy(h5["kspace"][slice_num].astype(np.complex64, copy=False))
-                    lines = fourier.fft2c(fourier.center_crop_or_pad(fourier.ifft2c(raw), recon))[..., measured]
-                else:
-                    lines = self._read_lines(h5["kspace"], slice_num, measured)
+                    target = fourier.center_crop_or_pad(target, cropped.image_shape)
         except (OSError, RuntimeError) as error:  # h5py raises both on a damaged chunk
-            raise DataError(f"{volume.path.name}, slice {slice_num}: cannot be read ({told(error)})") from None
-        if cropped and target is not None:
-            target = fourier.center_crop_or_pad(target, recon)
-        if not mask[width // 2]:  # coil maps, VarNet's as the decoder's, come from the centre lines
+            raise DataError(f"{place}: cannot be read ({first_line(error)})") from None
+        if not mask[len(mask) // 2]:  # coil maps come from the centre lines
             raise DataError(
-                f"{volume.path.name}, slice {slice_num}: the mask does not sample the centre of k-space; "
-                "raise center_fractions, or leave this file out if it brings the mask itself"
+                f"{place}: the mask does not sample the centre of k-space; raise center_fractions, or remove the file "
+                "if it has its own mask"
             )
-        # From here on only measured lines are seen, and worked on: readout crop and compression know nothing of phase.
-        lines = fourier.remove_readout_oversampling(lines, readout)
-        norm = _norm(lines)
-        if not math.isfinite(norm):
-            where = f"{volume.path.name}, slice {slice_num}"
-            raise DataError(f"{where}: NaN or infinity in the measured lines; python -m mrilib check tells more")
-        if len(lines) > self.config.num_coils:
-            lines = coils_module.compress_coils(lines, self.config.num_coils)
-            norm = _norm(lines)
-        masked = torch.zeros(*lines.shape[:-1], width, dtype=lines.dtype)
-        scale = norm / masked.numel() ** 0.5
-        if 0 < scale < SMALLEST_SCALE:
-            raise DataError(f"{volume.path.name}, slice {slice_num}: too small for single precision; scale the file")
-        masked[..., measured] = lines / scale if scale else lines
-        return self._slice(index, masked, mask, scale or 1.0, target, recon, acceleration, look)
+        lines = fourier.remove_readout_oversampling(lines, cropped.readout)
+        masked, scale = _normalise(lines, mask, self.config.num_coils, place)
+        return self._slice(index, masked, mask, scale, target, cropped.image_shape, acceleration, repeat)
 
-    def _read_lines(self, stored: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
-        """The measured lines (coil, readout, line) of a slice, the readout being the fastest axis in memory.
+    def _mask(self, h5: h5py.File, volume: Volume, slice_num: int, repeat: int) -> tuple[Tensor, int]:
+        """Mask of a slice (phase,) and its acceleration; padding is not sampled."""
+        if not volume.has_mask:
+            seed = self._mask_seed(volume, slice_num, repeat)
+            return masks.sample_mask(self.mask_func, volume.matrix[1], seed, volume.padding)
+        mask = torch.from_numpy(h5["mask"][()].astype(bool))
+        mask[: volume.padding[0]] = False
+        mask[volume.padding[1] :] = False
+        return mask, volume.acceleration
 
-        A few coils at a time are read, into the same memory over and over: that stays in the processor's cache, while
-        fresh memory for a slice's 26 MB costs as much as reading them. Not for several threads on one dataset.
-        """
-        coils, readout, phase = stored.shape[1:]
+    def _mask_seed(self, volume: Volume, slice_num: int, repeat: int = 0) -> int | tuple[int, ...]:
+        if not self.training:
+            return masks.validation_seed(volume.path.name)
+        words = self.config.seed, volume.file, slice_num
+        if self.masks_per_slice:
+            return masks.training_seed(*words, (self.epoch + repeat) % self.masks_per_slice)
+        return masks.training_seed(*words, self.epoch, repeat)
+
+    def _slice(
+        self,
+        index: int,
+        kspace: Tensor,
+        mask: Tensor,
+        scale: float,
+        target: Tensor | None,
+        image_shape: tuple[int, int],
+        acceleration: int,
+        repeat: int = 0,
+    ) -> Slice:
+        volume, slice_num = self._sample(index)
+        acquired = torch.ones_like(mask)
+        if self.config.crop == "readout":  # `crop: image` mixes acquired lines with padding
+            acquired[: volume.padding[0]] = False
+            acquired[volume.padding[1] :] = False
+        facts, mirrored = self.facts(index), self._is_mirrored(index, repeat)
+        return Slice(
+            kspace=kspace,
+            mask=mask,
+            scale=scale,
+            target=target,
+            maximum=volume.maximum,
+            image_shape=image_shape,
+            acceleration=acceleration,
+            file=volume.file,
+            slice_num=slice_num,
+            patient=volume.patient,
+            facts=findings.mirrored(facts) if mirrored else facts,
+            report=self.reports.get((volume.file, slice_num)),
+            acquired=acquired,
+            pixel=volume.pixel,
+            boxes=self.boxes(index),
+            repeat=repeat,
+            mirrored=mirrored,
+        )
+
+    def _is_mirrored(self, index: int, repeat: int) -> bool:
+        volume, slice_num = self._sample(index)
+        if not self.training or (volume.file, slice_num) in self.reports:
+            return False
+        words = [self.config.seed, slice_num, self.epoch, *([repeat] if repeat else []), *volume.file.encode()]
+        return bool(np.random.default_rng(words).random() < self.mirror_fraction)
+
+
+def _read_reports(path: str, volumes: Sequence[Volume]) -> dict[tuple[str, int], Report]:
+    reports = annotations_module.read_reports(resolve(path)) if path else {}
+    slices = {volume.file: volume.slices for volume in volumes}
+    for file, slice_num in reports:
+        if slice_num >= slices.get(file, slice_num + 1):
+            raise DataError(
+                f"reports_path: a report of {file}, slice {slice_num}, but the file has {slices[file]} slices, counted "
+                "from 0"
+            )
+    return reports
+
+
+class _LineReader:
+    """Reads the measured lines of a slice through one reused buffer.
+
+    The buffer holds a few coils and stays in the processor's cache. Fresh memory for a slice (26 MB) would take as
+    long as reading the file. Threads must not share a reader.
+    """
+
+    COILS = 4  # read at a time
+
+    def __init__(self) -> None:
+        self._buffer = np.empty((0, 0, 0), np.complex64)
+
+    def read(self, kspace: h5py.Dataset, slice_num: int, measured: Tensor) -> Tensor:
+        """Read the lines `measured`: (coil, readout, line), with the readout contiguous in memory."""
+        coils, readout, phase = kspace.shape[1:]
         lines = torch.empty(coils, len(measured), readout, dtype=torch.complex64)
-        # a chunk is uncompressed as a whole: one that holds more coils would be so again and again
-        step = coils if stored.chunks and stored.chunks[1] > self._COILS else self._COILS
+        # A chunk that holds more coils would be decompressed once for each part.
+        step = coils if kspace.chunks and kspace.chunks[1] > self.COILS else self.COILS
         if self._buffer.shape != (step, readout, phase):
             self._buffer = np.empty((step, readout, phase), np.complex64)
         for first in range(0, coils, step):
             part = self._buffer[: coils - first]
             coil = slice(first, first + len(part))
-            if stored.dtype == part.dtype:
-                stored.read_direct(part, np.s_[slice_num, coil])
+            if kspace.dtype == part.dtype:
+                kspace.read_direct(part, np.s_[slice_num, coil])
             else:
-                part[:] = stored[slice_num, coil]
+                part[:] = kspace[slice_num, coil]
             lines[coil] = torch.from_numpy(part).mT[:, measured]
         return lines.mT
 
-    def _slice(
-        self,
-        index: int,
-        masked: Tensor,
-        mask: Tensor,
-        scale: float,
-        target: Tensor | None,
-        recon: tuple[int, int],
-        acceleration: int,
-        look: int = 0,
-    ) -> Slice:
-        volume, slice_num = self._sample(index)
-        acquired = torch.ones_like(mask)
-        if self.config.crop == "readout":  # the other crop mixes acquired lines and others
-            acquired[: volume.padding[0]] = False
-            acquired[volume.padding[1] :] = False
-        report = self.reports.get((volume.file, slice_num))
-        mirrored = False
-        if self.training and report is None:
-            again = [look] if look else []
-            words = [self.config.seed, slice_num, self.epoch, *again, *volume.file.encode()]
-            mirrored = bool(np.random.default_rng(words).random() < self.mirror_fraction)
-        return Slice(
-            kspace=masked,
-            mask=mask,
-            scale=scale,
-            target=target,
-            maximum=volume.maximum,
-            recon=recon,
-            acceleration=acceleration,
-            file=volume.file,
-            slice_num=slice_num,
-            patient=volume.patient,
-            facts=findings.mirrored(self.facts(index)) if mirrored else self.facts(index),
-            report=report,
-            acquired=acquired,
-            pixel=volume.pixel,
-            boxes=self.boxes(index),
-            look=look,
-            mirrored=mirrored,
-        )
 
-    def _mask_seed(self, volume: Volume, slice_num: int, look: int = 0) -> int | tuple[int, ...]:
-        if not self.training:
-            return masks.validation_seed(volume.path.name)
-        words = self.config.seed, volume.file, slice_num
-        if self.masks_per_slice:
-            return masks.training_seed(*words, (self.epoch + look) % self.masks_per_slice)
-        return masks.training_seed(*words, self.epoch, look)
+def _normalise(lines: Tensor, mask: Tensor, num_coils: int, place: str) -> tuple[Tensor, float]:
+    """Masked k-space, compressed and divided by its root mean square, and this scale (1 for a slice of zeros)."""
+    norm = _norm(lines)
+    if not math.isfinite(norm):
+        raise DataError(f"{place}: NaN or infinity in the measured lines; for details run python -m mrilib check")
+    if len(lines) > num_coils:
+        lines = coils_module.compress_coils(lines, num_coils)
+        norm = _norm(lines)
+    masked = torch.zeros(*lines.shape[:-1], len(mask), dtype=lines.dtype)
+    scale = norm / masked.numel() ** 0.5
+    if 0 < scale < SMALLEST_SCALE:
+        raise DataError(f"{place}: too small for single precision; scale the file")
+    masked[..., mask] = lines / scale if scale else lines
+    return masked, scale or 1.0
 
 
-class _Loader(DataLoader[Any]):
-    """A DataLoader that tells a data error of a loading process in the error's own words, without its traceback."""
-
-    def __iter__(self) -> Any:
-        return self._told(super().__iter__())
-
-    @staticmethod
-    def _told(batches: Iterator[Any]) -> Iterator[Any]:
-        try:
-            yield from batches
-        except DataError as error:
-            raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
+def _norm(lines: Tensor) -> float:
+    """Euclidean norm in double precision: the squares of single precision can overflow or underflow."""
+    return torch.linalg.vector_norm(torch.view_as_real(lines), dtype=torch.float64).item()

@@ -1,4 +1,4 @@
-"""Which volumes are for training, validation and testing: a split by patient."""
+"""Split of the volumes into training, validation and test data, by patient."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -13,22 +13,18 @@ from mrilib.data import annotations as annotations_module
 from mrilib.data.annotations import Annotations
 from mrilib.data.check import h5_files, usable_volumes
 from mrilib.data.dataset import FastMRIDataset
-from mrilib.data.fastmri_file import (
-    DataError,
-    Volume,
-    read_volume,
-)
+from mrilib.data.fastmri_file import DataError, Volume, read_volume
 
 logger = logging.getLogger("mrilib")
 
 
 def index_volumes(directory: str | Path) -> list[Volume]:
-    """All h5 files of a folder, sorted by name, by their structure alone; `check.usable_volumes` reads them too.
+    """Volumes of a folder, sorted by name; unlike `check.usable_volumes`, this reads no arrays.
 
     Raises
     ------
     DataError
-        If there is none, or any of them cannot be used; all problems are listed.
+        If there is no h5 file, or any is unusable; the message lists all problems.
     """
     volumes, problems = [], []
     for path in h5_files(directory):
@@ -42,35 +38,33 @@ def index_volumes(directory: str | Path) -> list[Volume]:
 
 
 class Split(dict[str, list[Volume]]):
-    """The volumes of "train", "val" and "test".
+    """Volumes of "train", "val" and "test".
 
     Attributes
     ----------
     skipped : list of dict
-        ``file``, ``folder`` and ``problems`` of the files that were left out (``on_bad_file: skip``).
+        ``file``, ``folder`` and ``problems`` of the skipped files (``on_bad_file: skip``).
     """
 
     skipped: list[dict[str, Any]]
 
 
 def split_volumes(config: DataParameters) -> Split:
-    """Training, validation and test volumes; no patient is in two of them.
+    """Split into training, validation and test volumes; no patient is in two of them.
 
-    Folders that are given are taken as they are; otherwise the patients of `data_dir` are shuffled with `split_seed`.
-    Every file has been read to its end once (see `mrilib.data.check`).
+    `val_dir` and `test_dir` are used if given; otherwise patients of `data_dir` are drawn with `split_seed`.
 
     Raises
     ------
     DataError
-        If a file cannot be used and is not to be skipped, a patient stands in two of the given folders, or a part comes
-        out empty.
+        If a file is unusable and not skipped, a patient is in two folders, or a part is empty.
     """
     skipped: list[dict[str, Any]] = []
 
     def usable(directory: str) -> list[Volume]:
-        found, left_out = usable_volumes(directory, config.on_bad_file, config.interactive)
-        skipped.extend(left_out)
-        return found
+        volumes, bad = usable_volumes(directory, config.on_bad_file, config.interactive)
+        skipped.extend(bad)
+        return volumes
 
     volumes = usable(config.data_dir)
     parts = {
@@ -106,14 +100,7 @@ def split_volumes(config: DataParameters) -> Split:
 
 
 def warn_of_unknown_files(config: DataParameters, files: Collection[str]) -> None:
-    """Warn of reports and annotations of files that are not there, with the nearest name: they are not used.
-
-    Parameters
-    ----------
-    config : DataParameters
-    files : collection of str
-        Stems of the h5 files of all the data folders.
-    """
+    """Warn about reports and annotations of files other than `files`, the stems of the files in all data folders."""
     reports = annotations_module.read_reports(resolve(config.reports_path)) if config.reports_path else {}
     annotations = load_annotations(config)
     named = {
@@ -132,7 +119,7 @@ def warn_of_unknown_files(config: DataParameters, files: Collection[str]) -> Non
 
 
 def load_annotations(config: DataParameters) -> Annotations | None:
-    """fastMRI+ annotations: those of `annotations_dir`, else the data folder's own, else None (nothing is known)."""
+    """Read the fastMRI+ annotations of `annotations_dir`, else of the data folder; None if there are none."""
     folder = resolve(config.annotations_dir or config.data_dir)
     tables = folder / "brain.csv", folder / "brain_file_list.csv"
     if not config.annotations_dir and not any(table.exists() for table in tables):
@@ -143,42 +130,37 @@ def load_annotations(config: DataParameters) -> Annotations | None:
     return annotations_module.read_annotations(*tables)
 
 
-def require_targets(volumes: Sequence[Volume], what: str = "training the image decoder") -> None:
-    """Refuse volumes that `what` needs the images of; DataError naming them."""
+def require_targets(volumes: Sequence[Volume], purpose: str = "training the image decoder") -> None:
+    """Refuse volumes without a target, which `purpose` needs; DataError names them."""
     without = [volume.path.name for volume in volumes if not volume.has_target]
     if without:
         raise DataError(
-            f"{len(without)} files have no reconstruction_rss, which {what} needs: "
+            f"{len(without)} files have no reconstruction_rss, which {purpose} needs: "
             f"{', '.join(without[:5])}{', …' if len(without) > 5 else ''}; give test files as test_dir"
         )
 
 
-def require_boxes(dataset: "FastMRIDataset", labels: Sequence[str]) -> None:
-    """Refuse findings to be mapped that no slice of the training volumes has a box of.
+def require_boxes(dataset: FastMRIDataset, labels: Sequence[str]) -> None:
+    """Refuse labels of detection maps for which no training slice has a box.
 
     Raises
     ------
     ParameterError
-        Naming the label, the nearest of those that are there, and all of them.
+        Names the label and the most similar label that has boxes.
     """
-    there = _labels_with_boxes(dataset)
+    annotations = dataset.annotations
+    available = set() if annotations is None else {
+        box.label
+        for volume in dataset.volumes if annotations.reviewed(volume.file)
+        for number in range(volume.slices)
+        for box in annotations.boxes(volume.file, number, volume.image_shape[0])
+    }  # fmt: skip
     for label in labels:
-        if label not in there:
-            near = get_close_matches(label, there, n=1)
+        if label not in available:
+            near = get_close_matches(label, available, n=1)
+            listed = ", ".join(sorted(available)) or "none"
             raise ParameterError(
                 f"finding_labels: no training slice has a box of '{label}'"
-                + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(sorted(there)) or 'none'}")
-                + ("" if there else ". Boxes come with annotations_dir")
+                + (f"; did you mean '{near[0]}'?" if near else f"; labels with boxes: {listed}")
+                + ("" if available else ". Boxes come with annotations_dir")
             )
-
-
-def _labels_with_boxes(dataset: "FastMRIDataset") -> set[str]:
-    annotations = dataset.annotations
-    if annotations is None:
-        return set()
-    return {
-        box.label
-        for volume in dataset.volumes
-        for number in range(volume.slices if annotations.reviewed(volume.file) else 0)
-        for box in annotations.boxes(volume.file, number, volume.recon[0])
-    }

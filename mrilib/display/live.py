@@ -1,6 +1,6 @@
-"""What one sees while a stage trains: its curves as they grow, and examples of what the model says or draws.
+"""Live view of a training in a notebook: growing curves, and examples of generated text or reconstructions.
 
-A headless record shows none of it while it happens: curves and examples, which are kept, have their figures at the end.
+A headless record shows nothing during training; the notebooks draw curves and examples at the end.
 """
 
 import io
@@ -28,21 +28,21 @@ from mrilib.training.history import History
 logger = logging.getLogger("mrilib")
 
 Example = TypeVar("Example")
-EXAMPLES = 4  # taken in the course of a training, evenly over its epochs
-LAYOUT: Any = {"max_width": "100%", "align_self": "flex-start"}  # of a picture: a box would stretch it
-SHARE = 0.05  # of the time that drawing may take
+EXAMPLES = 4  # per training, evenly over its epochs
+LAYOUT: Any = {"max_width": "100%", "align_self": "flex-start"}  # keeps a picture at its drawn size
+DRAWING_SHARE = 0.05  # of the time that drawing may take
 
 
-class Kept(NamedTuple, Generic[Example]):
-    """Where examples are kept for a process that goes on with the training, one npz file an epoch, and how.
+class ExampleStore(NamedTuple, Generic[Example]):
+    """Storage of examples for resumed trainings, one npz file per epoch.
 
     Attributes
     ----------
     folder : Path
     pack : callable
-        Turns an example into named arrays of numbers or texts.
+        Converts an example to named arrays of numbers or texts.
     unpack : callable
-        The inverse.
+        The inverse of `pack`.
     """
 
     folder: Path
@@ -58,78 +58,77 @@ class Kept(NamedTuple, Generic[Example]):
         part.replace(self.folder / f"epoch_{epoch}.npz")
 
     def load(self) -> dict[int, Example]:
-        """The examples that are there, by epoch; a damaged one is left out with a warning."""
-        found: dict[int, Example] = {}
+        """Read the stored examples by epoch; a damaged file is skipped with a warning."""
+        examples: dict[int, Example] = {}
         for path in self.folder.glob("epoch_*.npz"):
             try:
                 with np.load(path, allow_pickle=False) as arrays:
-                    found[int(path.stem.removeprefix("epoch_"))] = self.unpack(arrays)
+                    examples[int(path.stem.removeprefix("epoch_"))] = self.unpack(arrays)
             except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                logger.warning("%s cannot be read (%s): the example of this epoch is left out", path, error)
-        return dict(sorted(found.items()))
+                logger.warning("%s cannot be read (%s): the example of this epoch is not shown", path, error)
+        return dict(sorted(examples.items()))
 
 
-def texts_in(run: Path) -> Kept[pd.DataFrame]:
-    """Stage 1's examples in a run folder: `inference.example_texts`."""
-    return Kept(
+def text_store(run: Path) -> ExampleStore[pd.DataFrame]:
+    """Store stage 1's examples, from `inference.example_texts`, in a run folder."""
+    return ExampleStore(
         run / "logs" / "stage1_examples",
         lambda table: {f"column.{name}": np.array(table[name].tolist()) for name in table},
         lambda arrays: pd.DataFrame({name.removeprefix("column."): arrays[name] for name in arrays}),
     )
 
 
-def images_in(run: Path) -> Kept[list[Comparison]]:
-    """Stage 2's examples in a run folder: `inference.preview`, without scores and boxes, which it does not have."""
+def image_store(run: Path) -> ExampleStore[list[Comparison]]:
+    """Store stage 2's examples, from `inference.preview` and so without scores and boxes, in a run folder."""
 
-    def pack(shown: list[Comparison]) -> dict[str, Any]:
+    def pack(rows: list[Comparison]) -> dict[str, Any]:
         arrays: dict[str, Any] = {}
-        for number, one in enumerate(shown):
-            told: dict[str, Any] = {"target": one.target, "maximum": one.maximum, "title": one.title}
-            told |= {} if one.pixel is None else {"pixel": one.pixel}
-            told |= {f"images.{name}": image for name, image in one.images.items()}
-            arrays |= {f"{number}.{name}": _array(value) for name, value in told.items()}
+        for number, row in enumerate(rows):
+            values: dict[str, Any] = {"target": row.target, "maximum": row.maximum, "title": row.title}
+            values |= {} if row.pixel is None else {"pixel": row.pixel}
+            values |= {f"images.{name}": image for name, image in row.images.items()}
+            arrays |= {f"{number}.{name}": _as_array(value) for name, value in values.items()}
         return arrays
 
     def unpack(arrays: Mapping[str, Any]) -> list[Comparison]:
-        shown: list[Comparison] = []
-        while f"{len(shown)}.target" in arrays:
-            start = f"{len(shown)}."
-            images = f"{start}images."
-            pixel = f"{start}pixel"
-            shown.append(
+        rows: list[Comparison] = []
+        while f"{len(rows)}.target" in arrays:
+            start = f"{len(rows)}."
+            values = {name.removeprefix(start): arrays[name] for name in arrays if name.startswith(start)}
+            rows.append(
                 Comparison(
-                    arrays[f"{start}target"],
-                    {name.removeprefix(images): arrays[name] for name in arrays if name.startswith(images)},
-                    float(arrays[f"{start}maximum"]),
-                    title=str(arrays[f"{start}title"]),
-                    pixel=(float(arrays[pixel][0]), float(arrays[pixel][1])) if pixel in arrays else None,
+                    values["target"],
+                    {name.removeprefix("images."): values[name] for name in values if name.startswith("images.")},
+                    float(values["maximum"]),
+                    title=str(values["title"]),
+                    pixel=(float(values["pixel"][0]), float(values["pixel"][1])) if "pixel" in values else None,
                 )
             )
-        return shown
+        return rows
 
-    return Kept(run / "logs" / "stage2_examples", pack, unpack)
+    return ExampleStore(run / "logs" / "stage2_examples", pack, unpack)
 
 
-def _array(value: Any) -> Any:
+def _as_array(value: Any) -> Any:
     return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
-class Watch(Generic[Example]):
-    """Callbacks of `training.fit`: live curves in an interactive notebook, examples in any.
+class Monitor(Generic[Example]):
+    """Callbacks of `loop.fit` that draw live curves if `interactive`, and collect examples.
 
     Parameters
     ----------
     epochs : int
-        Of the training.
+        Number of epochs of the training.
     interactive : bool
         Show the widget.
     example : callable, optional
-        Asks the model in its present state, called after four of the epochs and after the last. Deterministic: it must
-        not draw random numbers, or training would go another way for being watched.
+        Returns an example of the current model; called after about four of the epochs and after the last. It must not
+        draw random numbers, which would change the training.
     show : callable, optional
-        Turns the examples so far, epoch → example, into what is shown of them: HTML or a figure.
-    kept : Kept, optional
-        Keeps the examples in the run folder; those of a training that is gone on with are read from it.
+        Converts the examples so far, epoch → example, to HTML or a figure.
+    store : ExampleStore, optional
+        Keeps the examples in the run folder; a resumed training reads the earlier ones from it.
 
     Attributes
     ----------
@@ -143,84 +142,79 @@ class Watch(Generic[Example]):
         interactive: bool,
         example: Callable[[], Example] | None = None,
         show: Callable[[Mapping[int, Example]], Figure | str] | None = None,
-        kept: Kept[Example] | None = None,
+        store: ExampleStore[Example] | None = None,
     ) -> None:
-        self.example, self.show, self.interactive = example, show, interactive
+        self.example, self.show, self.store, self.interactive = example, show, store, interactive
         self.every = max(1, epochs // EXAMPLES)
         self.last = epochs
-        self.kept = kept
-        self.examples: dict[int, Example] = kept.load() if kept is not None else {}
+        self.examples: dict[int, Example] = store.load() if store is not None else {}
         self.history = History()
-        self._next = 0.0
+        self._next_drawing = 0.0
         if interactive:
             self.text = ipywidgets.HTML('<p role="status">The curves begin with the first steps.</p>')
             self.picture = ipywidgets.Image(format="png", layout={**LAYOUT, "display": "none"})
-            self.shown: Any = None
+            self.example_widget: Any = None
             display(ipywidgets.VBox([self.text, self.picture]))
 
     def step(self, entry: Mapping[str, float]) -> None:
-        """Take a step's log entry (``on_step``); draw if it is time, and if there is a line to draw."""
+        """Record a step's log entry (``on_step``), and redraw the curves if it is time."""
         if not self.interactive:
             return
         self.history.steps.append(dict(entry))
-        if len(self.history.steps) > 1 and time.monotonic() >= self._next:
-            self._draw()
+        if len(self.history.steps) > 1 and time.monotonic() >= self._next_drawing:
+            self._draw_curves()
 
     def epoch(self, history: History) -> None:
-        """Take the history after an epoch (``on_epoch``); ask for an example if its turn has come, and draw."""
+        """Record the history after an epoch (``on_epoch``), collect an example if it is due, and redraw."""
         number = int(history.epochs[-1]["epoch"])
         if self.example is not None and (number % self.every == 0 or number == self.last):
             self.examples[number] = self.example()
-            if self.kept is not None:
-                self.kept.save(number, self.examples[number])
+            if self.store is not None:
+                self.store.save(number, self.examples[number])
         if self.interactive:
             self.history = History(history.steps[:], history.epochs[:], best_epoch=history.best_epoch)
-            self._draw()
+            self._draw_curves()
             if self.show is not None and self.examples:
-                self._show(self.show(self.examples))
+                self._draw_examples(self.show(self.examples))
 
     def finish(self, history: History) -> None:
-        """After the training: take the example of its last epoch if it is not there (it stopped early, say)."""
-        if self.example is not None and int(history.epochs[-1]["epoch"]) not in self.examples:
-            self.last = int(history.epochs[-1]["epoch"])
+        """Collect the example of the last epoch, if an early stop left it out."""
+        number = int(history.epochs[-1]["epoch"])
+        if self.example is not None and number not in self.examples:
+            self.last = number
             self.epoch(history)
 
-    def _show(self, shown: Figure | str) -> None:
-        # Displayed with the first example, so below the progress bar: above it, they would push it out of sight.
-        if self.shown is None:
-            self.shown = ipywidgets.HTML() if isinstance(shown, str) else ipywidgets.Image(format="png", layout=LAYOUT)
-            display(self.shown)
-        if isinstance(shown, str):
-            self.shown.value = shown
+    def _draw_examples(self, content: Figure | str) -> None:
+        # Displayed with the first example, and thus below the progress bar, so that the bar stays in view.
+        if self.example_widget is None:
+            is_text = isinstance(content, str)
+            self.example_widget = ipywidgets.HTML() if is_text else ipywidgets.Image(format="png", layout=LAYOUT)
+            display(self.example_widget)
+        if isinstance(content, str):
+            self.example_widget.value = content
         else:
-            _put(self.shown, shown)
+            _show_figure(self.example_widget, content)
 
-    def _draw(self) -> None:
+    def _draw_curves(self) -> None:
         begin = time.monotonic()
-        steps, epochs = self.history.steps, self.history.epochs
-        _put(self.picture, live_curves(self.history))
-        done = f"; {len(epochs)} of {self.last} epochs done" if epochs else ""
-        told = f"step {int(steps[-1]['step'])}: loss {steps[-1]['loss']:.4f}, learning rate "
-        self.text.value = f'<p role="status">{told}{steps[-1]["learning_rate"]:.2e}{done}</p>'
+        step, epochs = self.history.steps[-1], len(self.history.epochs)
+        _show_figure(self.picture, live_curves(self.history))
+        state = f"step {int(step['step'])}: loss {step['loss']:.4f}, learning rate {step['learning_rate']:.2e}"
+        done = f"; {epochs} of {self.last} epochs done" if epochs else ""
+        self.text.value = f'<p role="status">{state}{done}</p>'
         end = time.monotonic()
-        self._next = end + max(1.0, (end - begin) / SHARE)
+        self._next_drawing = end + max(1.0, (end - begin) / DRAWING_SHARE)
 
 
-def _put(picture: ipywidgets.Image, figure: Figure) -> None:
+def _show_figure(picture: ipywidgets.Image, figure: Figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     picture.value = buffer.getvalue()
     picture.layout.display = ""
 
 
-def live_curves(history: History) -> Figure:
-    """Loss with its validation, and learning rate, of a training that may have just begun.
-
-    Parameters
-    ----------
-    history : History
-        At least one step; epochs may still be missing.
-    """
+def live_curves(history: History) -> RecordFigure:
+    """Draw losses and learning rate of a training with at least one step; epochs may be missing."""
     with matplotlib.rc_context(STYLE):
         figure = RecordFigure(8.0, 2.5)
         loss, rate = figure.subplots(1, 2)
@@ -231,12 +225,9 @@ def live_curves(history: History) -> Figure:
 
 
 def text_progress(examples: Mapping[int, pd.DataFrame]) -> str:
-    """What the model said of the same slices after some of the epochs, as an HTML table; wrong facts are bold.
+    """Write an HTML table of the texts generated for the same slices after several epochs; wrong facts are bold.
 
-    Parameters
-    ----------
-    examples : mapping of int → DataFrame
-        Epoch → `inference.example_texts`: columns file, slice, true, generated.
+    `examples` maps epoch → `inference.example_texts`, with columns file, slice, true and generated.
     """
     first = next(iter(examples.values()))
     rows: list[tuple[str, ...]] = []

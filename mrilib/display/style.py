@@ -1,4 +1,4 @@
-"""The look that all figures share: colours, sizes, names of the methods, and a Figure that notebooks can show."""
+"""The style of all figures: colours, sizes, and a Figure that notebooks show as a small PNG."""
 
 import functools
 import io
@@ -17,16 +17,10 @@ from PIL import Image
 
 from mrilib.config import printable
 
-# Okabe and Ito's colours, which the colour-blind can tell apart (jfly.uni-koeln.de/color).
+# The colour-blind safe palette of Okabe and Ito (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-
-
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
-
-
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
-
-
 METHOD_COLORS = {
     "model": BLUE,
     "trained_without_tokens": GREEN,
@@ -40,14 +34,8 @@ METHOD_COLORS = {
     "zero_filled": GREY,
     "zero_filled_compressed": BLACK,
 }
-
-
 ERROR_MAP = "inferno"
-
-
-WIDTH = 9.5  # of a figure [inches], a notebook's column
-
-
+WIDTH = 9.5  # of a figure, as wide as a notebook's column [inches]
 STYLE: Any = {
     "figure.facecolor": "white",  # readable in dark themes too
     "figure.dpi": 100,
@@ -65,14 +53,12 @@ STYLE: Any = {
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.5,
 }
-
-
 P = ParamSpec("P")
 
 
 @functools.cache
 def _palette() -> NDArray[np.uint8]:
-    """256 colours that figures are made of: greys, the error map, and tints of Okabe and Ito's colours."""
+    """Return the 256 colours of the figures: greys, the error map, and tints of Okabe and Ito's colours."""
     greys = np.repeat(np.linspace(0, 255, 138)[:, None], 3, axis=1)
     errors = 255 * matplotlib.colormaps[ERROR_MAP](np.linspace(0, 1, 64))[:, :3]
     pure = 255 * np.array([matplotlib.colors.to_rgb(color) for color in COLORS[:6]])
@@ -82,52 +68,51 @@ def _palette() -> NDArray[np.uint8]:
 
 
 def to_palette(pixels: NDArray[np.uint8]) -> Image.Image:
-    """An RGB image (h, w, 3) in the nearest colours of the figures' palette, a third as large as PNG."""
+    """Convert an RGB image (h, w, 3) to the nearest palette colours; the PNG is a third as large."""
     red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
-    colors, places = np.unique((red << 16) | (green << 8) | blue, return_inverse=True)
-    wanted = np.stack([colors >> 16, (colors >> 8) & 255, colors & 255], axis=1).astype(np.float32)
+    packed, places = np.unique((red << 16) | (green << 8) | blue, return_inverse=True)
+    colors = np.stack([packed >> 16, (packed >> 8) & 255, packed & 255], axis=1).astype(np.float32)
     palette = _palette().astype(np.float32)
-    # |a − b|² up to |a|², which does not change the nearest
-    nearest = np.argmin((palette**2).sum(1) - 2 * wanted @ palette.T, axis=1).astype(np.uint8)
-    image = Image.fromarray(nearest[places].reshape(pixels.shape[:2]))  # "L", which a palette makes "P"
+    # The squared distance without |color|², which does not change the nearest.
+    nearest = np.argmin((palette**2).sum(1) - 2 * colors @ palette.T, axis=1).astype(np.uint8)
+    image = Image.fromarray(nearest[places].reshape(pixels.shape[:2]))  # mode "L"; a palette makes it "P"
     image.putpalette(_palette().tobytes())
     return image
 
 
-def png_bytes(figure: Figure, dpi: int = 100) -> bytes:
-    """A figure as PNG of the palette's colours, so that records stay small."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
-    small = io.BytesIO()
-    to_palette(np.asarray(Image.open(buffer).convert("RGB"))).save(small, "png", optimize=True)
-    return small.getvalue()
-
-
 class RecordFigure(Figure):
-    """A Figure that a notebook shows as a small PNG, whether or not pyplot was imported."""
+    """A Figure that a notebook shows as a small PNG, with or without pyplot.
+
+    Parameters
+    ----------
+    width, height : float [inches]
+    """
 
     def __init__(self, width: float, height: float) -> None:
         super().__init__(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(self)
 
     def png(self, dpi: int = 100) -> bytes:
-        """The figure as a small PNG at this resolution [dots per inch]."""
-        return png_bytes(self, dpi)
+        """Return the figure as PNG in the palette's colours; `dpi` in dots per inch."""
+        buffer, small = io.BytesIO(), io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+        to_palette(np.asarray(Image.open(buffer).convert("RGB"))).save(small, "png", optimize=True)
+        return small.getvalue()
 
     def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
-        return png_bytes(self), {"alt": self.told()}
+        return self.png(), {"alt": self.alt_text()}
 
-    def told(self) -> str:
-        """What is shown, for those who cannot see it: the titles, each once."""
+    def alt_text(self) -> str:
+        """Describe the figure for screen readers: its titles, each once."""
         titles = [self.get_suptitle(), *(axis.get_title() or axis.get_title("left") for axis in self.axes)]
         return "; ".join(dict.fromkeys(title.replace("\n", ", ") for title in titles if title))
 
 
-def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw with `STYLE`, and every text as it is: names of files and runs may hold a formula's `$`."""
+def styled(function: Callable[P, RecordFigure]) -> Callable[P, RecordFigure]:
+    """Draw with `STYLE`, and show file and run names as they are, without reading formulas in their ``$``."""
 
     @functools.wraps(function)
-    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def draw(*args: P.args, **kwargs: P.kwargs) -> RecordFigure:
         with matplotlib.rc_context(STYLE):
             figure = function(*args, **kwargs)
         ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}  # 10⁻³ is a formula
@@ -137,4 +122,4 @@ def styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
                 text.set_text(printable(text.get_text(), keep="\n"))
         return figure
 
-    return inner
+    return draw

@@ -1,4 +1,4 @@
-"""Tables of metrics and runs, for the console and the notebooks."""
+"""Tables of metrics, runs and texts for the console and the notebooks."""
 
 import html
 import re
@@ -21,6 +21,7 @@ from mrilib.config import (
     resolve,
 )
 from mrilib.data.dataset import Volume
+from mrilib.data.fastmri_file import is_phantom
 from mrilib.files import read_json
 from mrilib.metrics.image import VolumeScore, paired_difference
 from mrilib.metrics.methods import in_order, method_label
@@ -31,11 +32,47 @@ ICBM_NOTICE = (
     "© 1993–2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill University, "
     "free to use, copy, modify and distribute with this notice"
 )
-BOLD, PLAIN = "\x02", "\x03"  # stand in for <b> and </b> while a text is not yet escaped
+
+# ------------------------------------------------------------------------------------------------- HTML
+
+
+class Markup(str):
+    """Text that is already HTML, with its parts escaped."""
+
+    __slots__ = ()
+
+
+def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Write a left-aligned HTML table; every table of a notebook is written here.
+
+    Cells and names are escaped unless they are `Markup`, because file names are not trusted. The table's class
+    keeps MathJax from reading formulas in them.
+    """
+
+    def cell(value: Any) -> str:
+        if isinstance(value, Markup):
+            return value
+        return html.escape(printable(f"{value:.6g}" if isinstance(value, float) else str(value), keep="\n"))
+
+    left = ' style="text-align: left; vertical-align: top"'
+    head = "".join(f'<th scope="col"{left}>{cell(name)}</th>' for name in names)
+    body = "".join("<tr>" + "".join(f"<td{left}>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<table class="tex2jax_ignore mathjax_ignore">{content}'
+
+
+def as_html(table: pd.DataFrame, index: bool = False) -> HTML:
+    """Convert a DataFrame to an HTML table for a notebook; `index` adds the row names."""
+    rows = table.reset_index() if index else table
+    names = [("" if index and place == 0 and table.index.name is None else name) for place, name in enumerate(rows)]
+    return HTML(html_table(names, rows.to_numpy(dtype=object).tolist()))
+
+
+# ------------------------------------------------------------------------------------------------- metrics
 
 
 def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
-    """Methods by acceleration: the "reconstruction" section of metrics.json; PSNR in [dB]."""
+    """Tabulate the "reconstruction" section of metrics.json, a row per acceleration and method."""
     rows = []
     for acceleration, methods in metrics["reconstruction"].items():
         for method in in_order(methods):
@@ -58,68 +95,172 @@ def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
 
 
 def coil_compression_note(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """What coil compression costs, from the "reconstruction" section; empty where it was not measured."""
-    costs = {a: methods["zero_filled"] for a, methods in section.items() if "zero_filled" in methods}
-    told = [
-        f"{cost['compression_cost_ssim']:.3f} in SSIM and {cost['compression_cost_psnr']:.2f} dB in PSNR at {a}x"
-        for a, cost in costs.items()
+    """State the cost of coil compression from the "reconstruction" section; empty if it was not measured."""
+    zero_filled = {a: methods["zero_filled"] for a, methods in section.items() if "zero_filled" in methods}
+    costs = [
+        f"{scores['compression_cost_ssim']:.3f} in SSIM and {scores['compression_cost_psnr']:.2f} dB in PSNR at {a}x"
+        for a, scores in zero_filled.items()
         if "zero_filled_compressed" in section[a]
     ]
-    if told:
-        return f"Coil compression, which the model needs, costs zero-filled images {', '.join(told)}."
-    measured = any("compression_cost_ssim" in cost for cost in costs.values())
+    if costs:
+        return f"Coil compression, which the model needs, costs zero-filled images {', '.join(costs)}."
+    measured = any("compression_cost_ssim" in scores for scores in zero_filled.values())
     return "No test file has more than num_coils coils: nothing was compressed." if measured else ""
 
 
-def dash_or(value: float | None, form: str = "{:.3f}") -> str:
-    """A score in its form; a dash for one that there is not, or that is not known."""
-    return "–" if value is None else form.format(value)
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def analysis_table(metrics: dict[str, Any]) -> pd.DataFrame:
-    """What the text knows of the scan, beside its controls: the "analysis" section of metrics.json."""
+    """Tabulate the "analysis" section of metrics.json: scores of the generated text and of its baselines."""
     scores = metrics["analysis"]
-
-    def value(name: str, form: str = "{:.3f}") -> str:
-        return dash_or(scores.get(name), form)
-
-    rows = [
-        ("cross-entropy [nats per token]", "cross_entropy"),
-        ("contrast named rightly", "contrast_accuracy"),
-        ("level named rightly", "level_accuracy"),
-        ("finding F1 (label, side, region)", "finding_f1"),
-    ]
-    table = pd.DataFrame(
+    labels = {
+        "cross_entropy": "cross-entropy [nats per token]",
+        "contrast_accuracy": "contrast accuracy",
+        "level_accuracy": "level accuracy",
+        "finding_f1": "finding F1 (label, side, region)",
+    }
+    constant_answers = {"contrast_accuracy": "contrast_commonest", "finding_f1": "finding_f1_best_constant"}
+    return pd.DataFrame(
         [
             {
                 "": label,
-                "two-stage model": value(name),
-                "control without k-space": value(f"{name}_without_kspace"),
-                "another patient's tokens": value(f"{name}_other_patient"),
+                "two-stage model": _score(scores.get(name)),
+                "constant prefix": _score(scores.get(f"{name}_without_kspace")),
+                "shuffled tokens": _score(scores.get(f"{name}_other_patient")),
+                "best constant answer": _score(scores.get(constant_answers.get(name, ""))),
             }
-            for label, name in rows
+            for name, label in labels.items()
         ]
     )
-    table["best constant answer"] = ["–", value("contrast_commonest"), "–", value("finding_f1_best_constant")]
-    return table
 
 
 def metrics_text(path: Path) -> str:
-    """metrics.json as text for the console."""
+    """Format metrics.json for the console."""
     metrics = read_json(path)
-    parts = []
+    parts = [""]
     if "reconstruction" in metrics:
         parts.append(reconstruction_table(metrics).to_string(index=False))
-        parts += [sentence] if (sentence := coil_compression_note(metrics["reconstruction"])) else []
+        if note := coil_compression_note(metrics["reconstruction"]):
+            parts.append(note)
     if "analysis" in metrics:
         scores = metrics["analysis"]
         parts.append(analysis_table(metrics).to_string(index=False))
         parts.append(f"{scores['samples']} test slices of {scores['patients']} patients")
-    return "\n\n".join(["", *parts, f"from {display_path(path)}"])
+    return "\n\n".join([*parts, f"from {display_path(path)}"])
+
+
+SMALL_SSIM = 0.005  # smaller differences are not visible in the images
+
+
+def token_conclusion(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:
+    """Answer "do the tokens help the image?" by paired SSIM differences with 95% intervals over patients."""
+    lines = []
+    for acceleration, methods in scores.items():
+        parts = []
+        for method, words in (
+            ("other_patient_tokens", "with shuffled tokens"),
+            ("no_tokens", "with zero tokens"),
+            ("trained_without_tokens", "the decoder trained without tokens"),
+        ):
+            if method not in methods:
+                continue
+            mean, interval = paired_difference(methods["model"], methods[method], "ssim")
+            if interval is None:
+                parts.append(f"{mean:+.4f} against {words.removeprefix('with ')}")
+                continue
+            low, high = interval
+            verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
+            if verdict != "no different" and abs(mean) < SMALL_SSIM:
+                verdict = f"measurably but hardly {verdict}"
+            parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
+        if len({score.patient for score in methods["model"]}) < 2:
+            lines.append(
+                f"- **{acceleration}x**: SSIM of the model with its own tokens: {'; '.join(parts)} "
+                "(one test patient: no interval, so no verdict)."
+            )
+        else:
+            lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def token_variants(
+    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]],
+) -> dict[str, dict[str, Sequence[VolumeScore]]]:
+    """Select the scores that `curves.token_swap` compares: acceleration → tokens → volumes."""
+    labels = {
+        "model": "own tokens",
+        "other_patient_tokens": "shuffled tokens",
+        "no_tokens": "zero tokens",
+        "trained_without_tokens": "trained without tokens",
+    }
+    return {
+        acceleration: {label: methods[name] for name, label in labels.items() if name in methods}
+        for acceleration, methods in scores.items()
+    }
+
+
+def text_conclusion(scores: Mapping[str, Any]) -> str:
+    """Answer "does the text know the scan?" from the "analysis" section; standard errors are clustered by patient."""
+    lines = [
+        _cross_entropy_sentence(scores, baseline, words)
+        for baseline, words in (
+            ("without_kspace", "the constant prefix (baseline without k-space)"),
+            ("other_patient", "shuffled tokens"),
+        )
+        if scores.get(f"cross_entropy_gain_over_{baseline}") is not None
+    ]
+    left_out = scores["samples"] - scores["other_patient_samples"]
+    if left_out:
+        excluded = " They are left out on both sides of the difference." if scores["other_patient_samples"] else ""
+        lines.append(
+            f"{left_out} of {scores['samples']} samples have no score with shuffled tokens: there is no other patient "
+            f"at their acceleration.{excluded}"
+        )
+    if not scores["contrast_samples"]:
+        lines.append("Contrast: no score, as no test sample has a contrast that is in the list.")
+    else:
+        share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
+        lines.append(
+            f"The contrast accuracy is {scores['contrast_accuracy']:.1%} of {scores['contrast_samples']} slices; "
+            f"the commonest contrast as a constant answer has {share:.1%}{'' if error is None else f' ± {error:.1%}'}."
+        )
+    lines.append(f"Findings (exact label, side and region): {_findings_sentence(scores)}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _cross_entropy_sentence(scores: Mapping[str, Any], baseline: str, words: str) -> str:
+    gain, error = (scores[f"cross_entropy_gain_over_{baseline}{end}"] for end in ("", "_se"))
+    if error is None:
+        return (
+            f"The cross-entropies with the own k-space and with {words} differ by {gain:.3f} nats per token; "
+            "one patient gives no standard error."
+        )
+    verdict = "lower than" if gain > 2 * error else "higher than" if gain < -2 * error else "no different from that"
+    return (
+        f"The cross-entropy with the own k-space is {verdict} with {words}: by {gain:.3f} ± {error:.3f} nats per token "
+        "(standard error clustered by patient)."
+    )
+
+
+def _findings_sentence(scores: Mapping[str, Any]) -> str:
+    if not scores["reviewed_samples"]:
+        return "no score, as no test sample was reviewed for findings."
+    best = scores["finding_f1_best_constant"]
+    constant = f"the best constant answer has {'none' if best is None else f'{best:.3f}'}."
+    if scores["finding_f1"] is None:
+        return f"no F1, as there was nothing to find and nothing was claimed; {constant}"
+    error = scores["finding_f1_se"]
+    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
+    return f"F1 {scores['finding_f1']:.3f}{spread}; {constant}"
+
+
+# ------------------------------------------------------------------------------------------------- runs and data
 
 
 def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
-    """One row a run record: name, status, start, and the headline metrics where there are any."""
+    """Tabulate the run records of a folder: name, status, start, and the main metrics if there are any."""
     rows = []
     for path in all_runs(directory):
         record = read_record(path)
@@ -130,31 +271,35 @@ def runs_table(directory: str | Path = "outputs") -> pd.DataFrame:
             for acceleration, methods in metrics.get("reconstruction", {}).items():
                 row[f"SSIM {acceleration}x"] = f"{methods['model']['ssim']:.3f}"
             if "analysis" in metrics:
-                row["contrast"] = dash_or(metrics["analysis"]["contrast_accuracy"])
-                row["finding F1"] = dash_or(metrics["analysis"]["finding_f1"])
+                row["contrast accuracy"] = _score(metrics["analysis"]["contrast_accuracy"])
+                row["finding F1"] = _score(metrics["analysis"]["finding_f1"])
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
 
 def runs_text(directory: str | Path = "outputs") -> str:
-    """The table of run records for the console."""
+    """Format the table of run records for the console."""
     table = runs_table(directory)
     if not len(table):
-        return f"no run in {display_path(resolve(directory))}"
+        return f"no run in {printable(display_path(resolve(directory)))}"
     return "\n".join(printable(line) for line in table.map(str).map(printable).to_string(index=False).split("\n"))
 
 
 def split_table(volumes: Mapping[str, Sequence[Volume]]) -> pd.DataFrame:
-    """Patients, volumes, slices, contrasts and coils of each part of the split."""
+    """Tabulate patients, volumes, slices, contrasts, coils and lines of each part of the split."""
+
+    def listed(values: set[Any]) -> str:
+        return ", ".join(str(value) for value in sorted(values))
+
     return pd.DataFrame(
         {
             name: {
                 "patients": len({volume.patient for volume in part}),
                 "volumes": len(part),
                 "slices": sum(volume.slices for volume in part),
-                "contrasts": ", ".join(sorted({volume.acquisition for volume in part})),
-                "coils": ", ".join(str(coils) for coils in sorted({volume.coils for volume in part})),
-                "phase-encoding lines": ", ".join(str(w) for w in sorted({volume.matrix[1] for volume in part})),
+                "contrasts": listed({volume.acquisition for volume in part}),
+                "coils": listed({volume.coils for volume in part}),
+                "phase-encoding lines": listed({volume.matrix[1] for volume in part}),
             }
             for name, part in volumes.items()
         }
@@ -162,219 +307,98 @@ def split_table(volumes: Mapping[str, Sequence[Volume]]) -> pd.DataFrame:
 
 
 def parameter_table(model: TwoStageModel) -> pd.DataFrame:
-    """Parameters of each part: how many are trainable and frozen now, and in which stage it learns."""
-    learns = {"encoder": "stage 1", "backbone": "never", "decoder": "stage 2"}
+    """Tabulate the parameters of each part: total, trainable and frozen, and the stage that trains it."""
     rows = {}
-    for name in ("encoder", "backbone", "decoder"):
+    for name, stage in (("encoder", "stage 1"), ("backbone", "never"), ("decoder", "stage 2")):
         part = getattr(model, name)
         if part is None:
             continue
-        parts = {name: list(part.parameters())}
-        if name == "encoder" and hasattr(part, "varnet"):
-            modules = {
-                "VarNet": part.varnet,
-                "maps of findings": part.finding_maps,
-                "ViT": part.vit,
-            }
-            named = {f"encoder: {label}": list(one.parameters()) for label, one in modules.items() if one is not None}
-            known = {id(parameter) for some in named.values() for parameter in some}
-            parts |= named | {"encoder: map to the backbone": [p for p in parts[name] if id(p) not in known]}
-        for label, parameters in parts.items():
+        groups = {name: list(part.parameters())}
+        if hasattr(part, "varnet"):
+            modules = {"VarNet": part.varnet, "maps of findings": part.finding_maps, "ViT": part.vit}
+            named = {f"{name}: {key}": list(one.parameters()) for key, one in modules.items() if one is not None}
+            known = {id(parameter) for parameters in named.values() for parameter in parameters}
+            rest = [parameter for parameter in groups[name] if id(parameter) not in known]
+            groups |= named | {f"{name}: map to the backbone": rest}
+        for label, parameters in groups.items():
             count = sum(p.numel() for p in parameters)
             trainable = sum(p.numel() for p in parameters if p.requires_grad)
             counts = {"parameters": count, "trainable": trainable, "frozen": count - trainable}
-            rows[label] = {key: f"{value:,}" for key, value in counts.items()} | {"learns in": learns[name]}
+            rows[label] = {key: f"{value:,}" for key, value in counts.items()} | {"trained in": stage}
     return pd.DataFrame(rows).T
 
 
-def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
-    """An HTML table of true and generated analyses; facts that differ from the truth are bold.
+# ------------------------------------------------------------------------------------------------- texts
 
-    They are a random choice, the same each time: an even step would meet the same slice of every volume.
+
+def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
+    """Write an HTML table of `count` true and generated analyses; wrong facts are bold.
+
+    The choice is random with a fixed seed: an even step would show the same slice of every volume.
     """
     picked = np.sort(np.random.default_rng(0).permutation(len(rows))[:count])
-    return html_table(
-        ("slice", "true", "generated"),
-        [
-            (
-                f"{row['file']}, slice {row['slice']}, {row['acceleration']}x",
-                row["true"],
-                marked_text(row["true"], row["generated"]),
-            )
-            for row in (rows[i] for i in picked)
-        ],
-    )
-
-
-class Markup(str):
-    """A text that is HTML already, its own parts escaped."""
-
-    __slots__ = ()
-
-
-def html_table(names: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
-    """An HTML table, aligned left. Every table that a notebook shows is made here.
-
-    Cells, names and caption are escaped unless they are `Markup`: file names come from elsewhere. MathJax is kept out,
-    which would read formulas in them.
-    """
-
-    def cell(value: Any) -> str:
-        if isinstance(value, Markup):
-            return value
-        return html.escape(printable(f"{value:.6g}" if isinstance(value, float) else str(value), keep="\n"))
-
-    left = ' style="text-align: left; vertical-align: top"'
-    head = "".join(f'<th scope="col"{left}>{cell(name)}</th>' for name in names)
-    body = "".join("<tr>" + "".join(f"<td{left}>{cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-    told = f"<caption>{cell(caption)}</caption>" if caption else ""
-    rest = f"{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<table class="tex2jax_ignore mathjax_ignore">{rest}'
-
-
-def shown(table: pd.DataFrame, index: bool = False, caption: str = "") -> HTML:
-    """A DataFrame as a notebook displays it; `index`: with the rows' names."""
-    rows = table.reset_index() if index else table
-    names = [("" if index and place == 0 and table.index.name is None else name) for place, name in enumerate(rows)]
-    return HTML(html_table(names, rows.to_numpy(dtype=object).tolist(), caption))
+    cells = []
+    for row in (rows[i] for i in picked):
+        place = f"{row['file']}, slice {row['slice']}, {row['acceleration']}x"
+        cells.append((place, row["true"], marked_text(row["true"], row["generated"])))
+    return html_table(("slice", "true", "generated"), cells)
 
 
 _SENTENCES = re.compile(
     r"Axial (?:(?P<contrast>.+?) )?image, (?P<level>.+?) third of the brain\."
     r"(?: Findings: (?P<findings>.+?)\.)?(?: Whole study: (?P<study>.+?)\.)?"
 )
+_BOLD, _PLAIN = "\x02", "\x03"  # placeholders for <b> and </b> until the text is escaped
 
 
 def marked_text(true: str, generated: str) -> Markup:
-    """A generated analysis as HTML: facts that differ from the true one are bold, what it missed follows in italics.
+    """Convert a generated analysis to HTML: wrong facts are bold, missed facts follow in italics.
 
-    The words are the generated ones. A text that is none, and differs, is bold as a whole.
+    The wording stays as generated. A differing text that is no analysis is bold as a whole.
     """
     true, generated = (printable(text, keep="\n") for text in (true, generated))
-    truth, told = _SENTENCES.fullmatch(true), _SENTENCES.fullmatch(generated)
-    if truth is None or told is None:
-        return _html(generated if generated == true else f"{BOLD}{generated}{PLAIN}")
+    truth, answer = _SENTENCES.fullmatch(true), _SENTENCES.fullmatch(generated)
 
     def marked(words: str, right: bool) -> str:
-        return words if right else f"{BOLD}{words}{PLAIN}"
+        return words if right else f"{_BOLD}{words}{_PLAIN}"
 
-    contrast, known_contrast = told["contrast"], truth["contrast"]
-    text = "Axial "
-    if contrast:  # of an unknown contrast nothing can be wrong
-        text += marked(contrast, known_contrast in (None, contrast)) + " "
-    text += f"image, {marked(told['level'], told['level'] == truth['level'])} third of the brain."
-    missed: list[str] = [known_contrast] if known_contrast and not contrast else []
-    reviewed = truth["findings"] is not None  # where nobody has reviewed the slice nothing can be wrong
-    for name, begins in (("findings", "Findings"), ("study", "Whole study")):
-        known, said = (match[name].split("; ") if match[name] else [] for match in (truth, told))
-        if said:
-            text += f" {begins}: {'; '.join(marked(words, not reviewed or words in known) for words in said)}."
-        missed += [words for words in known if words not in said and (words != "none" or not said)]
-    return Markup(_html(text) + (f" <i>(missed: {html.escape('; '.join(missed))})</i>" if missed else ""))
+    if truth is None or answer is None:
+        return _escape_marked(marked(generated, generated == true))
+    text, missed = "Axial ", []
+    if answer["contrast"]:  # right if the true contrast is unknown
+        text += marked(answer["contrast"], truth["contrast"] in (None, answer["contrast"])) + " "
+    elif truth["contrast"]:
+        missed.append(truth["contrast"])
+    text += f"image, {marked(answer['level'], answer['level'] == truth['level'])} third of the brain."
+    reviewed = truth["findings"] is not None  # findings are right if nobody reviewed the slice
+    for name, heading in (("findings", "Findings"), ("study", "Whole study")):
+        known, generated_facts = (match[name].split("; ") if match[name] else [] for match in (truth, answer))
+        if generated_facts:
+            facts = [marked(words, not reviewed or words in known) for words in generated_facts]
+            text += f" {heading}: {'; '.join(facts)}."
+        missed += [
+            words for words in known if words not in generated_facts and (words != "none" or not generated_facts)
+        ]
+    note = f" <i>(missed: {html.escape('; '.join(missed))})</i>" if missed else ""
+    return Markup(_escape_marked(text) + note)
 
 
-def _html(text: str) -> Markup:
-    return Markup(html.escape(text).replace(BOLD, "<b>").replace(PLAIN, "</b>"))
+def _escape_marked(text: str) -> Markup:
+    return Markup(html.escape(text).replace(_BOLD, "<b>").replace(_PLAIN, "</b>"))
 
 
 def token_line(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text in its tokens, as HTML: what the language model reads and is trained to say, one box a token."""
+    """Show an analysis as HTML, one box per token, with the end token that closes it."""
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))
-    shown = [str(piece).replace("▁", "␣").replace("Ġ", "␣") for piece in [*pieces, tokenizer.eos_token]]
-    boxes = " ".join(f"<code>{html.escape(piece)}</code>" for piece in shown)
-    return f"<p>{len(shown)} tokens, the one that ends it included: {boxes}</p>"
+    tokens = [str(piece).replace("▁", "␣").replace("Ġ", "␣") for piece in [*pieces, tokenizer.eos_token]]
+    boxes = " ".join(f"<code>{html.escape(token)}</code>" for token in tokens)
+    return f"<p>{len(tokens)} tokens, end token included: {boxes}</p>"
 
 
-SMALL_SSIM = 0.005  # a difference that nobody sees in the images
+# ------------------------------------------------------------------------------------------------- model card
 
-
-def token_conclusion(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:
-    """The answer to "do the tokens help the image?": paired SSIM differences with 95% intervals over patients."""
-    lines = []
-    for acceleration, methods in scores.items():
-        parts = []
-        for control, words in (
-            ("other_patient_tokens", "another patient's tokens in their place"),
-            ("no_tokens", "none in their place"),
-            ("trained_without_tokens", "a decoder trained without tokens"),
-        ):
-            if control not in methods:
-                continue
-            mean, interval = paired_difference(methods["model"], methods[control], "ssim")
-            if interval is None:
-                parts.append(f"{mean:+.4f} from {words}")
-                continue
-            low, high = interval
-            verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
-            if verdict != "no different" and abs(mean) < SMALL_SSIM:
-                verdict = f"measurably but hardly {verdict}"
-            parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
-        if len({score.patient for score in methods["model"]}) < 2:
-            lines.append(
-                f"- **{acceleration}x**: the SSIM of the model with its own tokens differs by {'; '.join(parts)} "
-                "(one test patient: no interval, so no verdict)."
-            )
-        else:
-            lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
-    return "\n".join(lines)
-
-
-def text_conclusion(scores: Mapping[str, Any]) -> str:
-    """The answer to "does the text know the scan?": differences in cross-entropy with standard errors over patients."""
-    lines = []
-    for control, words in (
-        ("without_kspace", "the control without k-space"),
-        ("other_patient", "the same model with another patient's scan"),
-    ):
-        if scores.get(f"cross_entropy_gain_over_{control}") is not None:
-            gain, error = (scores[f"cross_entropy_gain_over_{control}{end}"] for end in ("", "_se"))
-            if error is None:
-                lines.append(
-                    f"- Cross-entropy with the own scan and that of {words} differ by {gain:.3f} nats per token; "
-                    "of one patient there is no standard error."
-                )
-                continue
-            verdict = "lower than" if gain > 2 * error else "higher than" if gain < -2 * error else "no different from"
-            lines.append(
-                f"- Cross-entropy with the own scan is {verdict} that of {words}: by {gain:.3f} ± {error:.3f} nats per "
-                "token (standard error clustered by patient)."
-            )
-    left_out = scores["samples"] - scores["other_patient_samples"]
-    if left_out:
-        both = " Both sides of the difference are without them." if scores["other_patient_samples"] else ""
-        lines.append(
-            f"- {left_out} of {scores['samples']} samples have no score with another patient's scan: there is no other "
-            f"patient at their acceleration.{both}"
-        )
-    share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
-    if not scores["contrast_samples"]:
-        lines.append("- Contrast: no test sample has a contrast that is in the list, so that there is no score.")
-    else:
-        lines.append(
-            f"- The contrast is named rightly in {scores['contrast_accuracy']:.1%} of {scores['contrast_samples']} "
-            f"slices; always naming the commonest would give {share:.1%}{'' if error is None else f' ± {error:.1%}'}."
-        )
-    lines.append(f"- Findings (exact label, side and region): {_findings_sentence(scores)}")
-    return "\n".join(lines)
-
-
-def _findings_sentence(scores: Mapping[str, Any]) -> str:
-    if not scores["reviewed_samples"]:
-        return "no test sample was reviewed for findings, so that there is no score."
-    best = scores["finding_f1_best_constant"]
-    constant = f"the best constant answer has {'none' if best is None else f'{best:.3f}'}."
-    if scores["finding_f1"] is None:
-        return f"no F1, as there was nothing to find and nothing was claimed; {constant}"
-    error = scores["finding_f1_se"]
-    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
-    return f"F1 {scores['finding_f1']:.3f}{spread}; {constant}"
-
-
-def _code(path: str) -> str:
-    """A path in a Markdown table; nothing in it is HTML, Markdown or a formula. Empty if the path is."""
-    return f"<code>{''.join(f'&#{ord(c)};' if c in _MARKDOWN else c for c in printable(path))}</code>" if path else ""
-
-
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
+SPLIT_PARAMETERS = ("data_dir", "val_dir", "test_dir", "val_fraction", "test_fraction", "split_seed")
 _MARKDOWN = "\\`*_{}[]<>()#+!|$&~\"'"
 
 
@@ -385,68 +409,69 @@ def model_card(
     stage2: Stage2Parameters,
     volumes: Mapping[str, Sequence[Volume]],
 ) -> str:
-    """What the model is, what it was trained on, and what it is not for; Markdown."""
+    """Write the model card in Markdown: the model, its training data and the uses that it is not for."""
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
-    made_of = f"image decoder {decoder:,} parameters ({stage2.decoder}, without image tokens)"
-    trained = ""
+    parts = f"image decoder {decoder:,} parameters ({stage2.decoder}, without image tokens)"
+    stage1_training = ""
     if stage1 is not None:
         cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
-        made_of = (
+        parts = (
             f"k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT with {stage1.vit_num_layers} "
             f"layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type})"
         )
-        trained = f"stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; "
-    backbone_path, tokenizer_path = _code(config.backbone_path), _code(config.tokenizer_path)
+        stage1_training = f"stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; "
     crop: str = config.crop
     if crop == "image":
         crop += " (changes the acquisition: not comparable with published scores)"
     return f"""
 | | |
 |---|---|
-| **Model** | {made_of} |
-| **Backbone** | {backbone_path}, tokenizer {tokenizer_path or "the backbone's own"} |
-| **Trained** | {trained}stage 2: at most {stage2.epochs} epochs, SSIM loss; \
-the checkpoints are those given above, the best by validation by default |
-| **Data** | {_split_told(config, stage1, stage2, volumes)} |
+| **Model** | {parts} |
+| **Backbone** | {_code(config.backbone_path)}, tokenizer {_code(config.tokenizer_path) or "of the backbone"} |
+| **Training** | {stage1_training}stage 2: at most {stage2.epochs} epochs, SSIM loss; \
+checkpoints as given in the parameters, by default the best by validation |
+| **Data** | {_split_text(config, stage1, stage2, volumes)} |
 | **Masks** | fastMRI's {config.mask_type}, accelerations {", ".join(map(str, config.accelerations))}, centre \
 fractions {", ".join(map(str, config.center_fractions))} |
 | **Crop** | {crop} |
-| **Licences** | code, and the demo's backbone trained on text that it writes, MIT; other backbones under their own; \
+| **Licences** | code, and the demo's backbone trained on generated text, MIT; other backbones under their own; \
 Mistral 7B's tokenizer Apache 2.0; phantom anatomy: ICBM 152 2009 templates, {ICBM_NOTICE}; fastMRI+ annotations MIT; \
 fastMRI data under its own agreement |
-| **Not for** | diagnosis or any clinical use; this is not a medical device{_phantom_told(volumes)} |
+| **Not for** | diagnosis or any clinical use; this is not a medical device{_phantom_text(volumes)} |
 """
 
 
-PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
-SPLIT_BY = ("data_dir", "val_dir", "test_dir", "val_fraction", "test_fraction", "split_seed")
+def _code(path: str) -> str:
+    """Escape a path for a Markdown table, without HTML, Markdown or formulas; an empty path stays empty."""
+    return f"<code>{''.join(f'&#{ord(c)};' if c in _MARKDOWN else c for c in printable(path))}</code>" if path else ""
 
 
-def _split_told(
+def _split_text(
     config: EvaluateParameters,
     stage1: Stage1Parameters | None,
     stage2: Stage2Parameters,
     volumes: Mapping[str, Sequence[Volume]],
 ) -> str:
-    """Patients of each part, their folder and how they were set apart; stages that were trained with another split."""
-    told = []
+    """List each part's patients and folder, and the stages that were trained with another split."""
+    entries = []
     for part, name in PART_NAMES.items():
         count = len({volume.patient for volume in volumes[part]})
-        where = f"of {_code(config.data_dir)}"
-        if part != "train":
-            given = getattr(config, f"{part}_dir")
-            where = f"of the same folder, set apart by patient (split_seed {config.split_seed})"
-            if given:
-                where = f"of {_code(given)} ({part}_dir, a folder of its own)"
-        told.append(f"{name}: {count} patient{'s'[: count != 1]} {where}")
+        folder = getattr(config, f"{part}_dir", "")
+        if part == "train":
+            source = f"of {_code(config.data_dir)}"
+        elif folder:
+            source = f"of {_code(folder)} ({part}_dir, a separate folder)"
+        else:
+            source = f"of the same folder, split by patient (split_seed {config.split_seed})"
+        entries.append(f"{name}: {count} patient{'s'[: count != 1]} {source}")
     for number, stage in enumerate((stage1, stage2), start=1):
         if stage is None:
             continue
-        differing = [name for name in SPLIT_BY if _split_value(stage, name) != _split_value(config, name)]
+        differing = [name for name in SPLIT_PARAMETERS if _split_value(stage, name) != _split_value(config, name)]
         if differing:
             values = ", ".join(f"{name} {_code(str(getattr(stage, name)))}" for name in differing)
-            told.append(f"stage {number} was trained with another split: {values}")
-    return "; ".join(told)
+            entries.append(f"stage {number} was trained with another split: {values}")
+    return "; ".join(entries)
 
 
 def _split_value(config: DataParameters, name: str) -> Any:
@@ -454,30 +479,14 @@ def _split_value(config: DataParameters, name: str) -> Any:
     return resolve(value) if name.endswith("_dir") and value else value
 
 
-def _phantom_told(volumes: Mapping[str, Sequence[Volume]]) -> str:
-    """Which patients are the phantom's; empty if none is."""
-    from mrilib.data.fastmri_file import is_phantom  # it takes seconds to import, which the training notebooks need not
-
-    made = {name: [is_phantom(volume.path) for volume in volumes[part]] for part, name in PART_NAMES.items()}
-    names = [name if all(of) else f"some {name}" for name, of in made.items() if any(of)]
+def _phantom_text(volumes: Mapping[str, Sequence[Volume]]) -> str:
+    """Name the parts with phantom patients; empty if there are none."""
+    phantom = {part: [is_phantom(volume.path) for volume in volumes[part]] for part in PART_NAMES}
+    names = [
+        PART_NAMES[part] if all(flags) else f"some {PART_NAMES[part]}" for part, flags in phantom.items() if any(flags)
+    ]
     if not names:
         return ""
     listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    told = f". The {listed} patients are a phantom, warps of one head"
-    return told + (": numbers on them say nothing of patients" if any(made["test"]) else "")
-
-
-def token_variants(
-    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]],
-) -> dict[str, dict[str, Sequence[VolumeScore]]]:
-    """Scores of the token-swap question, acceleration → tokens → volumes, for `charts.token_swap`."""
-    names = {
-        "model": "own tokens",
-        "other_patient_tokens": "another patient's",
-        "no_tokens": "none",
-        "trained_without_tokens": "trained without",
-    }
-    return {
-        acceleration: {label: methods[name] for name, label in names.items() if name in methods}
-        for acceleration, methods in scores.items()
-    }
+    text = f". The {listed} patients are a phantom, warps of one head"
+    return text + (": numbers on them say nothing of patients" if any(phantom["test"]) else "")

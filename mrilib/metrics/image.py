@@ -1,6 +1,5 @@
 """Image metrics as fastMRI defines them, SSIM and PSNR inside the head, and intervals over patients."""
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,8 @@ from fastmri.data.transforms import center_crop
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-logger = logging.getLogger("mrilib")
-
-
 METRICS = ("ssim", "psnr", "nmse", "ssim_head", "psnr_head")
-
-
-EXACT_PSNR = 200.0  # [dB]: of a reconstruction without any error, for which fastMRI's is infinite
+EXACT_PSNR = 200.0  # of a reconstruction without error [dB]; fastMRI's is infinite
 
 
 class VolumeScore(NamedTuple):
@@ -35,7 +29,7 @@ class VolumeScore(NamedTuple):
 
 
 def head_mask(target: np.ndarray) -> np.ndarray:
-    """Pixels inside the head, from the fully sampled target.
+    """Segment the head in the fully sampled target.
 
     Parameters
     ----------
@@ -44,12 +38,13 @@ def head_mask(target: np.ndarray) -> np.ndarray:
     Returns
     -------
     array, bool, same shape
-        Above a tenth of the volume's 99th percentile, closed over 5 pixels, holes filled, largest part of each slice.
+        Pixels above a tenth of the volume's 99th percentile, closed over 5 pixels, with holes filled; the largest
+        component of each slice.
     """
     bright = target > 0.1 * np.percentile(target, 99)
     mask = np.zeros_like(bright)
     for number, image in enumerate(bright):
-        padded = np.pad(image, 5)  # closing must not eat at the border
+        padded = np.pad(image, 5)  # without padding, the closing erodes the border
         closed = ndimage.binary_fill_holes(ndimage.binary_closing(padded, iterations=5))[5:-5, 5:-5]
         labels, count = ndimage.label(closed)
         if count:
@@ -59,7 +54,7 @@ def head_mask(target: np.ndarray) -> np.ndarray:
 
 
 def score_volume(target: np.ndarray, reconstruction: np.ndarray) -> dict[str, float]:
-    """Official SSIM, PSNR [dB] and NMSE of a volume, and SSIM and PSNR inside the head.
+    """Compute the official SSIM, PSNR [dB] and NMSE of a volume, and SSIM and PSNR inside the head.
 
     Parameters
     ----------
@@ -68,18 +63,17 @@ def score_volume(target: np.ndarray, reconstruction: np.ndarray) -> dict[str, fl
     Returns
     -------
     dict
-        Keys of `METRICS`. Inside the head: the SSIM map's mean and the PSNR over its pixels, with the same maximum.
-        A PSNR without any error is `EXACT_PSNR`, where fastMRI's is infinite; everything finite is fastMRI's.
+        The keys are `METRICS`. The head metrics use the same maximum: the mean of the SSIM map and the PSNR over the
+        head's pixels. An infinite PSNR becomes `EXACT_PSNR`.
 
     Raises
     ------
     ValueError
-        If the target is zero everywhere: it has no range, and fastMRI's metrics of it are not numbers.
+        If the target is zero everywhere: fastMRI's metrics are then not numbers.
     """
     if not has_range(target):
-        raise ValueError("a target that is zero everywhere has no range to score against")
-    width = target.shape[-1]
-    target = center_crop(target, (min(width, target.shape[-2]), width))
+        raise ValueError("a target that is zero everywhere cannot be scored")
+    target = _evaluated_crop(target)
     reconstruction = center_crop(reconstruction, target.shape[-2:])
     head = head_mask(target)
     maximum = target.max()
@@ -99,24 +93,28 @@ def score_volume(target: np.ndarray, reconstruction: np.ndarray) -> dict[str, fl
 
 
 def has_range(target: np.ndarray) -> bool:
-    """Whether a volume's evaluated crop holds anything: one that is zero everywhere cannot be scored."""
-    width = target.shape[-1]
-    return bool(center_crop(target, (min(width, target.shape[-2]), width)).max() > 0)
+    """Whether the evaluated crop of a target has a positive maximum; otherwise it cannot be scored."""
+    return bool(_evaluated_crop(target).max() > 0)
+
+
+def _evaluated_crop(target: np.ndarray) -> np.ndarray:
+    """Crop (..., h, w) to the part that fastMRI evaluates: a square where the target is higher than wide."""
+    height, width = target.shape[-2:]
+    return center_crop(target, (min(width, height), width))
 
 
 def score_slice(target: np.ndarray, reconstruction: np.ndarray, maximum: float) -> dict[str, float]:
-    """A slice's part of its volume's official metrics, for `volume_metrics`.
+    """Compute a slice's contribution to the official metrics of its volume, for `volume_metrics`.
 
     Parameters
     ----------
     target, reconstruction : array, float, shape (h, w) [file units]
     maximum : float
-        Of the target volume [file units].
+        Maximum of the target volume [file units].
     """
-    width = target.shape[-1]
-    target = center_crop(target, (min(width, target.shape[-2]), width))[None]
+    target = _evaluated_crop(target)[None]
     reconstruction = center_crop(reconstruction, target.shape[-2:])[None]
-    maximum = maximum or 1.0  # a volume of zeros: its energy of zero says that it cannot be scored
+    maximum = maximum or 1.0  # an all-zero volume is recognised by its energy of zero
     unit = target.astype(np.float64) / maximum
     return {
         "ssim": float(official.ssim(target, reconstruction, maximum)[0]),
@@ -127,19 +125,19 @@ def score_slice(target: np.ndarray, reconstruction: np.ndarray, maximum: float) 
 
 
 def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Official SSIM, PSNR [dB] and NMSE of a volume from the `score_slice` of its slices."""
+    """Compute the official SSIM, PSNR [dB] and NMSE of a volume from the `score_slice` of its slices."""
     total = {name: math.fsum(one[name] for one in slices) for name in ("ssim", "error", "energy", "pixels")}
     psnr = 10 * math.log10(total["pixels"] / total["error"]) if total["error"] else EXACT_PSNR
     return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 
 def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Means over volumes with 95% bootstrap intervals over patients: an entry of metrics.json.
+    """Average over volumes, with 95% bootstrap intervals over patients: one method's entry in metrics.json.
 
     The intervals of a single patient are None.
     """
-    summary: dict[str, Any] = {"volumes": len(scores), "patients": len({score.patient for score in scores})}
     patients = [score.patient for score in scores]
+    summary: dict[str, Any] = {"volumes": len(scores), "patients": len(set(patients))}
     for metric in METRICS:
         values = [getattr(score, metric) for score in scores]
         summary[metric] = float(np.mean(values))
@@ -150,8 +148,8 @@ def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed
 def bootstrap_interval(
     values: Sequence[float], patients: Sequence[str], samples: int = 1000, seed: int = 0
 ) -> list[float] | None:
-    """95% percentile interval of the mean, resampling whole patients; None of a single patient."""
-    sums, counts = _by_patient(values, patients)
+    """Compute the 95% percentile interval of the mean, resampling whole patients; None for a single patient."""
+    sums, counts = _patient_sums(values, patients), _patient_sums(np.ones(len(values)), patients)
     if len(sums) < 2:
         return None
     picks = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
@@ -161,24 +159,23 @@ def bootstrap_interval(
 
 
 def clustered_mean(values: Sequence[float], weights: Sequence[float], patients: Sequence[str]) -> tuple[float, float]:
-    """Weighted mean Σv/Σw and its standard error, clustered by patient.
+    """Compute a weighted mean Σv/Σw and its standard error, clustered by patient.
 
     Parameters
     ----------
     values : sequence of float
-        Sums, for instance a slice's cross-entropy over its tokens.
+        For instance a slice's cross-entropy, summed over its tokens.
     weights : sequence of float
-        What they are sums over, for instance its number of tokens.
+        For instance a slice's number of tokens.
     patients : sequence of str
 
     Returns
     -------
-    (mean, standard_error)
-        The ratio estimator's linearised variance with the G/(G−1) correction (Cameron and Miller, J Human Resources
-        50:317, 2015); the standard error is infinite for a single patient.
+    mean, standard_error : float
+        The error is the ratio estimator's linearised one with the G/(G−1) correction (Cameron and Miller, J Human
+        Resources 50:317, 2015), and infinite for a single patient.
     """
-    sums, _ = _by_patient(values, patients)
-    totals, _ = _by_patient(weights, patients)
+    sums, totals = _patient_sums(values, patients), _patient_sums(weights, patients)
     mean = sums.sum() / totals.sum()
     groups = len(sums)
     if groups < 2:
@@ -187,19 +184,17 @@ def clustered_mean(values: Sequence[float], weights: Sequence[float], patients: 
     return float(mean), float(np.sqrt(groups / (groups - 1) * np.sum(residuals**2)))
 
 
-def _by_patient(values: Sequence[float], patients: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _patient_sums(values: Sequence[float] | np.ndarray, patients: Sequence[str]) -> np.ndarray:
+    """Sum of each patient's values, in the order of the patients' names."""
     sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
     for value, patient in zip(values, patients, strict=True):
         sums[patient] += float(value)
-        counts[patient] += 1
-    names = sorted(sums)
-    return np.array([sums[name] for name in names]), np.array([counts[name] for name in names], dtype=float)
+    return np.array([sums[name] for name in sorted(sums)])
 
 
 def paired_difference(
-    own: Sequence[VolumeScore], other: Sequence[VolumeScore], metric: str, samples: int = 1000, seed: int = 0
+    own: Sequence[VolumeScore], other: Sequence[VolumeScore], metric: str
 ) -> tuple[float, list[float] | None]:
-    """Mean of own − other over the same volumes and its 95% bootstrap interval over patients, None of a single one."""
+    """Compute the mean of own − other over the same volumes, and its 95% bootstrap interval over patients."""
     change = [getattr(a, metric) - getattr(b, metric) for a, b in zip(own, other, strict=True)]
-    return float(np.mean(change)), bootstrap_interval(change, [score.patient for score in own], samples, seed)
+    return float(np.mean(change)), bootstrap_interval(change, [score.patient for score in own])

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 
-# Labels of methods by their keys in metrics.json, in the order of tables and figures.
+# Labels by key of metrics.json, in the order of tables and figures.
 METHOD_LABELS = {
     "model": "two-stage model",
     "trained_without_tokens": "decoder trained without tokens",
-    "no_tokens": "no tokens",
-    "other_patient_tokens": "another patient's tokens",
+    "no_tokens": "zero tokens",
+    "other_patient_tokens": "shuffled tokens",
     "varnet": "fastMRI's VarNet",
-    "varnet_measured_lines": "VarNet, measured lines put back",
+    "varnet_measured_lines": "VarNet with data consistency",
     "unet": "fastMRI's U-Net",
     "bart": "BART l1-wavelet",
     "nearest_training_slice": "nearest training slice (oracle)",
@@ -19,11 +19,11 @@ METHOD_LABELS = {
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Methods, each once, in the order of `METHOD_LABELS`; unknown ones last."""
-    given = list(dict.fromkeys(names))
-    return [name for name in METHOD_LABELS if name in given] + [name for name in given if name not in METHOD_LABELS]
+    """Sort methods, without repeats, by the order of `METHOD_LABELS`; unknown ones come last."""
+    methods = list(dict.fromkeys(names))
+    return [name for name in METHOD_LABELS if name in methods] + [name for name in methods if name not in METHOD_LABELS]
 
 
 def method_label(name: str) -> str:
-    """A method's name in tables and figures, from its key in metrics.json: "zero_filled" → "zero-filled"."""
+    """Return a method's label in tables and figures from its key: "unet" → "fastMRI's U-Net"."""
     return METHOD_LABELS[name] if name in METHOD_LABELS else name.replace("_", " ")

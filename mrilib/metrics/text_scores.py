@@ -1,73 +1,66 @@
-"""Scores of generated texts: findings by label, side and region, and contrast or level accuracy."""
+"""Scores of generated texts: findings by label, side and region; accuracy of contrast and level."""
 
-import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from mrilib.data.findings import Facts, Finding
 
-logger = logging.getLogger("mrilib")
-
-
-# ------------------------------------------------------------------------------------------------- scores
-
 
 def finding_scores(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> dict[str, float | None]:
-    """Micro-averaged scores of findings over exact (label, side, region).
+    """Compute micro-averaged scores of findings, which match if label, side and region are equal.
 
-    Over all reviewed slices, F1 = 2 TP / (2 TP + FP + FN). A clean slice counts: every finding claimed on it is a
-    false positive (and calling it clean adds nothing, as there is nothing to find). Text that did not parse (None),
-    or that says nothing about findings, misses every true finding and counts as one false positive, so that
-    rubbish costs on clean slices too. Slices that nobody reviewed are left out.
+    F1 = 2 TP / (2 TP + FP + FN) over all reviewed slices. On a slice without findings, every predicted finding is a
+    false positive. A text that cannot be parsed, or that leaves findings out, misses every true finding and counts as
+    one false positive. Unreviewed slices are left out.
 
     Parameters
     ----------
     truth : sequence of Facts
     predicted : sequence of Facts or None
-        what ``parse`` gave for the generated text, None where it raised
+        Parsed generated texts; None where `findings.parse` failed.
 
     Returns
     -------
     dict
-        f1, precision, recall, any_finding_accuracy (share of slices rightly called clean or not), parsed (share of
-        slices with readable findings), samples (reviewed slices). A ratio of nothing to nothing is None: F1 where
-        there was nothing to find and nothing claimed, all of them where nothing was reviewed.
+        f1, precision, recall; any_finding_accuracy (fraction of slices with a correct "any finding or none"); parsed
+        (fraction of slices with readable findings); samples (reviewed slices). A ratio of nothing to nothing is None.
     """
-    true_positives = false_positives = false_negatives = right = readable = samples = 0
+    true_positives = false_positives = false_negatives = correct = readable = samples = 0
     for facts, guess in zip(truth, predicted, strict=True):
         counts = finding_counts(facts, guess)
         if counts is None:
             continue
         samples += 1
-        right_ones, wrong_ones, missed = counts
-        true_positives += right_ones
-        false_positives += wrong_ones
-        false_negatives += missed
+        true_positives += counts[0]
+        false_positives += counts[1]
+        false_negatives += counts[2]
         if guess is not None and guess.findings is not None:
             readable += 1
-            right += bool(facts.findings) == bool(guess.findings)
+            correct += bool(facts.findings) == bool(guess.findings)
     return {
         "f1": _ratio(2 * true_positives, 2 * true_positives + false_positives + false_negatives),
         "precision": _ratio(true_positives, true_positives + false_positives),
         "recall": _ratio(true_positives, true_positives + false_negatives),
-        "any_finding_accuracy": _ratio(right, samples),
+        "any_finding_accuracy": _ratio(correct, samples),
         "parsed": _ratio(readable, samples),
         "samples": samples,
     }
 
 
 def finding_counts(facts: Facts, guess: Facts | None) -> tuple[int, int, int] | None:
-    """True positives, false positives and false negatives of one slice, as `finding_scores` sums them.
+    """Count one slice's true positives, false positives and false negatives for `finding_scores`.
 
-    None of a slice that nobody reviewed.
+    Returns None for an unreviewed slice.
     """
     if facts.findings is None:
         return None
-    found = set(facts.findings)
+    true = set(facts.findings)
     if guess is None or guess.findings is None:
-        return 0, 1, len(found)
-    claimed = set(guess.findings)
-    return len(found & claimed), len(claimed - found), len(found - claimed)
+        return 0, 1, len(true)
+    predicted = set(guess.findings)
+    return len(true & predicted), len(predicted - true), len(true - predicted)
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -75,35 +68,47 @@ def _ratio(part: int, whole: int) -> float | None:
 
 
 def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
-    """The one set of findings that, given for every slice, has the highest F1 of ``finding_scores`` on `facts`.
+    """Find the set of findings with the highest F1 of `finding_scores` when it is the answer for every slice.
 
-    With N reviewed slices and T true findings, a constant set K scores 2 Σ n_f / (N |K| + T), n_f being the number of
-    slices with finding f. For a given size the commonest findings are best, so taking them one by one as long as the
-    score rises is exact. Returns () where no slice has a finding.
+    With N reviewed slices and T true findings, a constant set K scores 2 Σ n_f / (N |K| + T), where n_f is the number
+    of slices with finding f. The best set of a given size has the most frequent findings, so adding them one at a time
+    while the score rises is exact. Returns () if no slice has a finding.
     """
     reviewed = [one.findings for one in facts if one.findings is not None]
-    counts = Counter(found for findings in reviewed for found in findings)
+    counts = Counter(finding for findings in reviewed for finding in findings)
     total = sum(counts.values())
-    best, best_f1, hits = 0, 0.0, 0
-    ranked = sorted(counts, key=lambda found: (-counts[found], found))
-    for size, found in enumerate(ranked, start=1):
-        hits += counts[found]
+    best_size, best_f1, hits = 0, 0.0, 0
+    ranked = sorted(counts, key=lambda finding: (-counts[finding], finding))
+    for size, finding in enumerate(ranked, start=1):
+        hits += counts[finding]
         f1 = 2 * hits / (len(reviewed) * size + total)
         if f1 > best_f1:
-            best, best_f1 = size, f1
-    return tuple(sorted(ranked[:best]))
+            best_size, best_f1 = size, f1
+    return tuple(sorted(ranked[:best_size]))
 
 
 def attribute_accuracy(truth: Sequence[Facts], predicted: Sequence[Facts | None], attribute: str) -> float | None:
-    """Share of slices whose "contrast" or "level" the text names rightly; text that did not parse is wrong.
+    """Compute the fraction of slices with a correct "contrast" or "level"; a text that was not parsed is wrong.
 
-    Slices of an unknown contrast are left out. None where no slice is left.
+    Slices of unknown contrast are left out; None if no slice remains.
     """
     if attribute not in ("contrast", "level"):
         raise ValueError(f"attribute {attribute!r} is neither 'contrast' nor 'level'")
-    right = [
+    correct = [
         guess is not None and getattr(facts, attribute) == getattr(guess, attribute)
         for facts, guess in zip(truth, predicted, strict=True)
         if getattr(facts, attribute) is not None
     ]
-    return _ratio(sum(right), len(right))
+    return _ratio(sum(correct), len(correct))
+
+
+def contrast_floor(counts: Mapping[str, int]) -> tuple[float | None, float | None]:
+    """Compute the accuracy of always answering the most frequent contrast, and its binomial standard error.
+
+    `counts` are the test slices of each contrast. Both values are None if it is empty.
+    """
+    total = sum(counts.values())
+    if not total:
+        return None, None
+    share = max(counts.values()) / total
+    return share, float(np.sqrt(share * (1 - share) / total))

@@ -1,7 +1,7 @@
-"""The baselines: fastMRI's U-Net and VarNet, and VarNet's cascades on the combined image.
+"""Baselines in the place of the image decoder: fastMRI's U-Net and VarNet, and VarNet's cascades on the combined image.
 
-Each has the call of `ImageDecoder.forward` and uses no image tokens (``token_dim`` 0), so stage 2 trains it as it
-trains an `ImageDecoder`: by the same loop, on the same batches, with the same loss. `decoders` names them.
+Each has the arguments of `ImageDecoder.forward` and uses no image tokens (``token_dim`` 0). Stage 2 trains it with the
+same loop, batches and loss as an `ImageDecoder`. `decoders.DECODERS` lists them.
 """
 
 import fastmri
@@ -10,15 +10,15 @@ from fastmri.models import Unet, VarNet
 from torch import Tensor, nn
 
 from mrilib.data.dataset import Slice
-from mrilib.model.encoder import cascade_step, refine_nonempty_slices
+from mrilib.model.encoder import run_cascades, skip_empty_coils
 from mrilib.physics import coils, fourier, sense
 
 
 class UNetBaseline(nn.Module):
-    """fastMRI's U-Net on the zero-filled RSS image, normalised as fastMRI's `UnetDataTransform` does.
+    """fastMRI's U-Net on the zero-filled RSS image, normalised as in fastMRI's `UnetDataTransform`.
 
-    Mean and standard deviation of each cropped input image are taken off, the result is clamped to ±6, and they are put
-    back on the output.
+    The input is the cropped image minus its mean, divided by its standard deviation and clamped to ±6. The output is
+    scaled back.
 
     Parameters
     ----------
@@ -38,29 +38,52 @@ class UNetBaseline(nn.Module):
         kspace: Tensor,
         mask: Tensor,
         scale: Tensor,
-        recon: tuple[int, int],
+        image_shape: tuple[int, int],
         acquired: Tensor | None = None,
     ) -> Tensor:
-        """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
-        image = zero_filled(kspace, torch.ones_like(scale), recon)[:, None]
+        """Reconstruct a batch as `ImageDecoder.forward` does: (B, h, w) [file units]."""
+        image = zero_filled(kspace, torch.ones_like(scale), image_shape)[:, None]
         mean = image.mean((-2, -1), keepdim=True)
-        deviation = image.std((-2, -1), keepdim=True) + 1e-11  # fastMRI's normalize_instance
+        deviation = image.std((-2, -1), keepdim=True) + 1e-11  # as in fastMRI's normalize_instance
         output = self.unet(((image - mean) / deviation).clamp(-6, 6)).float()
         return (output * deviation + mean)[:, 0] * scale[:, None, None]
 
 
-class VarNetBaseline(nn.Module):
-    """fastMRI's end-to-end VarNet (Sriram et al., MICCAI 2020), its RSS image cropped about the centre as fastMRI does.
+class _Unrolled(nn.Module):
+    """Base of the unrolled networks: the crop of their RSS image. Empty coils and slices bypass the network."""
+
+    token_dim = 0
+
+    def forward(
+        self,
+        tokens: None,
+        kspace: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        image_shape: tuple[int, int],
+        acquired: Tensor | None = None,
+    ) -> Tensor:
+        """Reconstruct a batch as `ImageDecoder.forward` does: (B, h, w) [file units]."""
+        acquired = torch.ones_like(mask) if acquired is None else acquired
+        image = skip_empty_coils(self._rss_image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
+        return fourier.center_crop_or_pad(image, image_shape) * scale[:, None, None]
+
+    def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+        """Compute the RSS image (B, readout, phase) from k-space and the stacked masks, bool (B, 2, phase)."""
+        raise NotImplementedError
+
+
+class VarNetBaseline(_Unrolled):
+    """fastMRI's end-to-end VarNet (Sriram et al., MICCAI 2020) with fastMRI's centre crop of the RSS image.
 
     Parameters
     ----------
     num_cascades, chans, pools, sens_chans, sens_pools : int
         As fastMRI names them.
     measured_lines : bool
-        Put the measured lines back into its last k-space, which its own soft data consistency does not keep.
+        Replace the measured lines of the last k-space by their measured values, which VarNet's soft data consistency
+        changes. Lines that are not acquired count as measured: they are zero in the target too.
     """
-
-    token_dim = 0
 
     def __init__(
         self,
@@ -75,38 +98,23 @@ class VarNetBaseline(nn.Module):
         self.varnet = VarNet(num_cascades, sens_chans, sens_pools, chans, pools)
         self.measured_lines = measured_lines
 
-    def forward(
-        self,
-        tokens: None,
-        kspace: Tensor,
-        mask: Tensor,
-        scale: Tensor,
-        recon: tuple[int, int],
-        acquired: Tensor | None = None,
-    ) -> Tensor:
-        """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
-        known = mask if acquired is None else mask | ~acquired  # what no scan acquires is zero in the target too
-        image = refine_nonempty_slices(self._image, kspace, torch.stack([mask, known], dim=1), torch.float32)
-        return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
-
-    def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:
-        measured, (lines, known) = torch.view_as_real(kspace), masks[:, :, None, None, :, None].unbind(1)
+    def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+        measured, (lines, acquired) = torch.view_as_real(kspace), masks[:, :, None, None, :, None].unbind(1)
         if not self.measured_lines:
             return self.varnet(measured, lines)
         maps = self.varnet.sens_net(measured, lines)
         refined = measured.clone()
         for cascade in self.varnet.cascades:
             refined = cascade(refined, measured, lines, maps)
-        refined = torch.where(known, measured, refined)
+        refined = torch.where(lines | ~acquired, measured, refined)
         return fastmri.rss(fastmri.complex_abs(fastmri.ifft2c(refined.float())), dim=1)
 
 
-class CombinedVarNet(nn.Module):
-    """VarNet's cascades on the combined image, with coil maps from the centre lines and the measured lines put back.
+class CombinedVarNet(_Unrolled):
+    """VarNet's cascades on the combined image, followed by data consistency.
 
-    Each cascade is fastMRI's: k ← k − η (k − y) on the measured lines − F S D(Sᴴ F⁻¹ k), with S from
-    `kspace.center_coil_maps` where VarNet has a network for it. The last combined image becomes coil images by
-    `kspace.data_consistency`, and their RSS is the output.
+    The cascades are fastMRI's (`encoder.run_cascades`). Coil maps come from the centre lines (`coils.center_coil_maps`)
+    instead of a network. The output is the RSS of `sense.data_consistency` of the last combined image.
 
     Parameters
     ----------
@@ -114,52 +122,34 @@ class CombinedVarNet(nn.Module):
         As fastMRI names them.
     """
 
-    token_dim = 0
-
     def __init__(self, num_cascades: int = 12, chans: int = 18, pools: int = 4) -> None:
         super().__init__()
         self.cascades = VarNet(num_cascades, chans=chans, pools=pools).cascades
 
-    def forward(
-        self,
-        tokens: None,
-        kspace: Tensor,
-        mask: Tensor,
-        scale: Tensor,
-        recon: tuple[int, int],
-        acquired: Tensor | None = None,
-    ) -> Tensor:
-        """As `ImageDecoder.forward`, with `tokens` None; (B, h, w) [file units]."""
-        acquired = torch.ones_like(mask) if acquired is None else acquired
-        image = refine_nonempty_slices(self._image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
-        return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
-
-    def _image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+    def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
         mask, acquired = masks.unbind(1)
         maps, measured = coils.center_coil_maps(kspace, mask), fourier.ifft2c(kspace)
-        refined, image = kspace, coils.combine(measured, maps)
-        for number, cascade in enumerate(self.cascades, 1):
-            last = number == len(self.cascades)
-            refined, image = cascade_step(cascade, last, refined, image, kspace, mask[:, None, None], maps)
+        initial = coils.combine(measured, maps)
+        image = run_cascades(self.cascades, kspace, mask, maps, initial, checkpointing=False)
         return fourier.rss(sense.data_consistency(image, maps, kspace, mask, acquired, measured))
 
 
-def zero_filled(kspace: Tensor, scale: Tensor, recon: tuple[int, int]) -> Tensor:
-    """The baseline: RSS of the inverse Fourier transform of the masked k-space, cropped [file units].
+def zero_filled(kspace: Tensor, scale: Tensor, image_shape: tuple[int, int]) -> Tensor:
+    """Compute the zero-filled image: RSS of the inverse Fourier transform of the masked k-space, cropped.
 
     Parameters
     ----------
     kspace : Tensor, complex64, shape (B, coil, readout, phase)
     scale : Tensor, float32, shape (B,) [file units]
-    recon : (h, w) [pixels]
+    image_shape : (h, w) [pixels]
 
     Returns
     -------
     Tensor, float32, shape (B, h, w) [file units]
     """
-    return fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(kspace)), recon) * scale[:, None, None]
+    return fourier.center_crop_or_pad(fourier.rss(fourier.ifft2c(kspace)), image_shape) * scale[:, None, None]
 
 
 def zero_filled_image(one: Slice) -> Tensor:
-    """RSS of the inverse Fourier transform of a slice's measured k-space, cropped: (h, w) [file units], not flipped."""
-    return zero_filled(one.kspace[None], torch.tensor([one.scale]), one.recon)[0]
+    """Compute the zero-filled image of one slice, (h, w) [file units], not flipped."""
+    return zero_filled(one.kspace[None], torch.tensor([one.scale]), one.image_shape)[0]

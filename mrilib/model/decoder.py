@@ -1,30 +1,27 @@
-"""The image decoder: a U-Net from the backbone's image tokens, and the measured data, to the image.
+"""The image decoder: a U-Net from image tokens and measured data to the image.
 
     zero-filled image, combined with centre-line coil maps ─► 2×2 pixels as channels ─► down, down, down ─┐
                                           image tokens ─► LayerNorm ─► linear ─► (n × n) map ─────────────┤ bottleneck
     RSS ◄─ data consistency ◄─ complex image ◄─ 2×2 pixels from channels ◄─ up, up, up ◄──────────────────┘
      └────────────◄───────────── noise power ◄────────────┘
 
-With ``sense`` the U-Net sees a SENSE image too, and another SENSE solve precedes the data consistency.
-With ``image_skip=False`` there is no down path: tokens alone, magnitude out, the description's literal reading.
+With ``sense`` the U-Net also gets a SENSE image, and a second SENSE solve precedes the data consistency.
+With ``image_skip=False`` the U-Net has no downward path: it gets tokens alone and gives the magnitude.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrilib.model.encoder import PATCH
-from mrilib.model.unet import Depth, UNet
+from mrilib.model.unet import PATCH, Depth, UNet
 from mrilib.physics import coils, fourier
 from mrilib.physics import sense as sense_module
 
-SENSE_START = 5  # steps of conjugate gradients to the SENSE image that `sense` starts from
+INITIAL_SENSE_ITERATIONS = 5  # conjugate gradient steps of the SENSE image that enters the U-Net
+FINAL_SENSE_WEIGHT, FINAL_SENSE_ITERATIONS = 0.1, 3  # of the SENSE solve with the U-Net's image as prior
+TINY = torch.finfo(torch.float32).tiny
 
-
-SENSE_WEIGHT, SENSE_ITERATIONS = 0.1, 3  # how the U-Net's image is brought into line with the coils
-
-
-# Found by counting: 160M and 80M parameters at token_dim 2048, decoder_hidden_dim 512 (a test holds them to 2%).
+# 160M and 80M parameters at token_dim 2048 and decoder_hidden_dim 512 (tested to 2%), and 35M.
 DEPTHS = {"full": Depth(12, (1, 1, 2)), "lightweight": Depth(4, (1, 2, 2)), "small": Depth(1, (1, 1, 1))}
 
 
@@ -34,21 +31,22 @@ class ImageDecoder(nn.Module):
     Parameters
     ----------
     decoder_type : {"full", "lightweight", "small"}
-        160M or 80M parameters at the defaults, the description's two; "small", 35M, is for processors.
+        160M, 80M or 35M parameters at the defaults. The first two are the sizes of the Nirvana paper, the third is for
+        CPUs.
     token_dim : int
-        Width of the image tokens, the backbone's hidden size; 0 makes a decoder without tokens (the control).
+        Width of the image tokens, the backbone's hidden size; 0: a decoder without tokens.
     decoder_hidden_dim : int
-        Width of the token map; the U-Net's widths are 1/4, 1/2, 1 and 3/2 times it, the first at half size.
+        Width of the token map. The U-Net's widths are 1/4, 1/2, 1 and 3/2 of it, the first at half the image size.
     img_size : int
-        Side of the ViT's input [pixels]; tokens are (img_size/16)².
+        Side of the ViT's input [pixels]. There are (img_size/16)² tokens.
     use_bilinear_upsample : bool
-        False: transposed convolutions.
+        True: bilinear upsampling. False: transposed convolutions.
     image_skip : bool
-        False: image tokens alone.
+        Use the measured data. False: image tokens alone.
     sense : bool
-        The U-Net also sees a regularised SENSE image and starts from it instead of the zero-filled one, and what it
-        makes is brought into line with all coils' measured lines (`physics.sense`, as in MoDL: Aggarwal et al., IEEE
-        TMI 38:394, 2019) before these are put back. Physics alone: no parameter more but the stem's two inputs.
+        Give the U-Net a regularised SENSE image too, as the image that it corrects. After the U-Net, a second SENSE
+        solve with its image as prior fits the measured lines of all coils (`physics.sense`, as in MoDL: Aggarwal et
+        al., IEEE TMI 38:394, 2019). This adds no parameters except the stem's two input channels.
     activation_checkpointing : bool
         Recompute each level in the backward pass.
     """
@@ -72,25 +70,23 @@ class ImageDecoder(nn.Module):
         if img_size % PATCH:
             raise ValueError(f"img_size {img_size} is not a multiple of {PATCH}")
         if sense and not image_skip:
-            raise ValueError("sense works on the measured data; set image_skip: true")
+            raise ValueError("sense needs the measured data; set image_skip: true")
         if not token_dim and not image_skip:
             raise ValueError("a decoder needs image tokens, the measured data (image_skip), or both")
-        self.token_dim, self.img_size, self.image_skip = token_dim, img_size, image_skip
-        self.sense = sense
-        hidden = decoder_hidden_dim
+        self.token_dim, self.img_size, self.image_skip, self.sense = token_dim, img_size, image_skip, sense
         if token_dim:
             self.token_norm = nn.LayerNorm(token_dim)
-            self.token_projection = nn.Linear(token_dim, hidden)
+            self.token_projection = nn.Linear(token_dim, decoder_hidden_dim)
         self.unet = UNet(
-            inputs=2 + 2 * sense if image_skip else 0,
-            outputs=3 if image_skip else 1,
-            width=hidden // 4,
+            in_channels=2 + 2 * sense if image_skip else 0,
+            out_channels=3 if image_skip else 1,
+            width=decoder_hidden_dim // 4,
             depth=DEPTHS[decoder_type],
-            joined=hidden if token_dim else 0,
+            map_channels=decoder_hidden_dim if token_dim else 0,
             bilinear=use_bilinear_upsample,
             activation_checkpointing=activation_checkpointing,
         )
-        if image_skip:  # start from the zero-filled image or SENSE's: data consistency alone
+        if image_skip:  # the untrained decoder returns its input image after data consistency
             nn.init.zeros_(self.unet.head.weight)
             nn.init.zeros_(self.unet.head.bias)  # type: ignore[arg-type]
 
@@ -100,7 +96,7 @@ class ImageDecoder(nn.Module):
         kspace: Tensor,
         mask: Tensor,
         scale: Tensor,
-        recon: tuple[int, int],
+        image_shape: tuple[int, int],
         acquired: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct a batch of slices.
@@ -108,73 +104,76 @@ class ImageDecoder(nn.Module):
         Parameters
         ----------
         tokens : Tensor, float, shape (B, (img_size/16)², token_dim), or None
-            None puts a zero map in the tokens' place.
+            None replaces the token map by zeros.
         kspace : Tensor, complex64, shape (B, coil, readout, phase)
             Masked k-space divided by its root mean square.
         mask : Tensor, bool, shape (B, phase)
         scale : Tensor, float32, shape (B,) [file units]
-        recon : (h, w) [pixels]
+        image_shape : (h, w) [pixels]
         acquired : Tensor, bool, shape (B, phase), optional
-            False on lines that no scan of this acquisition has; by default all are.
+            False on lines outside of the acquired k-space; by default all lines are acquired.
 
         Returns
         -------
         Tensor, float32, shape (B, h, w) [file units]
         """
-        self._check(tokens)
-        normed = None if tokens is None else self.token_norm(tokens.to(self.token_norm.weight.dtype))
-        if not self.image_skip:
-            square = (self.img_size, self.img_size)
-            features = self.unet(None, self._token_map(normed, kspace, square))
-            image = F.softplus(features[:, 0].float())
-            return fourier.center_crop_or_pad(image, recon) * scale[:, None, None]
+        token_map = self._token_map(tokens, batch_size=len(kspace), device=kspace.device)
+        if self.image_skip:
+            magnitude = self._correct_measured_image(token_map, kspace, mask, acquired)
+        else:
+            magnitude = F.softplus(self.unet(None, token_map)[:, 0].float())
+        return fourier.center_crop_or_pad(magnitude, image_shape) * scale[:, None, None]
+
+    def _correct_measured_image(
+        self, token_map: Tensor | None, kspace: Tensor, mask: Tensor, acquired: Tensor | None
+    ) -> Tensor:
+        """Magnitude image, (B, readout, phase), in the units of `kspace`."""
         maps = coils.center_coil_maps(kspace, mask)
-        measured = fourier.ifft2c(kspace)  # coil images
+        measured = fourier.ifft2c(kspace)
         zero_filled = coils.combine(measured, maps)
         power = torch.view_as_real(zero_filled).square().sum(-1).mean((-2, -1))
-        size = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()[:, None, None, None]
-        height, width = zero_filled.shape[-2:]
-        padded = (self._padded(height), self._padded(width))
-        seen = [zero_filled]
+        rms = power.clamp_min(TINY).sqrt()[:, None, None, None]
+        images = [zero_filled]
         if self.sense:
-            seen.append(sense_module.sense(kspace, mask, maps, iterations=SENSE_START, zero_filled=zero_filled))
-        channels = [torch.view_as_real(image).movedim(-1, 1) / size for image in seen]
-        inputs = fourier.center_crop_or_pad(torch.cat(channels, dim=1), padded)
-        residual = self.unet(inputs, self._token_map(normed, kspace, padded)).float()
-        residual = fourier.center_crop_or_pad(residual, (height, width))
-        pixels = (channels[-1] + residual[:, :2]) * size
+            iterations = INITIAL_SENSE_ITERATIONS
+            images.append(sense_module.sense(kspace, mask, maps, iterations=iterations, zero_filled=zero_filled))
+        channels = [torch.view_as_real(image).movedim(-1, 1) / rms for image in images]
+        residual = self._residual(torch.cat(channels, dim=1), token_map)
+        pixels = (channels[-1] + residual[:, :2]) * rms
         image = torch.view_as_complex(pixels.movedim(1, -1).contiguous())
         if self.sense:
             image = sense_module.sense(
-                kspace, mask, maps, SENSE_WEIGHT, SENSE_ITERATIONS, prior=image, zero_filled=zero_filled
+                kspace, mask, maps, FINAL_SENSE_WEIGHT, FINAL_SENSE_ITERATIONS, prior=image, zero_filled=zero_filled
             )
         coil_images = sense_module.data_consistency(image, maps, kspace, mask, acquired, measured)
-        # The target is an RSS of noisy lines: the missing ones' noise too adds to its power, and no image predicts it.
-        power = fourier.rss(coil_images).square() + residual[:, 2] * size[:, 0].square()
-        magnitude = power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        return fourier.center_crop_or_pad(magnitude, recon) * scale[:, None, None]
+        # The target is the RSS of noisy lines. Noise of the missing lines adds to its power; no image predicts that.
+        power = fourier.rss(coil_images).square() + residual[:, 2] * rms[:, 0].square()
+        return power.clamp_min(TINY).sqrt()
+
+    def _residual(self, pixels: Tensor, token_map: Tensor | None) -> Tensor:
+        """Run the U-Net: corrections of real and imaginary part, and noise power, (B, 3, readout, phase)."""
+        height, width = pixels.shape[-2:]
+        padded = self._padded(height), self._padded(width)
+        if token_map is not None:
+            token_map = fourier.center_crop_or_pad(token_map, (padded[0] // PATCH, padded[1] // PATCH))
+        output = self.unet(fourier.center_crop_or_pad(pixels, padded), token_map).float()
+        return fourier.center_crop_or_pad(output, (height, width))
 
     def _padded(self, length: int) -> int:
-        # img_size plus a multiple of 32: the ViT's crop then starts on a token's edge; tokens meet their own pixels.
+        """Round up to img_size plus a multiple of two patches, so that patches and bottleneck positions coincide."""
         return self.img_size + max(0, -(-(length - self.img_size) // (2 * PATCH))) * 2 * PATCH
 
-    def _check(self, tokens: Tensor | None) -> None:
-        if tokens is None:
-            return
-        if not self.token_dim:
-            raise ValueError("this decoder was built without image tokens (token_dim 0); give it none")
-        count = (self.img_size // PATCH) ** 2
-        if tokens.shape[1:] != (count, self.token_dim):
-            raise ValueError(f"image tokens {tuple(tokens.shape)} are not (B, {count}, {self.token_dim})")
-
-    def _token_map(self, normed: Tensor | None, kspace: Tensor, padded: tuple[int, int]) -> Tensor | None:
-        """Normalised tokens as a map (B, hidden, padded/16); zeros in the place of none."""
-        if not self.token_dim:
-            return None
+    def _token_map(self, tokens: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
+        """Projected tokens as a map, (B, hidden, img_size/16, img_size/16); None for a decoder without tokens."""
         side = self.img_size // PATCH
-        if normed is None:
-            projected = kspace.real.new_zeros(kspace.shape[0], side * side, self.token_projection.out_features)
+        if not self.token_dim:
+            if tokens is not None:
+                raise ValueError("this decoder was built without image tokens (token_dim 0); pass tokens=None")
+            return None
+        if tokens is None:
+            projected = torch.zeros(batch_size, side * side, self.token_projection.out_features, device=device)
+        elif tokens.shape[1:] != (side * side, self.token_dim):
+            raise ValueError(f"image tokens {tuple(tokens.shape)} are not (B, {side * side}, {self.token_dim})")
         else:
-            projected = self.token_projection(normed)
-        grid = projected.transpose(1, 2).unflatten(2, (side, side))
-        return fourier.center_crop_or_pad(grid, (padded[0] // PATCH, padded[1] // PATCH))
+            projected = self.token_projection(self.token_norm(tokens.to(self.token_norm.weight.dtype)))
+        return projected.transpose(1, 2).unflatten(2, (side, side))

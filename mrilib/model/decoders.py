@@ -1,11 +1,21 @@
-"""The image decoders that `decoder` of 03_train_stage2 names: this project's, the baselines, and yours.
+"""The image decoders that stage 2's parameter `decoder` can name. Register your own decoder at the end of this file.
 
-A decoder is an `nn.Module` with the call of `ImageDecoder.forward`,
+A decoder has the arguments of `ImageDecoder.forward`, which gives their shapes and units. An example, with
+`baselines.zero_filled`:
 
-    (tokens, kspace, mask, scale, recon, acquired) → image (B, h, w) [file units],
+    class ScaledImage(nn.Module):
+        token_dim = 0  # width of the image tokens that it uses; 0: none
 
-and an attribute `token_dim`, 0 if it uses no image tokens. To add one, write the module and give it an entry in
-`DECODERS`. Notebook 03 and `python -m mrilib train` then train it, 04 scores it and 05 compares it with the others.
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, tokens, kspace, mask, scale, image_shape, acquired=None):
+            return self.factor * zero_filled(kspace, scale, image_shape)  # (B, h, w) [file units]
+
+    DECODERS["scaled"] = DecoderEntry("scaled zero-filled image", False, lambda config, token_dim: ScaledImage())
+
+With ``decoder: scaled``, notebook 03 and `python -m mrilib train` train it, 04 scores it and 05 compares it.
 """
 
 import difflib
@@ -25,7 +35,40 @@ class DecoderEntry(NamedTuple):
 
     label: str  # in tables and figures
     uses_tokens: bool  # False: neither stage 1 nor the backbone is needed
-    build: Callable[[Stage2Parameters, int], nn.Module]  # from stage 2's parameters and the backbone's hidden size
+    build: Callable[[Stage2Parameters, int], nn.Module]  # from stage 2's parameters and the width of the image tokens
+
+
+def find_decoder(name: str) -> DecoderEntry:
+    """Look a decoder up by its name.
+
+    Raises
+    ------
+    ParameterError
+        If the name is unknown; the message names the nearest decoder, or all decoders.
+    """
+    if name not in DECODERS:
+        nearest = difflib.get_close_matches(name, DECODERS, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(DECODERS)}"
+        raise ParameterError(f"decoder: '{name}' is not known; {hint}")
+    return DECODERS[name]
+
+
+def uses_tokens(values: Mapping[str, Any]) -> bool:
+    """Whether the decoder in stage 2's parameters uses image tokens, and so needs stage 1."""
+    return find_decoder(str(values.get("decoder", Stage2Parameters.model_fields["decoder"].default))).uses_tokens
+
+
+def build_decoder(config: Stage2Parameters, token_dim: int) -> nn.Module:
+    """Build the untrained decoder of stage 2's parameters.
+
+    Parameters
+    ----------
+    config : Stage2Parameters
+    token_dim : int
+        Width of the image tokens, the backbone's hidden size; unused by a decoder without tokens.
+    """
+    decoder = find_decoder(config.decoder).build(config, token_dim)
+    return decoder.to(memory_format=torch.channels_last)
 
 
 def _image_decoder(config: Stage2Parameters, token_dim: int) -> ImageDecoder:
@@ -41,13 +84,8 @@ def _image_decoder(config: Stage2Parameters, token_dim: int) -> ImageDecoder:
     )
 
 
-def _varnet(config: Stage2Parameters, measured_lines: bool = False) -> VarNetBaseline:
-    sizes = config.baseline_cascades, config.baseline_chans, config.baseline_pools
-    return VarNetBaseline(*sizes, measured_lines=measured_lines)
-
-
-def _combined_varnet(config: Stage2Parameters) -> CombinedVarNet:
-    return CombinedVarNet(config.baseline_cascades, config.baseline_chans, config.baseline_pools)
+def _sizes(config: Stage2Parameters) -> tuple[int, int, int]:
+    return config.baseline_cascades, config.baseline_chans, config.baseline_pools
 
 
 DECODERS: dict[str, DecoderEntry] = {
@@ -55,47 +93,16 @@ DECODERS: dict[str, DecoderEntry] = {
     "no_token_decoder": DecoderEntry(
         "decoder trained without tokens", False, lambda config, _: _image_decoder(config, 0)
     ),
-    "varnet": DecoderEntry("fastMRI's VarNet", False, lambda config, _: _varnet(config)),
+    "varnet": DecoderEntry("fastMRI's VarNet", False, lambda config, _: VarNetBaseline(*_sizes(config))),
     "varnet_measured_lines": DecoderEntry(
-        "VarNet, measured lines put back", False, lambda config, _: _varnet(config, measured_lines=True)
+        "VarNet with data consistency",
+        False,
+        lambda config, _: VarNetBaseline(*_sizes(config), measured_lines=True),
     ),
     "varnet_combined": DecoderEntry(
-        "VarNet's cascades on the combined image", False, lambda config, _: _combined_varnet(config)
+        "VarNet's cascades on the combined image", False, lambda config, _: CombinedVarNet(*_sizes(config))
     ),
     "fastmri_unet": DecoderEntry(
         "fastMRI's U-Net", False, lambda config, _: UNetBaseline(config.baseline_chans, config.baseline_pools)
     ),
 }
-
-
-def find_decoder(name: str) -> DecoderEntry:
-    """The entry of a name.
-
-    Raises
-    ------
-    ParameterError
-        Naming the nearest decoder, or all of them.
-    """
-    if name not in DECODERS:
-        near = difflib.get_close_matches(name, DECODERS, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(DECODERS)}"
-        raise ParameterError(f"decoder: '{name}' is not known; {hint}")
-    return DECODERS[name]
-
-
-def uses_tokens(values: Mapping[str, Any]) -> bool:
-    """Whether the decoder that stage 2's parameters name uses image tokens, and with them stage 1."""
-    return find_decoder(str(values.get("decoder", Stage2Parameters.model_fields["decoder"].default))).uses_tokens
-
-
-def build_decoder(config: Stage2Parameters, token_dim: int) -> nn.Module:
-    """The untrained decoder of stage 2's parameters.
-
-    Parameters
-    ----------
-    config : Stage2Parameters
-    token_dim : int
-        Width of the image tokens, the backbone's hidden size; unused by a decoder without tokens.
-    """
-    decoder = find_decoder(config.decoder).build(config, token_dim)
-    return decoder.to(memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
-"""Maps of findings: a U-Net in the k-space encoder that marks, on VarNet's image, where each label's boxes are.
+"""Detection maps: a U-Net in the k-space encoder that marks each label's findings on VarNet's image.
 
-A text says "mass, left, central" in a few of its tokens, and of some slices only: its cross-entropy takes far longer to
-teach an encoder what a lesion looks like than to name the contrast. fastMRI+ knows the pixels. What is found is added
-to the token of the patch that it lies in, so it still reaches text and image through nothing but tokens. What the U-Net
-makes of each patch on the way is of use to the ViT too, whose own patches are seen through one linear map.
+The findings of a slice are a few tokens of its text, and many slices have none. Cross-entropy on text therefore teaches
+an encoder slowly what a lesion looks like, whereas fastMRI+ gives the pixels. A detected finding adds a vector to the
+token of its patch, so it reaches text and image through tokens alone. The features of the U-Net's bottleneck are also
+an input of the ViT.
 """
 
 import math
@@ -18,36 +18,34 @@ from torch.nn import functional as F
 from mrilib.data.annotations import BOX_LABELS, Box
 from mrilib.data.dataset import Slice
 from mrilib.data.findings import MIDLINE_HALF_WIDTH, SIDES
-from mrilib.model.unet import Depth, UNet
+from mrilib.model.unet import PATCH, Depth, UNet
 from mrilib.physics import fourier
 
-RARE = -4.0  # logit of a map before training: findings are rare
-# Of a marked pixel's loss, for a finding of `USUAL` size; it falls with the root of the size. A text names a lacune in
-# as many words as a tumour, whose pixels are a hundred times as many. With weight w a logit of 0 means that one in
-# 1 + w such pixels is marked: of small findings less than of large ones.
+INITIAL_LOGIT = -4.0  # of an untrained map: findings are rare
+# Loss weight of a marked pixel in a finding of `REFERENCE_AREA`, falling with the square root of the area: a small
+# finding has as many words in the text as a large one, but a hundredth of its pixels.
 POSITIVE_WEIGHT = 3.0
-USUAL = 1 / 160  # of the image
-SURE = 1.0  # logit above which a finding is said; chosen on validation patients, for maps that look both ways
+REFERENCE_AREA = 1 / 160  # fraction of the image
+DETECTION_LOGIT = 1.0  # threshold of a detected pixel; chosen on validation patients, for maps averaged over mirroring
+MIN_PIXELS = 3  # of a detected finding
 DEPTH = Depth(1, (1, 1, 1))
-PATCH = 16  # the ViT's [pixels]; also the decoder's total down-sampling, so that tokens lie on its bottleneck
-FEWEST = 3  # pixels of a finding
-KNOTS = 60  # places along an axis with a vector of their own, halfway between which the thirds and the midline end
+KNOTS = 60  # positions with a vector along each axis; the borders of thirds and midline lie halfway between two knots
 
 
 class FindingMaps(nn.Module):
-    """A U-Net from an image to one map for each label.
+    """A U-Net from an image to one detection map for each label.
 
     Parameters
     ----------
     labels : sequence of str
-        Of `analysis.BOX_LABELS`.
+        Of `data.annotations.BOX_LABELS`.
     chans : int
-        Width of its finest level, at half size.
+        Width of the finest level, at half the image size.
 
     Raises
     ------
     ValueError
-        A label that fastMRI+ has no boxes of, or one that is named twice.
+        If fastMRI+ has no boxes of a label, or if a label is repeated.
     """
 
     def __init__(self, labels: Sequence[str], chans: int) -> None:
@@ -56,43 +54,47 @@ class FindingMaps(nn.Module):
             if label not in BOX_LABELS:
                 raise ValueError(f"finding_labels: '{label}' is none of the labels with boxes: {', '.join(BOX_LABELS)}")
             if label in labels[:number]:
-                raise ValueError(f"finding_labels: '{label}' is named twice")
+                raise ValueError(f"finding_labels: '{label}' is repeated; list it once")
         self.unet = UNet(2, len(labels), chans, DEPTH)
-        self.features = self.unet.features
+        self.features = self.unet.bottleneck_channels
         nn.init.zeros_(self.unet.head.weight)
-        nn.init.constant_(self.unet.head.bias, RARE)  # type: ignore[arg-type]
+        nn.init.constant_(self.unet.head.bias, INITIAL_LOGIT)  # type: ignore[arg-type]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 2, img_size, img_size), real and imaginary part → maps and the bottleneck's features of each patch.
+        """Compute detection maps and bottleneck features from real and imaginary part, (B, 2, img_size, img_size).
 
-        Logits, float32 (B, labels, img_size, img_size), and float32 (B, (img_size/16)², `features`).
+        Returns
+        -------
+        maps : Tensor, float32, shape (B, labels, img_size, img_size)
+            Logits.
+        features : Tensor, float32, shape (B, (img_size/16)², features)
         """
         maps, features = self.unet.with_bottleneck(pixels)
         return maps.float(), features.flatten(2).mT.float()
 
 
-class FindingWords(nn.Module):
-    """What maps of findings say of each patch, in vectors for the language model, trained on by the text alone.
+class FindingEmbedding(nn.Module):
+    """Vectors of the detected findings, added to the tokens of their patches.
 
-    The patch in which a finding's centre lies (`findings_from_maps`) says the label's vector and those of the
-    centre's row and column. A sentence names label, side and region, and these are sums of such
-    vectors: a few of them, each learned from every finding that has it, where a ViT must learn every label at every
-    place. They can start as what the language model's own vocabulary has for these words (`start_from`).
+    A finding (`detect_findings`) is the sum of three vectors: one for its label, one each for row and column of its
+    centre. The text names label, side and region, so few vectors are needed, and each one is trained by every finding
+    that shares it. They can be initialized with the language model's own word embeddings (`initialize_from_words`).
 
-    Something is found or it is not: told as loud as the maps are sure, a dozen half-heard findings mix with one another
-    and the language model learns to invent. So no gradient of the text reaches the maps.
+    Detection is a hard threshold, so the text's gradient does not reach the maps. Vectors scaled by a map's probability
+    would mix many weak detections, from which the language model learns to invent findings.
 
     Parameters
     ----------
     labels : int
+        Number of labels.
     output_dim : int
         Hidden size of the backbone.
     """
 
     def __init__(self, labels: int, output_dim: int) -> None:
         super().__init__()
-        # Tables, kept flat so that Muon leaves them to AdamW: it would turn what few findings say of one knot as far as
-        # what all of them say of left and right.
+        # The tables are flat, so that Muon leaves them to AdamW. Muon's orthogonalised steps would move a knot that few
+        # findings use as far as the frequent directions.
         self.label = nn.Parameter(torch.randn(labels * output_dim))
         self.row = nn.Parameter(torch.randn(KNOTS * output_dim))
         self.column = nn.Parameter(torch.randn(KNOTS * output_dim))
@@ -100,16 +102,16 @@ class FindingWords(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Logits, float32 (B, labels, img_size, img_size) → (B, (img_size/16)², output_dim)."""
-        found = findings_from_maps(maps)
+        detected = detect_findings(maps)
         label, row, column = (table.unflatten(0, (-1, self.output_dim)) for table in self.tables)
-        length = maps.shape[-1]
-        side = length // PATCH
-        number, which = found[:, :2].long().unbind(1)
-        down, across = found[:, 2:].unbind(1)
-        patch = (number * side + (down // PATCH).long()) * side + (across // PATCH).long()
-        words = label[which] + self._knots(down / length) @ row + self._knots(across / length) @ column
-        silent = label.new_zeros(maps.shape[0] * side * side, self.output_dim)
-        return silent.index_add(0, patch, words.to(silent.dtype)).unflatten(0, (-1, side * side))
+        size = maps.shape[-1]
+        side = size // PATCH
+        slice_index, label_index = detected[:, :2].long().unbind(1)
+        y, x = detected[:, 2:].unbind(1)
+        patch = (slice_index * side + (y // PATCH).long()) * side + (x // PATCH).long()
+        vectors = label[label_index] + _knot_weights(y / size) @ row + _knot_weights(x / size) @ column
+        tokens = label.new_zeros(maps.shape[0] * side * side, self.output_dim)
+        return tokens.index_add(0, patch, vectors.to(tokens.dtype)).unflatten(0, (-1, side * side))
 
     @property
     def tables(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -117,28 +119,33 @@ class FindingWords(nn.Module):
         return self.label, self.row, self.column
 
     @torch.no_grad()
-    def start_from(self, labels: Tensor, sides: Tensor, regions: Tensor) -> None:
-        """Start as the language model's words: (labels, d), and `analysis.SIDES` and `REGIONS`, (3, d), where they lie.
+    def initialize_from_words(self, labels: Tensor, sides: Tensor, regions: Tensor) -> None:
+        """Initialize with word embeddings.
 
-        Sides and regions are those of the displayed image, which is the array flipped up/down.
+        Parameters
+        ----------
+        labels : Tensor, shape (labels, output_dim)
+        sides, regions : Tensor, shape (3, output_dim)
+            In the order of `data.findings.SIDES` and `REGIONS`. They hold for the displayed image, which is the array
+            flipped up/down.
         """
-        place = (torch.arange(KNOTS, dtype=torch.float64) + 0.5) / KNOTS
-        middle = (place - 0.5).abs() <= MIDLINE_HALF_WIDTH
-        side = torch.where(middle, SIDES.index("midline"), torch.where(place < 0.5, 0, 2))
-        third = (3 * (1 - place)).long()
-        for table, words in ((self.label, labels), (self.column, sides[side]), (self.row, regions[third])):
-            table.copy_(words.flatten())
+        positions = (torch.arange(KNOTS, dtype=torch.float64) + 0.5) / KNOTS
+        is_midline = (positions - 0.5).abs() <= MIDLINE_HALF_WIDTH
+        side = torch.where(is_midline, SIDES.index("midline"), torch.where(positions < 0.5, 0, 2))
+        third = (3 * (1 - positions)).long()
+        for table, vectors in ((self.label, labels), (self.column, sides[side]), (self.row, regions[third])):
+            table.copy_(vectors.flatten())
 
-    @staticmethod
-    def _knots(place: Tensor) -> Tensor:
-        """Weights of the two nearest of the evenly spaced knots: (...) in [0, 1] → (..., KNOTS)."""
-        knots = torch.arange(KNOTS, device=place.device)
-        return (1 - ((place[..., None] * KNOTS - 0.5).clamp(0, KNOTS - 1) - knots).abs()).clamp_min(0)
+
+def _knot_weights(position: Tensor) -> Tensor:
+    """Linear interpolation weights of evenly spaced knots: (...) in [0, 1] → (..., KNOTS)."""
+    knots = torch.arange(KNOTS, device=position.device)
+    return (1 - ((position[..., None] * KNOTS - 0.5).clamp(0, KNOTS - 1) - knots).abs()).clamp_min(0)
 
 
 @torch.no_grad()
-def findings_from_maps(maps: Tensor) -> Tensor:
-    """What maps of findings show: every connected region above `SURE` of `FEWEST` pixels or more.
+def detect_findings(maps: Tensor) -> Tensor:
+    """List the connected regions of at least `MIN_PIXELS` pixels above `DETECTION_LOGIT`.
 
     Parameters
     ----------
@@ -148,88 +155,77 @@ def findings_from_maps(maps: Tensor) -> Tensor:
     Returns
     -------
     Tensor, float32, shape (findings, 4)
-        Slice, label, and the row and column of the centre of its bounding box [pixels], as `analysis` reads a box.
+        Index of the slice, index of the label, and the row and column of the bounding box's centre [pixels].
     """
-    found = []
-    marked = (maps > SURE).cpu().numpy()
-    for number, which in np.argwhere(marked.any((-2, -1))):
-        regions, _ = ndimage.label(marked[number, which], np.ones((3, 3)))
+    findings = []
+    marked = (maps > DETECTION_LOGIT).cpu().numpy()
+    for index, label in np.argwhere(marked.any((-2, -1))):
+        regions, _ = ndimage.label(marked[index, label], np.ones((3, 3)))
         for region, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
-            if (regions[rows, columns] == region).sum() >= FEWEST:
-                found.append((number, which, (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2))
-    return torch.tensor(found, dtype=torch.float32, device=maps.device).view(-1, 4)
+            if (regions[rows, columns] == region).sum() >= MIN_PIXELS:
+                center = (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2
+                findings.append((index, label, *center))
+    return torch.tensor(findings, dtype=torch.float32, device=maps.device).view(-1, 4)
 
 
-def ellipses(boxes: Sequence[Box], labels: Sequence[str], recon: tuple[int, int]) -> Tensor:
-    """What the maps of a slice should show: for each label the ellipses that its boxes enclose.
+def ellipse_areas(boxes: Sequence[Box], labels: Sequence[str], image_shape: tuple[int, int]) -> Tensor:
+    """Mark the ellipse in each box, the target of the detection maps.
 
     Parameters
     ----------
     boxes : sequence of Box
-        In array coordinates of the evaluated image; those with other labels are left out.
+        In array coordinates of the evaluated image. Boxes of other labels are ignored.
     labels : sequence of str
-    recon : (h, w) [pixels]
+    image_shape : (h, w) [pixels]
 
     Returns
     -------
     Tensor, float32, shape (labels, h, w)
-        Area of the smallest ellipse that a pixel's centre lies in [pixels], 0 where there is none.
+        Area of the smallest ellipse that contains the pixel's centre [pixels]; 0 outside of every ellipse.
     """
-    rows, columns = torch.arange(recon[0]) + 0.5, torch.arange(recon[1]) + 0.5
-    areas = torch.full((len(labels), *recon), math.inf)
-    for box in (one for one in boxes if one.label in labels):
-        down = (rows - box.y - box.height / 2) / (box.height / 2)
-        across = (columns - box.x - box.width / 2) / (box.width / 2)
-        inside = down[:, None].square() + across.square() < 1
-        place = labels.index(box.label)
+    rows, columns = torch.arange(image_shape[0]) + 0.5, torch.arange(image_shape[1]) + 0.5
+    areas = torch.full((len(labels), *image_shape), math.inf)
+    for box in boxes:
+        if box.label not in labels:
+            continue
+        y = (rows - box.y - box.height / 2) / (box.height / 2)
+        x = (columns - box.x - box.width / 2) / (box.width / 2)
+        inside = y[:, None].square() + x.square() < 1
+        index = labels.index(box.label)
         area = math.pi / 4 * box.width * box.height
-        areas[place] = torch.where(inside, areas[place].clamp_max(area), areas[place])
+        areas[index] = torch.where(inside, areas[index].clamp_max(area), areas[index])
     return torch.where(areas.isinf(), 0, areas)
-
-
-def encoder_ellipses(
-    slices: Sequence[Slice], labels: Sequence[str], matrix: tuple[int, int], size: Sequence[int]
-) -> Tensor:
-    """`ellipses` of each slice where the encoder sees them: (B, labels, *size).
-
-    Parameters
-    ----------
-    slices : sequence of Slice
-    labels : sequence of str
-    matrix : (readout, phase) [pixels]
-        Of the image that the encoder's input was cropped or padded from.
-    size : (h, w) [pixels]
-    """
-    seen = []
-    for one in slices:
-        marked = fourier.center_crop_or_pad(ellipses(one.boxes or (), labels, one.recon), matrix)
-        marked = fourier.center_crop_or_pad(marked, size)
-        seen.append(marked.flip(-1) if one.mirrored else marked)
-    return torch.stack(seen)
 
 
 def finding_map_losses(
     logits: Tensor, slices: Sequence[Slice], labels: Sequence[str], matrix: tuple[int, int]
 ) -> Tensor:
-    """Weighted binary cross-entropy of each slice's maps, summed over labels and averaged over pixels [nats].
+    """Compute the weighted binary cross-entropy of each slice's maps, summed over labels, averaged over pixels [nats].
 
     Parameters
     ----------
     logits : Tensor, float32, shape (B, labels, img_size, img_size)
     slices : sequence of Slice
     labels : sequence of str
-        What the maps are of.
+        Labels of the maps.
     matrix : (readout, phase) [pixels]
-        Of the image that the maps' input was cropped or padded from.
+        Size of the image before it was cropped or padded to img_size.
 
     Returns
     -------
     Tensor, float32, shape (B,)
-        Zero for a slice whose findings are unknown, which is never turned into "nothing there".
+        Zero for a slice with unknown findings. Unknown never counts as "no finding".
     """
     size = logits.shape[-2:]
     known = torch.tensor([float(one.boxes is not None) for one in slices], device=logits.device)
-    areas = encoder_ellipses(slices, labels, matrix, size).to(logits.device)
-    weights = POSITIVE_WEIGHT * (USUAL * size[0] * size[1] / areas.clamp_min(1)).sqrt()
+    areas = torch.stack([_encoder_areas(one, labels, matrix, size) for one in slices]).to(logits.device)
+    weights = POSITIVE_WEIGHT * (REFERENCE_AREA * size[0] * size[1] / areas.clamp_min(1)).sqrt()
     losses = F.binary_cross_entropy_with_logits(logits, (areas > 0).float(), reduction="none", pos_weight=weights)
     return losses.sum(1).mean((-2, -1)) * known
+
+
+def _encoder_areas(one: Slice, labels: Sequence[str], matrix: tuple[int, int], size: Sequence[int]) -> Tensor:
+    """`ellipse_areas` on the grid of the encoder's image, (labels, *size), mirrored where the slice is."""
+    areas = fourier.center_crop_or_pad(ellipse_areas(one.boxes or (), labels, one.image_shape), matrix)
+    areas = fourier.center_crop_or_pad(areas, size)
+    return areas.flip(-1) if one.mirrored else areas

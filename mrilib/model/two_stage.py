@@ -1,7 +1,7 @@
-"""Encoder, frozen backbone and decoder put together; the one owner of freezing.
+"""The two-stage model: k-space encoder, frozen backbone and image decoder; then the functions that build its parts.
 
 The sequence is: start, k-space tokens, end, prompt, analysis. Image tokens are the backbone's last hidden states at the
-k-space positions. The backbone is causal, so they depend on the scan alone, not on the prompt that follows them.
+k-space positions. The backbone is causal, so they depend on the scan alone, not on the prompt that follows.
 """
 
 import functools
@@ -24,39 +24,39 @@ from mrilib.backbone.tokenizer import load_tokenizer
 from mrilib.config import BackboneParameters, Stage1Parameters, resolve
 from mrilib.data import findings
 from mrilib.data.dataset import Batch, Slice
-from mrilib.data.findings import fact_token
-from mrilib.model.encoder import FIRST_TOKENS, KSpaceEncoder, LearnedPrefix
+from mrilib.model.encoder import INITIAL_TOKEN_SCALE, ConstantPrefix, KSpaceEncoder
+from mrilib.model.unet import PATCH
 
 
 class Texts(NamedTuple):
-    """Tokenized prompts and analyses of a batch, padded on the right; T is the longest."""
+    """Tokenized prompts and analyses of a batch, padded on the right to T tokens."""
 
     ids: Tensor  # int64 (B, T): prompt, analysis, end of sequence, padding
-    attention: Tensor  # int64 (B, T): 1 where there is a token
-    labels: Tensor  # int64 (B, T): the id where the analysis is to be learned, -100 elsewhere
+    attention: Tensor  # int64 (B, T): 1 at tokens, 0 at padding
+    labels: Tensor  # int64 (B, T): the id at positions that are trained, -100 elsewhere
 
 
 class TokenLoss(NamedTuple):
-    """Sums over the analysis tokens of a batch, for averages over any number of batches."""
+    """Sums over the analysis tokens of a batch, for averages over several batches."""
 
-    loss: Tensor  # cross-entropy with label smoothing, the one that is trained on [nats]
-    cross_entropy: Tensor  # without smoothing, one value a slice (B,) [nats]
-    correct: Tensor  # tokens predicted right, one value a slice (B,)
-    tokens: Tensor  # analysis tokens, one value a slice (B,)
+    loss: Tensor  # cross-entropy with label smoothing, the training loss [nats]
+    cross_entropy: Tensor  # without label smoothing, (B,) [nats]
+    correct: Tensor  # number of correctly predicted tokens, (B,)
+    tokens: Tensor  # number of analysis tokens, (B,)
 
 
 class TwoStageModel(nn.Module):
-    """The whole system.
+    """K-space encoder, frozen backbone and image decoder.
 
     Parameters
     ----------
-    encoder : KSpaceEncoder or LearnedPrefix, optional
+    encoder : KSpaceEncoder or ConstantPrefix, optional
     backbone : PreTrainedModel, optional
         Any Hugging Face causal language model; always frozen.
     tokenizer : PreTrainedTokenizerBase, optional
-        A model whose decoder uses no image tokens has none of these three.
+        Encoder, backbone and tokenizer are left out with a decoder that uses no image tokens.
     decoder : nn.Module, optional
-        `ImageDecoder` or another of `decoders.DECODERS`. Stage 1 has none.
+        One of `decoders.DECODERS`; left out in stage 1.
     """
 
     encoder: Any
@@ -65,7 +65,7 @@ class TwoStageModel(nn.Module):
 
     def __init__(
         self,
-        encoder: KSpaceEncoder | LearnedPrefix | None = None,
+        encoder: KSpaceEncoder | ConstantPrefix | None = None,
         backbone: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         decoder: nn.Module | None = None,
@@ -77,81 +77,82 @@ class TwoStageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def uses_tokens(self) -> bool:
-        """Whether the decoder, if there is one, reads image tokens."""
+        """Whether image tokens are needed; true without a decoder."""
         return self.decoder is None or self.decoder.token_dim > 0
 
+    def forward(self, batch: Batch) -> Tensor:
+        """Reconstruct the images (B, h, w) [file units] from masked k-space."""
+        return self.reconstruct(batch, self.image_tokens(batch) if self.uses_tokens else None)
+
     def freeze(self, trainable: str | None) -> list[nn.Parameter]:
-        """Freeze everything but one part, and return that part's parameters.
+        """Freeze everything except one part, and return the parameters of that part.
 
         Parameters
         ----------
         trainable : {"encoder", "decoder", None}
-            Frozen parts have requires_grad False and are in eval mode; `train` keeps them there.
+            Frozen parts have requires_grad False and stay in eval mode.
         """
         if trainable not in ("encoder", "decoder", None):
-            raise ValueError(f"'{trainable}' cannot be trained; encoder, decoder or None")
+            raise ValueError(f"'{trainable}' cannot be trained; choose encoder, decoder or None")
         self.trainable = trainable
         self.requires_grad_(False)
         self.eval()
-        self.trained: set[str] = set()
+        self.trainable_names: set[str] = set()
         if trainable is None:
             return []
         part = getattr(self, trainable)
         if part is None:
             raise ValueError(f"this model has no {trainable} to train")
         part.requires_grad_(True)
-        self.trained = {f"{trainable}.{name}" for name, parameter in part.named_parameters() if parameter.requires_grad}
+        self.trainable_names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return [parameter for parameter in part.parameters() if parameter.requires_grad]
 
     def train(self, mode: bool = True) -> "TwoStageModel":
-        """Training mode for the trainable part alone."""
+        """Set training mode for the trainable part alone."""
         super().train(False)
         if mode and self.trainable:
             getattr(self, self.trainable).train()
         return self
 
     def check_gradients(self) -> None:
-        """Assert, after a backward pass, that exactly what is to be trained received gradients.
+        """Check, after a backward pass, that exactly the trainable parameters have gradients.
 
         Raises
         ------
         RuntimeError
-            Naming the parameters that have a gradient and should not, or have none and should.
+            Names the parameters with an unexpected or a missing gradient.
         """
         wrong = [
             name
             for name, parameter in self.named_parameters()
-            if (parameter.grad is not None) != (name in self.trained)
+            if (parameter.grad is not None) != (name in self.trainable_names)
         ]
         if wrong:
-            raise RuntimeError(f"only the {self.trainable} is to be trained, but gradients are wrong at: {wrong[:8]}")
+            raise RuntimeError(f"{self.trainable} is trainable, but gradients are unexpected or missing: {wrong[:8]}")
 
     # ------------------------------------------------------------------------------------------ text
 
     def tokenize(self, slices: Sequence[Slice]) -> Texts:
-        """Prompts and analyses of slices as ids.
+        """Tokenize prompts and analyses.
 
-        Labels are masked by length, never by id: padding and end of sequence are one id, and the end is to be learned.
-        The analysis of a volume that nobody reviewed says nothing of findings; its end is not learned, as more could
-        follow.
+        Labels are masked by length, not by id: padding and end of sequence share an id, and the end is trained. It is
+        not trained for a volume that was not reviewed, because findings could follow.
         """
-        prompts, answers, ends = [], [], []
-        for one in slices:
-            prompts.append(self._ids(one.report.prompt if one.report else findings.prompt()))
-            answers.append(self._ids(one.report.response if one.report else findings.answer(one.facts)))
-            ends.append(one.report is not None or one.facts.findings is not None)
+        prompts = [self._ids(prompt_of(one)) for one in slices]
+        answers = [self._ids(answer_of(one)) for one in slices]
         end_id = self.tokenizer.eos_token_id
-        length = max(len(p) + len(a) + 1 for p, a in zip(prompts, answers, strict=True))
+        length = max(len(prompt) + len(answer) + 1 for prompt, answer in zip(prompts, answers, strict=True))
         ids = torch.full((len(slices), length), end_id)
         attention = torch.zeros(len(slices), length, dtype=torch.long)
         labels = torch.full((len(slices), length), -100)
-        for row, (prompt, answer, end) in enumerate(zip(prompts, answers, ends, strict=True)):
-            start, stop = len(prompt), len(prompt) + len(answer) + int(end)
+        for row, (one, prompt, answer) in enumerate(zip(slices, prompts, answers, strict=True)):
+            is_complete = one.report is not None or one.facts.findings is not None
+            start, stop = len(prompt), len(prompt) + len(answer) + int(is_complete)
             ids[row, : start + len(answer)] = torch.tensor(prompt + answer)
             attention[row, :stop] = 1
             labels[row, start:stop] = ids[row, start:stop]
@@ -161,58 +162,57 @@ class TwoStageModel(nn.Module):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def analysis_loss(self, batch: Batch, label_smoothing: float = 0.0) -> TokenLoss:
-        """Cross-entropy on the analysis tokens alone, given k-space tokens and prompt."""
+        """Compute the cross-entropy of the analysis tokens after k-space tokens and prompt."""
         return self.analysis_loss_from_prefix(self.encoder(batch.kspace, batch.mask), batch.slices, label_smoothing)
 
     def analysis_loss_from_prefix(
         self, prefix: Tensor, slices: Sequence[Slice], label_smoothing: float = 0.0
     ) -> TokenLoss:
-        """The same from k-space tokens (B, N + 2, hidden), whosever they are."""
+        """Compute `analysis_loss` from k-space tokens (B, N + 2, hidden), which may be those of other slices."""
         texts = self.tokenize(slices)
         embeds = self.backbone.get_input_embeddings()(texts.ids)
         prefix = prefix.to(embeds.dtype)
         attention = torch.cat([texts.attention.new_ones(prefix.shape[:2]), texts.attention], dim=1)
-        length = texts.ids.shape[1]
         self._check_length(attention.shape[1])
         output = self.backbone(
             inputs_embeds=torch.cat([prefix, embeds], dim=1),
             attention_mask=attention,
             use_cache=False,
-            logits_to_keep=length + 1,  # position i predicts i + 1: from the end vector on
+            logits_to_keep=texts.ids.shape[1] + 1,  # from the end vector on: position i predicts token i + 1
         )
         logits = output.logits[:, :-1].float().transpose(1, 2)
-        smoothed = F.cross_entropy(logits, texts.labels, reduction="sum", label_smoothing=label_smoothing)
+        loss = F.cross_entropy(logits, texts.labels, reduction="sum", label_smoothing=label_smoothing)
         with torch.no_grad():
-            counted = texts.labels != -100
-            plain = F.cross_entropy(logits, texts.labels, reduction="none").sum(1)
-            correct = ((logits.argmax(1) == texts.labels) & counted).sum(1)
-        return TokenLoss(smoothed, plain, correct, counted.sum(1))
+            is_analysis = texts.labels != -100
+            cross_entropy = F.cross_entropy(logits, texts.labels, reduction="none").sum(1)
+            correct = ((logits.argmax(1) == texts.labels) & is_analysis).sum(1)
+        return TokenLoss(loss, cross_entropy, correct, is_analysis.sum(1))
 
     def _check_length(self, tokens: int) -> None:
-        """Raise ValueError where a sequence is longer than the backbone's positions; Nirvana has none."""
+        """Raise ValueError if a sequence has more tokens than the backbone has positions. Nirvana has no limit."""
         limit = getattr(self.backbone.config, "max_position_embeddings", None)
         if limit is not None and tokens > limit and not isinstance(self.backbone, NirvanaForCausalLM):
             raise ValueError(
-                f"{type(self.backbone).__name__} knows {limit} positions, k-space tokens and text take {tokens}: "
+                f"{type(self.backbone).__name__} has {limit} positions, but k-space tokens and text need {tokens}: "
                 "choose a smaller img_size, shorter texts or max_new_tokens, or another backbone"
             )
 
     @torch.no_grad()
     def generate(self, prefix: Tensor, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Analyses told by the backbone, greedily.
+        """Generate analyses by greedy decoding.
 
         Parameters
         ----------
         prefix : Tensor, shape (B, N + 2, hidden)
             K-space tokens.
         prompts : sequence of str
-            One a slice; they may differ in length (padded on the left, where the k-space tokens start).
+            One for each slice. Shorter sequences are padded on the left.
+        max_new_tokens : int
         """
-        ids = [self._ids(prompt) for prompt in prompts]
         embed = self.backbone.get_input_embeddings()
         rows = [
-            torch.cat([one.to(embed.weight.dtype), embed(torch.tensor(tokens, device=self.device))])
-            for one, tokens in zip(prefix, ids, strict=True)
+            torch.cat([tokens.to(embed.weight.dtype), embed(torch.tensor(self._ids(prompt), device=self.device))])
+            for tokens, prompt in zip(prefix, prompts, strict=True)
         ]
         length = max(len(row) for row in rows)
         self._check_length(length + max_new_tokens)
@@ -231,63 +231,49 @@ class TwoStageModel(nn.Module):
     # ------------------------------------------------------------------------------------------ image
 
     def image_tokens(self, batch: Batch) -> Tensor:
-        """The backbone's last hidden states at the k-space positions, as they are: (B, (img_size/16)², hidden)."""
+        """Compute image tokens, float32 (B, (img_size/16)², hidden)."""
         return self.image_tokens_from_prefix(self.encoder(batch.kspace, batch.mask))
 
     def image_tokens_from_prefix(self, prefix: Tensor) -> Tensor:
-        """The same from k-space tokens (B, N + 2, hidden)."""
+        """Compute `image_tokens` from k-space tokens (B, N + 2, hidden)."""
         return self.hidden_states(prefix).float()
 
     def hidden_states(self, prefix: Tensor) -> Tensor:
-        """The same in the type that the backbone works in, which is what the token cache keeps."""
+        """Compute image tokens in the backbone's own type, the type that the token cache stores."""
         prefix = prefix.to(word_embeddings(self.backbone).dtype)
         self._check_length(prefix.shape[1])
         return self.backbone.base_model(inputs_embeds=prefix, use_cache=False).last_hidden_state[:, 1:-1]
 
     def reconstruct(self, batch: Batch, tokens: Tensor | None) -> Tensor:
-        """The decoder's image (B, h, w) [file units] from image tokens, or from none."""
+        """Decode images (B, h, w) [file units] from image tokens, or without them."""
         if self.decoder is None:
             raise ValueError("this model has no image decoder; train stage 2 first")
-        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.recon, batch.acquired)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """From masked k-space to the image (B, h, w) [file units]."""
-        return self.reconstruct(batch, self.image_tokens(batch) if self.uses_tokens else None)
+        return self.decoder(tokens, batch.kspace, batch.mask, batch.scale, batch.image_shape, batch.acquired)
 
 
-def word_embeddings(backbone: PreTrainedModel) -> Tensor:
-    """The backbone's embedding matrix, (vocabulary, hidden)."""
-    weight = backbone.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+def prompt_of(one: Slice) -> str:
+    """Return the prompt of a slice: its report's, or the general one."""
+    return one.report.prompt if one.report else findings.prompt()
 
 
-@torch.no_grad()
-def embed(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Embed ids as the backbone does, which may scale its embedding matrix (Gemma, by √hidden); float32."""
-    return backbone.get_input_embeddings()(ids.to(backbone.device)).float()
+def answer_of(one: Slice) -> str:
+    """Return the true analysis of a slice: its report's, or the one of its facts."""
+    return one.report.response if one.report else findings.answer(one.facts)
 
 
-def embedding_rms(backbone: PreTrainedModel) -> float:
-    """Root mean square of the embedded vocabulary."""
-    return embed(backbone, torch.arange(len(word_embeddings(backbone)))).square().mean().sqrt().item()
-
-
-def hidden_size(backbone: PreTrainedModel) -> int:
-    """Width of the backbone's word embeddings."""
-    return word_embeddings(backbone).shape[1]
+# ---------------------------------------------------------------------------------------------- builders
 
 
 def build_backbone(
     config: BackboneParameters, device: torch.device | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load backbone and tokenizer, checked against each other, with activation checkpointing if that is asked for.
+    """Load backbone and tokenizer, and check that they fit each other.
 
-    Without a tokenizer_path the tokenizer is that of the backbone's folder; Nirvana without one has Mistral's.
+    Without a tokenizer_path the tokenizer is the one in the backbone's folder. A Nirvana folder without a tokenizer
+    gets Mistral's.
     """
     path = resolve(config.backbone_path)
-    dtype = getattr(torch, config.backbone_dtype)
-    backbone = load_backbone(resolve(config.config_path), path, dtype, device)
+    backbone = load_backbone(resolve(config.config_path), path, getattr(torch, config.backbone_dtype), device)
     if getattr(config, "activation_checkpointing", False):
         checkpoint_layers(backbone)
     tokenizer_path: str | Path = ""
@@ -295,77 +281,16 @@ def build_backbone(
         tokenizer_path = resolve(config.tokenizer_path)
     elif (path / "tokenizer.json").exists() or not isinstance(backbone, NirvanaForCausalLM):
         tokenizer_path = path
-    tokenizer = load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)
-    return backbone, tokenizer
-
-
-def checkpoint_layers(backbone: PreTrainedModel) -> int:
-    """Make every layer of a language model recompute its activations in the backward pass; how many there are.
-
-    The library's own switch (`activation_checkpointing_enable`) does nothing in eval mode, which a frozen backbone is
-    in: a frozen Llama would keep all its activations. Passes that fill a cache, and those without a graph, are as
-    before.
-
-    Raises
-    ------
-    ValueError
-        A model whose layers the library does not name.
-    """
-    names = set(backbone._no_split_modules or ())
-    layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer) or type(m).__name__ in names]
-    if not layers:
-        raise ValueError(f"activation_checkpointing: {type(backbone).__name__} does not say which its layers are")
-    for layer in layers:
-        layer.forward = functools.partial(_recomputed, layer.forward)
-    return len(layers)
-
-
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # recomputing would write into a cache twice
-    cached = any(isinstance(x, Cache | NirvanaCacheLayer) for x in (*args, *kwargs.values()))
-    if cached or not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-def delta_rule_path(backbone: PreTrainedModel | None, config: BackboneParameters) -> dict[str, Any]:
-    """Which code computes the backbone's delta rule in a run, for its record; see `kernels.path`.
-
-    Raises
-    ------
-    KernelError
-        Fused kernels that fail their check on this device.
-    """
-    if backbone is None:
-        return {"path": "none", "because": "the decoder uses no image tokens"}
-    if not isinstance(backbone, NirvanaForCausalLM):
-        return {"path": "none", "because": f"{type(backbone).__name__} has no delta rule"}
-    mixed = getattr(config, "mixed_precision", "no") == "bf16"
-    return kernels.path(backbone.device, torch.bfloat16 if mixed else backbone.dtype, backbone.config.head_dim)
-
-
-def word_vectors(words: Sequence[str], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """What a language model's vocabulary has for some words: (words, hidden).
-
-    The token that stands for a fact (`corpus.fact_token`) where the vocabulary has one, else the mean over the word's
-    own tokens.
-    """
-    vocabulary = tokenizer.get_vocab()
-    rows = []
-    for word in words:
-        own = vocabulary.get(fact_token(word))
-        ids = [own] if own is not None else tokenizer(f" {word.lower()}", add_special_tokens=False)["input_ids"]
-        rows.append(embed(backbone, torch.tensor(ids)).mean(0))
-    return torch.stack(rows)
+    return backbone, load_tokenizer(tokenizer_path, vocab_size=backbone.config.vocab_size)
 
 
 def build_encoder(
     config: Stage1Parameters, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> KSpaceEncoder:
-    """The k-space encoder of stage 1's parameters, its width following the backbone's.
+    """Build the k-space encoder of stage 1's parameters for a backbone.
 
-    With the tokenizer, which an encoder that is to be loaded does without, what maps of findings say starts as the
-    language model's own words.
+    With a tokenizer, the vectors of findings are initialized with the backbone's word embeddings. An encoder with
+    weights to be loaded needs none.
     """
     encoder = KSpaceEncoder(
         output_dim=hidden_size(backbone),
@@ -382,23 +307,118 @@ def build_encoder(
     )
     encoder.match_embeddings(embedding_rms(backbone))
     if encoder.finding_words is not None and tokenizer is not None:
-        words = (config.finding_labels, findings.SIDES, findings.REGIONS)
-        encoder.finding_words.start_from(*(word_vectors(one, backbone, tokenizer).cpu() for one in words))
+        vocabularies = (config.finding_labels, findings.SIDES, findings.REGIONS)
+        vectors = [word_vectors(words, backbone, tokenizer).cpu() for words in vocabularies]
+        encoder.finding_words.initialize_from_words(*vectors)
     if config.varnet_weights:
         encoder.load_varnet(resolve(config.varnet_weights))
-    for convolutions in (encoder.varnet, encoder.finding_maps):
-        if convolutions is not None:
-            convolutions.to(memory_format=torch.channels_last)  # halves the time of narrow convolutions on CPUs
+    for network in (encoder.varnet, encoder.finding_maps):
+        if network is not None:
+            network.to(memory_format=torch.channels_last)  # halves the time of narrow convolutions on CPUs
     return encoder
 
 
-def build_constant_prefix(config: Stage1Parameters, backbone: PreTrainedModel) -> LearnedPrefix:
-    """Stage 1's control that sees no k-space, as long as the encoder's output and as small at the start."""
-    return LearnedPrefix((config.img_size // 16) ** 2, hidden_size(backbone), FIRST_TOKENS * embedding_rms(backbone))
+def build_constant_prefix(config: Stage1Parameters, backbone: PreTrainedModel) -> ConstantPrefix:
+    """Build stage 1's baseline without k-space, with the length and the initial scale of the encoder's tokens."""
+    rms = INITIAL_TOKEN_SCALE * embedding_rms(backbone)
+    return ConstantPrefix((config.img_size // PATCH) ** 2, hidden_size(backbone), rms)
+
+
+def word_embeddings(backbone: PreTrainedModel) -> Tensor:
+    """Return the backbone's embedding matrix, (vocabulary, hidden)."""
+    weight = backbone.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def hidden_size(backbone: PreTrainedModel) -> int:
+    """Return the width of the backbone's word embeddings."""
+    return word_embeddings(backbone).shape[1]
+
+
+@torch.no_grad()
+def embed(backbone: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Embed ids in float32 with the backbone's own scaling: Gemma multiplies by √hidden."""
+    return backbone.get_input_embeddings()(ids.to(backbone.device)).float()
+
+
+def embedding_rms(backbone: PreTrainedModel) -> float:
+    """Compute the root mean square of all word embeddings."""
+    return embed(backbone, torch.arange(len(word_embeddings(backbone)))).square().mean().sqrt().item()
+
+
+def word_vectors(words: Sequence[str], backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Embed words: (words, hidden).
+
+    A word with a special token (`findings.fact_token`) has that token's embedding. Other words have the mean over
+    their tokens.
+    """
+    vocabulary = tokenizer.get_vocab()
+    rows = []
+    for word in words:
+        fact_id = vocabulary.get(findings.fact_token(word))
+        ids = [fact_id] if fact_id is not None else tokenizer(f" {word.lower()}", add_special_tokens=False)["input_ids"]
+        rows.append(embed(backbone, torch.tensor(ids)).mean(0))
+    return torch.stack(rows)
+
+
+def checkpoint_layers(backbone: PreTrainedModel) -> int:
+    """Make every layer recompute its activations in the backward pass; return the number of layers.
+
+    transformers' own switch does nothing in eval mode, the mode of a frozen backbone. Passes that fill a cache and
+    passes without a graph are unchanged.
+
+    Raises
+    ------
+    ValueError
+        If the model declares no layer classes.
+    """
+    names = set(backbone._no_split_modules or ())
+    layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer) or type(m).__name__ in names]
+    if not layers:
+        raise ValueError(
+            f"activation_checkpointing: {type(backbone).__name__} declares no layer classes (_no_split_modules); "
+            "set activation_checkpointing: false"
+        )
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+    return len(layers)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # A recomputed forward pass would write into a cache twice.
+    cached = any(isinstance(x, Cache | NirvanaCacheLayer) for x in (*args, *kwargs.values()))
+    if cached or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------- facts for records
+
+
+def delta_rule_path(backbone: PreTrainedModel | None, config: BackboneParameters) -> dict[str, Any]:
+    """Describe the code that computes the backbone's delta rule, for the run's record; see `kernels.path`.
+
+    Raises
+    ------
+    KernelError
+        If fused kernels fail their check on this device.
+    """
+    if backbone is None:
+        return {"path": "none", "because": "the decoder uses no image tokens"}
+    if not isinstance(backbone, NirvanaForCausalLM):
+        return {"path": "none", "because": f"{type(backbone).__name__} has no delta rule"}
+    mixed = getattr(config, "mixed_precision", "no") == "bf16"
+    return kernels.path(backbone.device, torch.bfloat16 if mixed else backbone.dtype, backbone.config.head_dim)
+
+
+def count_parameters(module: nn.Module | None) -> int:
+    """Count a module's parameters; 0 for None."""
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
 def tensor_hash(module: nn.Module) -> str:
-    """SHA-256 over a module's tensors: names in order, types, shapes and bytes."""
+    """Compute SHA-256 over a module's tensors: names in order, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -406,17 +426,9 @@ def tensor_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def count_parameters(module: nn.Module | None) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-
-
 @torch.no_grad()
 def fingerprint(model: TwoStageModel) -> dict[str, str]:
-    """SHA-256 of the backbone's tensors, and of the logits that it gives for the prompt alone; bitwise.
-
-    Empty for a model without a backbone.
-    """
+    """Compute SHA-256 of the backbone's tensors and of its logits for the prompt alone; empty without a backbone."""
     backbone, tokenizer = model.backbone, model.tokenizer
     if backbone is None:
         return {}

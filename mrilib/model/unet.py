@@ -1,29 +1,31 @@
-"""The U-Net of the image decoder and of the maps of findings.
+"""The U-Net of the image decoder and of the detection maps.
 
-Two pixels by two lie in the channels of one place from the first layer to the last: a quarter of the places with wider
-layers costs far less than full size with narrow ones, and no pixel is lost. Three levels below that, 16-fold down, lies
-the bottleneck, one place for each patch of the ViT; a map may join there.
+The first layer stores each 2×2 pixel block in the channels of one position (`pixel_unshuffle`). Wide layers on a
+quarter of the positions cost far less than narrow layers at full size, and no pixel is lost. Three levels lower, at
+1/16 of the image size, lies the bottleneck. It has one position for each 16×16 patch of the ViT.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-FOLD = 2  # pixels, each way, that lie in the channels of one place
+BLOCK = 2  # side of the pixel block that the first layer stores in channels [pixels]
+PATCH = 16  # side of a ViT patch, and of the image area of one bottleneck position [pixels]
 
 
 class Depth(NamedTuple):
-    """Residual blocks at the bottleneck and at each other level of the U-Net, finest first."""
+    """Number of residual blocks at the bottleneck and at each other level of the U-Net, finest first."""
 
     bottleneck: int
     levels: tuple[int, int, int]
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place: (B, C, H, W) → (B, C, H, W)."""
+    """LayerNorm over the channels of each position: (B, C, H, W) → (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
@@ -32,19 +34,18 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, 3×3 convolution, SiLU, 3×3 convolution, and a shortcut: (B, in, H, W) → (B, out, H, W).
+    """Norm, SiLU, 3×3 convolution, SiLU, 3×3 convolution, plus a shortcut: (B, in, H, W) → (B, out, H, W).
 
-    A group norm would take a processor longer than the convolutions do, and ties each place to the rest of the image.
+    The norm is per position. A group norm is slower than the convolutions on a CPU and couples distant pixels.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         with torch.no_grad():
-            last.weight.mul_(0.3)  # a block begins as little more than its shortcut
-        self.body = nn.Sequential(
-            ChannelNorm(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.SiLU(), last
-        )
+            last.weight.mul_(0.3)  # an untrained block is close to its shortcut
+        first = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.body = nn.Sequential(ChannelNorm(in_channels), nn.SiLU(), first, nn.SiLU(), last)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
@@ -54,7 +55,7 @@ class ResidualBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, fewer channels: a 1×1 convolution and bilinear, or a transposed 2×2 convolution."""
+    """Upsampling by 2: a 1×1 convolution and bilinear interpolation, or a transposed 2×2 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, bilinear: bool) -> None:
         super().__init__()
@@ -67,85 +68,107 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, 2H, 2W)."""
-        x = self.conv(x)  # which commutes with the interpolation, and is cheaper before it
+        x = self.conv(x)  # it commutes with the interpolation and is cheaper before it
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) if self.bilinear else x
 
 
 class UNet(nn.Module):
-    """U-Net from an image to an image of the same size, from a map at its bottleneck, or from both.
+    """U-Net from an image, a map at the bottleneck, or both, to an image of the same size.
 
     Parameters
     ----------
-    inputs : int
-        Channels of the image; 0: none, and no way down.
-    outputs : int
+    in_channels : int
+        Channels of the input image; 0: no image, and no downward path.
+    out_channels : int
     width : int
-        Of the finest level; those below have 2, 4 and, at the bottleneck, 6 times it.
+        Channels of the finest level. The next levels have 2 and 4 times as many, the bottleneck 6 times.
     depth : Depth
-    joined : int
-        Channels of the map that joins at the bottleneck; 0: none.
+    map_channels : int
+        Channels of the map that enters at the bottleneck; 0: no map.
     bilinear : bool
-        False: transposed convolutions.
+        True: bilinear upsampling. False: transposed convolutions.
     activation_checkpointing : bool
         Recompute each level in the backward pass.
     """
 
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
+        in_channels: int,
+        out_channels: int,
         width: int,
         depth: Depth,
-        joined: int = 0,
+        map_channels: int = 0,
         bilinear: bool = True,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
+        self.bottleneck_channels = 6 * width
         widths = [width, 2 * width, 4 * width]
-        self.features = bottom = 6 * width  # at the bottleneck
-        below = [*widths[1:], bottom]
-        self.stem = nn.Conv2d(inputs * FOLD**2, width, 3, padding=1) if inputs else None
+        lower_widths = [*widths[1:], self.bottleneck_channels]
+        levels = list(zip(widths, lower_widths, depth.levels, strict=True))
+        self.stem = nn.Conv2d(in_channels * BLOCK**2, width, 3, padding=1) if in_channels else None
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
-        for wide, next_width, blocks in zip(widths, below, depth.levels, strict=True) if inputs else ():
-            self.down.append(nn.Sequential(*(ResidualBlock(wide, wide) for _ in range(blocks))))
-            self.shrink.append(nn.Conv2d(wide, next_width, 2, stride=2))
-        first = ResidualBlock((bottom if inputs else 0) + joined, bottom)
-        self.bottleneck = nn.Sequential(first, *(ResidualBlock(bottom, bottom) for _ in range(depth.bottleneck - 1)))
+        for channels, lower, count in levels if in_channels else ():
+            self.down.append(_residual_blocks(channels, channels, count))
+            self.shrink.append(nn.Conv2d(channels, lower, 2, stride=2))
+        entering = (self.bottleneck_channels if in_channels else 0) + map_channels
+        self.bottleneck = _residual_blocks(entering, self.bottleneck_channels, depth.bottleneck)
         self.grow, self.up = nn.ModuleList(), nn.ModuleList()
-        for wide, from_width, blocks in zip(reversed(widths), reversed(below), reversed(depth.levels), strict=True):
-            self.grow.append(Upsample(from_width, wide, bilinear))
-            first = ResidualBlock(2 * wide if inputs else wide, wide)
-            self.up.append(nn.Sequential(first, *(ResidualBlock(wide, wide) for _ in range(blocks - 1))))
-        self.head = nn.Conv2d(width, outputs * FOLD**2, 3, padding=1)
+        for channels, lower, count in reversed(levels):
+            self.grow.append(Upsample(lower, channels, bilinear))
+            self.up.append(_residual_blocks(2 * channels if in_channels else channels, channels, count))
+        self.head = nn.Conv2d(width, out_channels * BLOCK**2, 3, padding=1)
 
-    def forward(self, pixels: Tensor | None, joined: Tensor | None = None) -> Tensor:
-        """Image (B, inputs, H, W), sides multiples of 16, and map (B, joined, H/16, W/16) → (B, outputs, H, W)."""
-        return self.with_bottleneck(pixels, joined)[0]
+    def forward(self, image: Tensor | None, bottleneck_map: Tensor | None = None) -> Tensor:
+        """Compute the output image.
 
-    def with_bottleneck(self, pixels: Tensor | None, joined: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same, and what the bottleneck makes, (B, features, H/16, W/16)."""
+        Parameters
+        ----------
+        image : Tensor, shape (B, in_channels, H, W), or None
+            H and W are multiples of 16.
+        bottleneck_map : Tensor, shape (B, map_channels, H/16, W/16), optional
+
+        Returns
+        -------
+        Tensor, shape (B, out_channels, H, W)
+        """
+        return self.with_bottleneck(image, bottleneck_map)[0]
+
+    def with_bottleneck(self, image: Tensor | None, bottleneck_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Compute the output image and the bottleneck's output, (B, bottleneck_channels, H/16, W/16)."""
         skips: list[Tensor] = []
-        parts: list[Tensor] = []
+        entering: list[Tensor] = []
         if self.stem is not None:
-            assert pixels is not None
-            x = self.stem(F.pixel_unshuffle(pixels, FOLD).contiguous(memory_format=torch.channels_last))
+            assert image is not None
+            x = self.stem(F.pixel_unshuffle(image, BLOCK).contiguous(memory_format=torch.channels_last))
             for blocks, shrink in zip(self.down, self.shrink, strict=True):
-                x = self._step(blocks, x)
+                x = self._run(blocks, x)
                 skips.append(x)
                 x = shrink(x)
-            parts.append(x)
-        if joined is not None:
-            parts.append(joined.to(parts[0].dtype) if parts else joined)
-        x = bottleneck = self._step(self.bottleneck, torch.cat(parts, dim=1))
+            entering.append(x)
+        if bottleneck_map is not None:
+            entering.append(bottleneck_map.to(entering[0].dtype) if entering else bottleneck_map)
+        x = bottleneck = self._run(self.bottleneck, torch.cat(entering, dim=1))
         for grow, blocks in zip(self.grow, self.up, strict=True):
             x = grow(x)
             if skips:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self._step(blocks, x)
-        return F.pixel_shuffle(self.head(F.silu(x)), FOLD), bottleneck
+            x = self._run(blocks, x)
+        return F.pixel_shuffle(self.head(F.silu(x)), BLOCK), bottleneck
 
-    def _step(self, module: nn.Module, x: Tensor) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, x, use_reentrant=False)
-        return module(x)
+    def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
+        return run(blocks, x, checkpointing=self.activation_checkpointing)
+
+
+def run(module: Callable[..., Any], *inputs: Tensor, checkpointing: bool) -> Any:
+    """Call a module. With `checkpointing`, its activations are recomputed in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        # A reentrant checkpoint returns no gradient where the first input needs none.
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
+
+
+def _residual_blocks(in_channels: int, channels: int, count: int) -> nn.Sequential:
+    first = ResidualBlock(in_channels, channels)
+    return nn.Sequential(first, *(ResidualBlock(channels, channels) for _ in range(count - 1)))

@@ -1,9 +1,8 @@
-"""Anatomy of the phantom: one real head, warped per patient, seen through spin-echo contrasts.
+"""Anatomy of the phantom: one real head, warped for each patient, with lesions and spin-echo contrasts.
 
 Brain tissue comes from the ICBM 152 2009a nonlinear symmetric template (Fonov et al., NeuroImage 54:313, 2011) in the
-1 mm copies that nilearn carries: T1, grey matter, white matter. The template is skull stripped, so meninges, skull,
-temporal muscle, fat and skin are shells around the brain's envelope, of irregular thickness. All patients are warps of
-this one head.
+1 mm copies of the package nilearn: T1, grey matter, white matter. The template is skull stripped, so dura, skull,
+temporal muscle, fat and skin are added as shells of irregular thickness around the brain's envelope.
 
 Patient coordinates r = (x, y, z) [mm]: x to the patient's right, y anterior, z superior, origin near the head's centre.
 """
@@ -23,11 +22,11 @@ from mrilib.phantom.scanner import Sequence, spin_echo_signal
 
 Array = NDArray[np.float32]
 
-# Relaxation at 3 T: (T1 [ms], T2 [ms], proton density [1]). White matter: Wansapura et al., JMRI 9:531 (1999); grey
-# matter between theirs (T1 1331) and that of Stanisz et al., MRM 54:507 (2005; T1 1820), muscle from the latter;
-# cerebrospinal fluid: Lin et al., Proc. ISMRM 9:1391 (2001), its T2 shortened as by flow; fat and marrow: de Bazelaire
-# et al., Radiology 230:652 (2004), fat's T2 lengthened as in an echo train, its density lowered by septa and vessels.
-# Skin and the pathological tissues are typical values, chosen to look as the textbooks have it in the three contrasts.
+# T1 [ms], T2 [ms] and proton density [1] at 3 T. White matter: Wansapura et al., JMRI 9:531 (1999). Grey matter:
+# between Wansapura (T1 1331) and Stanisz et al., MRM 54:507 (2005; T1 1820). Muscle: Stanisz. Cerebrospinal fluid: Lin
+# et al., Proc. ISMRM 9:1391 (2001), with T2 shortened by flow. Fat and marrow: de Bazelaire et al., Radiology 230:652
+# (2004), with the longer T2 of fat in an echo train, and a lower density for septa and vessels. Skin and lesions:
+# typical values that give the textbook appearance in the three contrasts.
 TISSUES: dict[str, tuple[float, float, float]] = {
     "grey": (1450.0, 100.0, 0.84),
     "white": (832.0, 79.6, 0.70),
@@ -45,42 +44,51 @@ TISSUES: dict[str, tuple[float, float, float]] = {
     "oedema": (1500.0, 165.0, 0.85),
 }
 _SHELLS = ("dura", "bone", "marrow", "bone", "muscle", "fat", "skin")  # from the brain outwards
+_HEAD_CENTRE = np.array((0.0, -17.0, 20.0))
+_VENTRICLE_CENTRE = np.array((0.0, -12.0, 15.0))
+_TEXTURE_VOXEL = 2.0  # [mm]
+_DIAMETERS = {  # range for each lesion label [mm]
+    "Nonspecific white matter lesion": (5.5, 11.0),
+    "Lacunar infarct": (6.0, 10.0),
+    "Mass": (14.0, 32.0),
+    "Encephalomalacia": (18.0, 32.0),
+}
 
 
 class Template(NamedTuple):
-    """Maps of the template head; the first index of each axis lies at `origin` in MNI space."""
+    """Maps of the template head; their first voxel lies at `origin` in MNI space."""
 
     white: Array  # (X, Y, Z) fraction of white matter [1], 1 mm
     csf: Array  # (X, Y, Z) fraction of cerebrospinal fluid [1], 1 mm; grey matter is the rest
     white_core: Array  # (X/2, Y/2, Z/2) white matter averaged over about 6 mm [1], 2 mm
-    outside: Array  # (X/2, Y/2, Z/2) signed distance from the brain's envelope [mm], negative within, 2 mm
+    outside: Array  # (X/2, Y/2, Z/2) signed distance from the brain's envelope [mm], negative inside, 2 mm
     origin: NDArray[np.float64]  # (3,) [mm]
 
 
 @lru_cache(maxsize=1)
 def load_template() -> Template:
-    """Read the ICBM 152 maps from nilearn's package and derive fluid and envelope.
+    """Read the ICBM 152 maps from the package nilearn, and derive fluid and envelope.
 
     Raises
     ------
     FileNotFoundError
-        If this nilearn does not carry the maps.
+        If the installed nilearn lacks the maps.
     """
     folder = files("nilearn") / "datasets" / "data"
     maps = {}
     for name in ("t1", "gm", "wm"):
         path = folder / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz"
         if not path.is_file():
-            raise FileNotFoundError(f"nilearn does not carry '{path.name}'; install the version in constraints.txt")
+            raise FileNotFoundError(f"nilearn lacks '{path.name}'; install the version in constraints.txt")
         volume = nib.load(str(path))
         maps[name] = np.asarray(volume.dataobj)[:, :, 10:].astype(np.float32)  # type: ignore[attr-defined]
     origin = volume.affine[:3, 3] + (0.0, 0.0, 10.0)  # type: ignore[attr-defined]
     grey, white = maps["gm"] / 255, maps["wm"] / 255
-    # The tissue maps hardly know the sulci; the T1 shows them as darker than grey matter (about 165).
+    # The tissue maps barely resolve the sulci, which the T1 map shows darker than grey matter (about 165).
     sulci = np.clip((150 - maps["t1"]) / 75, 0, 1) * (1 - white)
     csf = np.maximum(np.clip(1 - grey - white, 0, 1), sulci)
     brain = binary_fill_holes(maps["t1"][::2, ::2, ::2] > 0)
-    reach = 9.0  # closing over sulci and fissures, [mm]
+    reach = 9.0  # [mm]: closes sulci and fissures
     dilated = 2 * distance_transform_edt(~brain) < reach
     envelope = 2 * distance_transform_edt(dilated) > reach
     outside = 2 * (distance_transform_edt(~envelope) - distance_transform_edt(envelope))
@@ -95,24 +103,20 @@ def load_template() -> Template:
 
 @dataclass(frozen=True)
 class Lesion:
-    """One lesion at a fixed place in the patient's head.
+    """One lesion at a fixed place in the patient's head."""
 
-    `label` is a fastMRI+ label. `texture_shift` moves the noise field that roughens edge and inside, so that no two
-    lesions share a shape; `tissue_scale` varies T1 and T2.
-    """
-
-    label: str
+    label: str  # of fastMRI+
     centre: NDArray[np.float64]  # (3,) [mm]
     radii: NDArray[np.float64]  # (3,) half axes [mm]
     axes: NDArray[np.float64]  # (3, 3) rotation onto the half axes
-    texture_shift: NDArray[np.float64]  # (3,) [mm]
-    tissue_scale: tuple[float, float]
-    around: "Lesion | None" = None  # the mass that an oedema surrounds
+    texture_shift: NDArray[np.float64]  # (3,) [mm]: shift of the noise field that roughens edge and inside
+    tissue_scale: tuple[float, float]  # factors of T1 and T2
+    around: "Lesion | None" = None  # mass inside an oedema
 
 
 @dataclass(frozen=True)
 class Patient:
-    """Everything that a patient's contrasts share: head shape, tissue values, lesions."""
+    """Head shape, tissue values and lesions of a patient, shared by the contrasts."""
 
     affine: NDArray[np.float64]  # (3, 3), patient to template [mm/mm]
     waves: NDArray[np.float64]  # (3, K) wave vectors of the warp [rad/mm]
@@ -128,30 +132,25 @@ class Patient:
     lesions: tuple[Lesion, ...] = ()
 
     def to_template(self, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Map patient coordinates (P, 3) [mm] to template coordinates (P, 3) [mm]; also shell noise (P, 2) [mm]."""
+        """Map patient coordinates (P, 3) [mm] to template coordinates (P, 3) [mm] and shell noise (P, 2) [mm]."""
         waves = np.sin((points @ self.waves + self.wave_phases).astype(np.float32)) @ self.wave_amplitudes
         mapped = points @ self.affine.T + _HEAD_CENTRE + waves[:, :3]
-        # Reading the template nearer to the ventricles' centre makes them larger here.
+        # Pulling the coordinates towards the centre of the ventricles enlarges the ventricles.
         offset = mapped - _VENTRICLE_CENTRE
         pull = self.ventricles * np.exp(-0.5 * ((offset / (26.0, 40.0, 24.0)) ** 2).sum(1, keepdims=True))
         return mapped - pull * offset * (1.0, 0.5, 0.7), waves[:, 3:]
 
     def noise(self, points: NDArray[np.float64], scale: float = 1.0) -> Array:
-        """Periodic noise of about unit variance at (P, 3) points; `scale` > 1 makes it coarser."""
+        """Periodic noise of about unit variance at points (P, 3); `scale` > 1 makes it coarser."""
         coordinates = (points / (_TEXTURE_VOXEL * scale)).T
         return map_coordinates(self.texture, coordinates, order=1, mode="grid-wrap", output=np.float32)
-
-
-_HEAD_CENTRE = np.array((0.0, -17.0, 20.0))
-_VENTRICLE_CENTRE = np.array((0.0, -12.0, 15.0))
-_TEXTURE_VOXEL = 2.0  # [mm]
 
 
 def draw_patient(rng: np.random.Generator) -> Patient:
     """Draw one patient's head, without lesions.
 
-    Size about 0.93 of the template, which is larger than most heads; rotations of some degrees, shear, a warp of
-    smooth waves of about 2 mm rms, ventricles, sulci, skull and scalp, and tissue values that differ by some per cent.
+    Randomised are size (about 0.93 of the template, which is larger than most heads), rotation, shear, a smooth warp of
+    about 2 mm rms, ventricles, sulci, skull, scalp, and tissue values.
     """
     scale = rng.uniform(0.89, 0.97) * rng.uniform(0.97, 1.03, 3)
     rotation = Rotation.from_euler("xyz", rng.uniform(-1, 1, 3) * (5.0, 2.5, 5.0), degrees=True).as_matrix()
@@ -184,9 +183,9 @@ def draw_patient(rng: np.random.Generator) -> Patient:
 
 
 class Composition(NamedTuple):
-    """What a set of P points consists of."""
+    """Tissues of the healthy head at P points."""
 
-    fractions: Array  # (3 + shells, P): grey, white, csf, then the shells; they sum to 1 in the head, to 0 in air
+    fractions: Array  # (3 + shells, P): grey, white, csf, shells; the sum is 1 in the head, 0 in air
     white_core: Array  # (P,)
     outside: Array  # (P,) signed distance from the brain's envelope [mm]
     template: NDArray[np.float64]  # (P, 3) template coordinates [mm]
@@ -201,9 +200,9 @@ def compose(patient: Patient, points: NDArray[np.float64]) -> Composition:
     csf = map_coordinates(head.csf, index, order=1, cval=1.0, output=np.float32)
     outside = map_coordinates(head.outside, index / 2, order=1, mode="nearest", output=np.float32)
     core = map_coordinates(head.white_core, index / 2, order=1, output=np.float32)
-    csf = np.clip(csf * (1 + patient.atrophy * np.clip(1 + outside / 25, 0, 1)), 0, 1)  # near the surface alone
+    csf = np.clip(csf * (1 + patient.atrophy * np.clip(1 + outside / 25, 0, 1)), 0, 1)  # near the surface only
     white = np.minimum(white, 1 - csf)
-    # The temporal muscle lies between skull and scalp at the temples.
+    # Temporal muscle between skull and scalp.
     x, y, z = template.T
     temple = np.clip((np.abs(x) - 38) / 25, 0, 1) * np.exp(-0.5 * (((y - 12) / 24) ** 2 + ((z + 4) / 22) ** 2))
     skull = np.maximum(patient.skull + shell_noise[:, 0], 3.0)
@@ -221,21 +220,21 @@ def compose(patient: Patient, points: NDArray[np.float64]) -> Composition:
 
 
 def _radius(patient: Patient, lesion: Lesion, points: NDArray[np.float64], roughness: float) -> Array:
-    """Normalised distance (P,) from a lesion's centre, 1 at its rough edge [1]."""
+    """Distance (P,) from a lesion's centre relative to its rough edge [1]."""
     q = np.linalg.norm((points - lesion.centre) @ lesion.axes.T / lesion.radii, axis=1)
     coarseness = max(float(lesion.radii.min()) / 7, 0.6)
     return (q + roughness * patient.noise(points + lesion.texture_shift, coarseness)).astype(np.float32)
 
 
 def _fill(radius: Array, size: float, edge: float, at: float = 1.0) -> Array:
-    """Soft step: 1 within `at` of the normalised radius, 0 beyond, over `edge` [mm]; `size` is the half axis [mm]."""
+    """Soft step from 1 to 0 at relative radius `at`, `edge` [mm] wide, for a half axis of `size` [mm]."""
     return np.clip((at - radius) * size / edge + 0.5, 0, 1)
 
 
 def _lesion_layers(
     patient: Patient, lesion: Lesion, points: NDArray[np.float64], healthy: Composition
 ) -> list[tuple[Array, str]]:
-    """Opacity (P,) and tissue of each layer of a lesion, from the bottom up."""
+    """Opacity (P,) and tissue of each layer of a lesion, bottom layer first."""
     size = float(lesion.radii.min())
     brain = healthy.fractions[:3].sum(0)
     tissue = healthy.fractions[0] + healthy.fractions[1]
@@ -256,28 +255,21 @@ def _lesion_layers(
     if lesion.label == "Edema" and lesion.around is not None:
         radius = _radius(patient, lesion, points, 0.16)
         mass = _lesion_layers(patient, lesion.around, points, healthy)[0][0]
-        # Oedema runs along white matter and hardly enters the cortex.
+        # Oedema spreads along white matter and spares the cortex.
         spread = np.clip(healthy.fractions[1] * 1.15 + 0.25 * healthy.fractions[0], 0, 0.95)
         return [(_fill(radius, size, 4.0) * spread * (1 - mass), "oedema")]
-    raise ValueError(f"no appearance is known for a lesion labelled '{lesion.label}'")
+    raise ValueError(f"unknown lesion label '{lesion.label}'")
 
 
 def render(patient: Patient, points: NDArray[np.float64], sequence: Sequence) -> tuple[Array, list[Array]]:
-    """Signal at any points of a patient's head.
-
-    Parameters
-    ----------
-    patient : Patient
-    points : ndarray, shape (P, 3)
-        Patient coordinates [mm].
-    sequence : Sequence
+    """Signal at points (P, 3) of a patient's head [mm].
 
     Returns
     -------
     signal : ndarray, float32, shape (P,)
-        Transverse magnetisation of the voxel [1], proton density of water 1.
+        Transverse magnetisation, for a proton density of water of 1 [1].
     opacities : list of ndarray, float32, shape (P,)
-        For each of `patient.lesions`, the fraction of the voxel that it fills.
+        For each of `patient.lesions`, the fraction of the voxel that it fills [1].
     """
     healthy = compose(patient, points)
     signals = {name: spin_echo_signal(values, sequence) for name, values in patient.tissues.items()}
@@ -289,9 +281,8 @@ def render(patient: Patient, points: NDArray[np.float64], sequence: Sequence) ->
         near = np.abs(points - lesion.centre).max(1) < 1.6 * lesion.radii.max() + 3
         opacity = np.zeros_like(image)
         if near.any():
-            part = Composition(healthy.fractions[:, near], *(values[near] for values in healthy[1:]))
-            inside = points[near]
-            for layer, tissue in _lesion_layers(patient, lesion, inside, part):
+            healthy_near = Composition(healthy.fractions[:, near], *(values[near] for values in healthy[1:]))
+            for layer, tissue in _lesion_layers(patient, lesion, points[near], healthy_near):
                 t1, t2, density = patient.tissues[tissue]
                 varied = (t1 * lesion.tissue_scale[0], t2 * lesion.tissue_scale[1], density)
                 image[near] += layer * (spin_echo_signal(varied, sequence) - image[near])
@@ -301,19 +292,9 @@ def render(patient: Patient, points: NDArray[np.float64], sequence: Sequence) ->
 
 
 def add_lesions(patient: Patient, rng: np.random.Generator, slice_positions: NDArray[np.float64]) -> Patient:
-    """Give a patient lesions at places that suit them, most of them cut by one of the slices.
+    """Copy of a patient with lesions in suitable tissue; later lesions cover earlier ones.
 
-    Parameters
-    ----------
-    patient : Patient
-    rng : numpy.random.Generator
-    slice_positions : ndarray, shape (slices,)
-        z of the slice centres [mm]; lesions lie within 1.5 mm of one, or with widely spaced slices few would be seen.
-
-    Returns
-    -------
-    Patient
-        With `lesions`; later ones lie over earlier ones.
+    Lesions lie within 1.5 mm of a slice centre z [mm], so that widely spaced slices show them too.
     """
     spacing = float(np.diff(slice_positions).mean()) if len(slice_positions) > 1 else np.inf
     lesions: list[Lesion] = []
@@ -329,7 +310,7 @@ def add_lesions(patient: Patient, rng: np.random.Generator, slice_positions: NDA
             if label == "Mass" and masses == 2:
                 label = "Nonspecific white matter lesion"
             lesion = _place(patient, rng, str(label), float(position), lesions)
-            if lesion is None and label != "Nonspecific white matter lesion":  # the slice misses the deep nuclei, say
+            if lesion is None and label != "Nonspecific white matter lesion":  # no suitable tissue in the slice
                 label = "Nonspecific white matter lesion"
                 lesion = _place(patient, rng, label, float(position), lesions)
             if lesion is None:
@@ -340,22 +321,14 @@ def add_lesions(patient: Patient, rng: np.random.Generator, slice_positions: NDA
                     grown = lesion.radii * rng.uniform(1.5, 1.9)
                     lesions.append(replace(lesion, label="Edema", radii=grown, around=lesion))
             lesions.append(lesion)
-    # An oedema runs under everything else.
+    # Other lesions cover oedema.
     return replace(patient, lesions=tuple(sorted(lesions, key=lambda lesion: lesion.label != "Edema")))
-
-
-_DIAMETERS = {  # [mm]
-    "Nonspecific white matter lesion": (5.5, 11.0),
-    "Lacunar infarct": (6.0, 10.0),
-    "Mass": (14.0, 32.0),
-    "Encephalomalacia": (18.0, 32.0),
-}
 
 
 def _place(
     patient: Patient, rng: np.random.Generator, label: str, position: float, others: list[Lesion]
 ) -> Lesion | None:
-    """Find a place near one slice where a lesion of this label may lie; None if there is none."""
+    """Place a lesion of this label in suitable tissue near one slice; None if there is none."""
     diameter = rng.uniform(*_DIAMETERS[label])
     radii = diameter / 2 * rng.uniform(0.8, 1.15, 3)
     size = float(radii.max())
@@ -368,7 +341,7 @@ def _place(
     tx, ty, tz = here.template.T
     side = np.abs(tx)
     if label == "Nonspecific white matter lesion":
-        suitable = (white_core > 0.86) & (side > np.where(tz < 20, 20, 13))  # not the internal capsule
+        suitable = (white_core > 0.86) & (side > np.where(tz < 20, 20, 13))  # outside the internal capsule
     elif label == "Lacunar infarct":  # basal ganglia, internal capsule, thalamus, corona radiata
         suitable = (side > 9) & (side < 36) & (ty > -32) & (ty < 22) & (tz > -8) & (tz < 32) & (csf < 0.05)
         suitable &= depth > 20

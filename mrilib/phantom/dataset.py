@@ -1,14 +1,12 @@
-"""The phantom: multi-coil brain scans written as fastMRI h5 files, with annotations as fastMRI+ has them.
+"""Phantom data: multi-coil brain scans as fastMRI h5 files, with annotations in fastMRI+ format.
 
-`make_dataset` images the heads of `mrilib.phantom.anatomy` with the scanner of `mrilib.phantom.scanner`, which does the
-same for any image stack (`simulate_volume`, `write_h5`).
+`make_dataset` images the heads of `mrilib.phantom.anatomy` with the scanner of `mrilib.phantom.scanner`.
 
-Orientation is fastMRI's: array rows run from posterior to anterior, so the up/down flipped array is the usual display,
-anterior up; columns run from the patient's right to the left (radiological). Readout is along rows, anterior-posterior,
-phase encoding along columns, right-left.
+Orientation is fastMRI's: array rows run from posterior to anterior, so the up/down flipped array is the usual display;
+columns run from the patient's right to left. Readout is along rows, phase encoding along columns.
 
-Coil count, width, padding, noise, scale, slice positions and lesions are drawn per patient and shared by the patient's
-contrasts: nothing but the image tells the contrast. All patients are warps of one head.
+Coil count, width, padding, noise, scale, slice positions and lesions are drawn per patient and shared by the contrasts
+of the patient, so that only the image depends on the contrast. All patients are warps of one head.
 """
 
 import csv
@@ -26,85 +24,52 @@ from scipy.spatial.transform import Rotation
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from mrilib.config import ExploreParameters, resolve
-from mrilib.data.fastmri_file import MARK
+from mrilib.config import ExploreParameters, require_utf8, resolve
+from mrilib.data.fastmri_file import PHANTOM_ATTRIBUTE
 from mrilib.phantom.anatomy import Patient, add_lesions, draw_patient, render
-from mrilib.phantom.scanner import (
-    CONTRASTS,
-    SEQUENCES,
-    SLICE_THICKNESS,
-    Sequence,
-    coil_maps,
-    object_rms,
-    simulate_volume,
-    write_h5,
-)
+from mrilib.phantom.scanner import CONTRASTS, SEQUENCES, SLICE_THICKNESS, object_rms, simulate_volume, write_h5
 
-__all__ = [
-    "CONTRASTS",
-    "SEQUENCES",
-    "Sequence",
-    "coil_maps",
-    "make_dataset",
-    "make_if_absent",
-    "simulate_volume",
-    "write_h5",
-]
-
-
-MIN_AREA = 12.0  # [mm²] and MIN_PIXELS: a lesion that fills less of a slice is not annotated there
-
-
-MIN_PIXELS = 4
-
-
-UNKNOWN_SHARE = 0.05  # of the patients: not reviewed, in no annotation list
-
-
-CLEAN_SHARE = 0.32  # of the patients: no lesion
-
-
+MIN_AREA = 12.0  # [mm²]: smaller lesions in a slice are not annotated
+MIN_PIXELS = 4  # likewise
+UNREVIEWED_FRACTION = 0.05  # of the patients, in no list of reviewed files
+HEALTHY_FRACTION = 0.32  # of the patients, without lesions
 PARAMETERS_FILE = "phantom.json"
-
-
-MOST_VALUES = 2**30  # complex values of a file: 9 GB, which are held in memory
-
-
-VERSION = 1  # raised when the same parameters would give other data than before
+MAX_VALUES = 2**30  # complex values in a file: 9 GB, which are held in memory
+VERSION = 1  # of the phantom; a higher number means other data for the same parameters
 
 
 class Exam(NamedTuple):
-    """What a patient's contrasts share."""
+    """Properties that the contrasts of a patient share."""
 
     patient: Patient
     patient_id: str
     reviewed: bool
     contrasts: tuple[str, ...]
-    files: tuple[str, ...]  # stems, one per contrast
+    files: tuple[str, ...]  # stems, one for each contrast
     coils: int
     coil_seed: int
     width: int
     padding: tuple[int, int]
     voxel: float  # in plane, square [mm]
-    shift: NDArray[np.float64]  # (2,) of the field of view, row and column [mm]
+    shift: NDArray[np.float64]  # (2,): shift of the field of view along rows and columns [mm]
     slice_positions: NDArray[np.float64]  # (slices,) [mm]
     snr: float
     level: float  # rms over the head [file units]
 
 
 def draw_exam(number: int, contrasts: int, slices: int, img_size: int, coils: int, seed: int) -> Exam:
-    """Draw patient `number` of the data set of this seed; other patients do not matter to it."""
+    """Draw patient `number`, independently of the other patients of this seed."""
     rng = np.random.default_rng([seed, number])
     patient = draw_patient(rng)
     # From midbrain and basal ganglia to the vertex; the template's origin lies 20 mm below ours.
     first, last = rng.uniform(-26.0, -14.0), rng.uniform(33.0, 43.0)
     positions = np.linspace(first, last, slices) if slices > 1 else np.array([rng.uniform(first, last)])
     positions = positions + rng.uniform(-1.5, 1.5, slices)
-    if rng.random() >= CLEAN_SHARE:
+    if rng.random() >= HEALTHY_FRACTION:
         patient = add_lesions(patient, rng, positions)
     counts = sorted({max(2, round(coils * part)) for part in (0.5, 0.75, 1.0, 1.25)})
     width = round(img_size * rng.choice((0.88, 0.95, 1.0, 1.0, 1.09)) / 2) * 2
-    width -= int(rng.random() < 0.1)  # odd widths do exist
+    width -= int(rng.random() < 0.1)  # fastMRI has odd widths too
     missing = round(width * rng.uniform(0.03, 0.12)) if rng.random() < 0.3 else 0
     left = missing // 2 + int(rng.integers(0, missing // 4 + 1))
     depth = 209.0 / np.linalg.norm(patient.affine[:, 1])  # front to back [mm]
@@ -112,7 +77,7 @@ def draw_exam(number: int, contrasts: int, slices: int, img_size: int, coils: in
     return Exam(
         patient=patient,
         patient_id=hashlib.sha256(f"mrilib phantom {seed} {number}".encode()).hexdigest(),
-        reviewed=bool(rng.random() >= UNKNOWN_SHARE),
+        reviewed=bool(rng.random() >= UNREVIEWED_FRACTION),
         contrasts=tuple(names),
         files=tuple(names.values()),
         coils=int(rng.choice(counts)),
@@ -128,17 +93,17 @@ def draw_exam(number: int, contrasts: int, slices: int, img_size: int, coils: in
 
 
 def _file_names(number: int, contrasts: int, seed: int) -> dict[str, str]:
-    """A patient's contrasts in the order that they were scanned, with their file stems."""
+    """Contrasts of a patient in the order of scanning, with their file stems."""
     rng = np.random.default_rng([seed, number, 1])
     order = rng.permutation(len(CONTRASTS))[:contrasts].tolist()
     site = rng.integers(200, 211)
-    # A prime modulus, so that no number comes twice in less than a million files.
+    # The prime modulus makes the numbers of up to a million files unique.
     digits = [6_000_000 + ((number * len(CONTRASTS) + c) * 7919 + 131 * seed) % 999_983 for c in order]
     return {CONTRASTS[c]: f"file_brain_{CONTRASTS[c]}_{site}_{d}" for c, d in zip(order, digits, strict=True)}
 
 
 class Box(NamedTuple):
-    """An annotation in array coordinates of the reconstruction: row 0 is posterior, column 0 the patient's right."""
+    """Annotation in array coordinates of the reconstruction."""
 
     slice: int
     x: int
@@ -149,42 +114,51 @@ class Box(NamedTuple):
 
 
 def image_exam(exam: Exam, contrast: str, img_size: int, seed: int) -> tuple[NDArray[np.float32], list[Box]]:
-    """Noise-free image stack of one contrast, and the boxes of its lesions.
+    """Image one contrast of an exam without noise, and find the boxes of its lesions.
 
     Returns
     -------
     image : ndarray, float32, shape (slices, img_size, width)
-        In file units: root mean square over the head is `exam.level`.
+        With a root mean square of `exam.level` in the head [file units].
     boxes : list of Box
-        A lesion is annotated on a slice if it fills at least half of 4 pixels and of 12 mm²; the box holds every
-        pixel that it fills by a fifth.
+        See `_lesion_boxes`.
     """
     rng = np.random.default_rng([seed, int(exam.patient_id[:8], 16), CONTRASTS.index(contrast)])
-    # The patient hardly moves between two contrasts.
-    motion = Rotation.from_euler("xyz", rng.normal(0, 0.25, 3), degrees=True).as_matrix()
-    drift = rng.normal(0, 0.3, 3)
+    # Slight motion between two contrasts.
+    rotation = Rotation.from_euler("xyz", rng.normal(0, 0.25, 3), degrees=True).as_matrix()
+    shift = rng.normal(0, 0.3, 3)
     rows = (np.arange(img_size) - img_size // 2) * exam.voxel + exam.shift[0]
     columns = -(np.arange(exam.width) - exam.width // 2) * exam.voxel + exam.shift[1]
     y, x = np.meshgrid(rows, columns, indexing="ij")
-    recon_width = min(img_size, exam.width)
-    cropped = exam.width // 2 - recon_width // 2
     stack, boxes = [], []
     for index, position in enumerate(exam.slice_positions):
-        # Two thin sheets stand for the slice's thickness.
+        # The mean of two thin sheets approximates the slice profile.
         sheets = [np.stack([x, y, np.full_like(x, position + dz)], -1).reshape(-1, 3)
                   for dz in (-SLICE_THICKNESS / 4, SLICE_THICKNESS / 4)]  # fmt: skip
-        signal, opacities = render(exam.patient, np.concatenate(sheets) @ motion.T + drift, SEQUENCES[contrast])
+        signal, opacities = render(exam.patient, np.concatenate(sheets) @ rotation.T + shift, SEQUENCES[contrast])
         stack.append(signal.reshape(2, img_size, exam.width).mean(0))
-        for lesion, opacity in zip(exam.patient.lesions, opacities, strict=True):
-            filled = opacity.reshape(2, img_size, exam.width).mean(0)[:, cropped : cropped + recon_width]
-            solid = int((filled >= 0.5).sum())
-            if solid >= MIN_PIXELS and solid * exam.voxel**2 >= MIN_AREA:
-                y_hit, x_hit = np.nonzero(filled >= 0.2)
-                top, left = int(y_hit.min()), int(x_hit.min())
-                size = (int(x_hit.max()) + 1 - left, int(y_hit.max()) + 1 - top)
-                boxes.append(Box(index, left, top, *size, lesion.label))
+        boxes += _lesion_boxes(exam, index, [part.reshape(2, img_size, exam.width).mean(0) for part in opacities])
     image = np.stack(stack)
     return image * np.float32(exam.level / object_rms(image)), boxes
+
+
+def _lesion_boxes(exam: Exam, index: int, opacities: list[NDArray[np.float32]]) -> list[Box]:
+    """Boxes of the lesions on slice `index`, from the fraction of each pixel (H, width) that a lesion fills.
+
+    A lesion is annotated if the pixels that it fills at least half make up MIN_PIXELS and MIN_AREA. Its box holds all
+    pixels that it fills to at least a fifth.
+    """
+    boxes = []
+    for lesion, opacity in zip(exam.patient.lesions, opacities, strict=True):
+        width = min(opacity.shape[0], exam.width)  # of the reconstruction
+        left = exam.width // 2 - width // 2
+        filled = opacity[:, left : left + width]
+        solid = int((filled >= 0.5).sum())
+        if solid >= MIN_PIXELS and solid * exam.voxel**2 >= MIN_AREA:
+            y, x = np.nonzero(filled >= 0.2)
+            size = int(np.ptp(x)) + 1, int(np.ptp(y)) + 1
+            boxes.append(Box(index, int(x.min()), int(y.min()), *size, lesion.label))
+    return boxes
 
 
 def make_dataset(
@@ -198,20 +172,20 @@ def make_dataset(
 ) -> Path:
     """Write a data set of simulated brains: fastMRI h5 files, brain.csv and brain_file_list.csv.
 
-    The same parameters give the same data; an interrupted call is taken up again where it stopped.
+    Equal parameters give equal data. An interrupted call can be repeated and resumes where it stopped.
 
     Parameters
     ----------
     directory : path
-        Made if it does not exist.
+        Created if it does not exist.
     volumes : int
-        Number of files; each patient has three, one per contrast, the last one fewer if 3 does not divide it.
+        Number of files: one for each contrast of a patient, so three for each patient but perhaps the last.
     slices : int
-        Slices per file.
+        Slices of a file.
     img_size : int
-        Rows of the reconstruction and its greatest width, even [pixels]; k-space has 2·img_size readout points.
+        Rows and maximum width of the reconstruction, even [pixels]; k-space has 2·img_size readout points.
     coils : int
-        Usual number of coils; files hold from half to 1.25 times as many.
+        Typical number of coils; files have 0.5 to 1.25 times as many.
     seed : int
         Not negative.
     progress : bool
@@ -225,30 +199,21 @@ def make_dataset(
     Raises
     ------
     ValueError
-        If a parameter is out of range.
+        If a parameter is out of range, or the directory's path is no UTF-8.
     FileExistsError
-        If the directory holds h5 files that these parameters would not write.
+        If the directory is a file, or holds h5 files that these parameters would not write.
     """
     directory = Path(directory)
+    require_utf8(directory)
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"'{directory}' is a file; give a folder")
     parameters = {"volumes": volumes, "slices": slices, "img_size": img_size, "coils": coils, "seed": seed}
-    lowest = {"volumes": 1, "slices": 1, "img_size": 16, "coils": 2, "seed": 0}
-    for name, value in parameters.items():
-        if value < lowest[name]:
-            raise ValueError(f"{name} is {value}; it must be at least {lowest[name]}")
-    values = slices * coils * 3 * img_size**2  # of the k-space of the largest file
-    if values > MOST_VALUES:
-        raise ValueError(
-            f"slices {slices}, coils {coils} and img_size {img_size} make files of {values:.1g} values; at most "
-            f"{MOST_VALUES:.1g} are allowed"
-        )
-    if img_size % 2:
-        raise ValueError(f"img_size is {img_size}; it must be even, as fastMRI's crops are")
-    share = len(CONTRASTS)
-    exams = [(number, min(share, volumes - share * number)) for number in range((volumes + share - 1) // share)]
+    _check_parameters(parameters)
+    files = len(CONTRASTS)  # of a patient
+    exams = [(number, min(files, volumes - files * number)) for number in range((volumes + files - 1) // files)]
     expected = {stem for number, contrasts in exams for stem in _file_names(number, contrasts, seed).values()}
     _claim(directory, {**parameters, "version": VERSION}, expected)
-    # A patient's files depend on nothing but (seed, number), so patients are made side by side; a process for a few of
-    # them costs more than it saves.
+    # Patients are independent of each other. A process for a few of them costs more time than it saves.
     jobs = max(1, min(joblib.cpu_count(), len(exams) // 8))
     tasks = (
         joblib.delayed(_write_exam)(directory, number, contrasts, slices, img_size, coils, seed)
@@ -257,10 +222,10 @@ def make_dataset(
     rows: list[tuple] = []
     reviewed: list[str] = []
     with tqdm(total=volumes, desc="phantom", unit="volume", disable=not progress) as bar:
-        for files, boxes in joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks):
-            bar.update(len(files))
+        for stems, boxes in joblib.Parallel(n_jobs=jobs, return_as="generator")(tasks):
+            bar.update(len(stems))
             if boxes is not None:
-                reviewed += files
+                reviewed += stems
                 rows += boxes
     columns = ("file", "slice", "study_level", "x", "y", "width", "height", "label")
     _write_rows(directory / "brain.csv", [columns, *sorted(rows)])
@@ -268,11 +233,27 @@ def make_dataset(
     return directory
 
 
+def _check_parameters(parameters: dict[str, int]) -> None:
+    lowest = {"volumes": 1, "slices": 1, "img_size": 16, "coils": 2, "seed": 0}
+    for name, value in parameters.items():
+        if value < lowest[name]:
+            raise ValueError(f"{name} is {value}; it must be at least {lowest[name]}")
+    slices, img_size, coils = (parameters[name] for name in ("slices", "img_size", "coils"))
+    values = slices * coils * 3 * img_size**2  # of the k-space of the largest file
+    if values > MAX_VALUES:
+        raise ValueError(
+            f"slices {slices}, coils {coils} and img_size {img_size} make files of {values:.1g} values; at most "
+            f"{MAX_VALUES:.1g} are allowed"
+        )
+    if img_size % 2:
+        raise ValueError(f"img_size is {img_size}; it must be even, as fastMRI's crops are")
+
+
 def _write_exam(
     directory: Path, number: int, contrasts: int, slices: int, img_size: int, coils: int, seed: int
 ) -> tuple[tuple[str, ...], list[tuple] | None]:
-    """Write one patient's missing files; all names, and brain.csv's rows (None if nobody reviewed them)."""
-    with threadpool_limits(1):  # the arrays are small: threads would only wait for each other
+    """Write the missing files of one patient; stems of all its files and rows of brain.csv (None if not reviewed)."""
+    with threadpool_limits(1):  # threads do not pay for small arrays
         exam = draw_exam(number, contrasts, slices, img_size, coils, seed)
         rows: list[tuple] = []
         for stem, contrast in zip(exam.files, exam.contrasts, strict=True):
@@ -286,16 +267,10 @@ def _write_exam(
 
 
 def make_if_absent(config: ExploreParameters) -> bool:
-    """Make the phantom that 01_explore_data's parameters ask for, unless its folder is there and complete.
-
-    Returns
-    -------
-    bool
-        Whether data was made. False too if no phantom is asked for (``phantom_volumes`` 0).
-    """
+    """Write the phantom of 01_explore_data's parameters, unless it is complete; whether data was written."""
     directory = resolve(config.data_dir)
     if not config.phantom_volumes or (directory.exists() and not (directory / PARAMETERS_FILE).exists()):
-        return False  # nothing asked for, or somebody's own data
+        return False  # no phantom requested, or a user's data
     if (directory / "brain_file_list.csv").exists():  # written last
         return False
     make_dataset(
@@ -332,12 +307,12 @@ def _scan(exam: Exam, contrast: str, image: NDArray[np.float32], path: Path, see
         sequence=SEQUENCES[contrast],
         voxel_size=voxel_size,
         padding=exam.padding,
-        attributes={MARK: "ICBM 152 2009, warped; simulated scan"},
+        attributes={PHANTOM_ATTRIBUTE: "ICBM 152 2009, warped; simulated scan"},
     )
 
 
 def _claim(directory: Path, parameters: dict[str, int], expected: set[str]) -> None:
-    """Note the parameters in a new directory; refuse one that holds something else."""
+    """Write the parameters into a new directory; refuse one that holds other data."""
     directory.mkdir(parents=True, exist_ok=True)
     note = directory / PARAMETERS_FILE
     present = sorted(directory.glob("*.h5"))

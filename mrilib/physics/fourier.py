@@ -1,8 +1,6 @@
-"""The physics: Fourier transforms, sampling masks, coils.
+"""Centred Fourier transforms, root sum of squares, and crops.
 
-This is the only place that knows the axis convention. Every complex tensor is complex64 with axes
-(..., coil, readout, phase); undersampling is along phase, the last axis. Real (..., 2) layouts exist only at
-the door of a fastMRI function, inside this file and the encoder.
+Complex tensors are complex64 with axes (..., coil, readout, phase). Undersampling is along phase, the last axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,21 +19,21 @@ def fft2c(image: Tensor) -> Tensor:
     Returns
     -------
     Tensor, complex64, same shape
-        k-space, always computed in float32, also under autocast.
+        k-space, computed in float32 also under autocast.
     """
     return _centred(image, torch.fft.fft2)
 
 
 def ifft2c(kspace: Tensor) -> Tensor:
-    """Centred orthonormal inverse 2-D Fourier transform, equal to fastMRI's; the adjoint and inverse of `fft2c`."""
+    """Centred orthonormal inverse 2-D Fourier transform: adjoint and inverse of `fft2c`."""
     return _centred(kspace, torch.fft.ifft2)
 
 
 def _centred(x: Tensor, transform: Callable[..., Tensor]) -> Tensor:
-    """A transform whose zero lies in the middle, at n // 2, before and after.
+    """Transform with the zero index at n // 2 in both domains.
 
-    Shifting an even length by its half in one domain is an alternating sign in the other, which costs a fraction of
-    the four rolls that fastMRI makes of every coil image.
+    For even lengths, alternating signs replace the shifts: a shift by n / 2 in one domain is a factor (-1)^k in the
+    other. This saves most of the time of fastMRI's four rolls.
     """
     height, width = x.shape[-2:]
     if height % 2 or width % 2:
@@ -59,8 +57,7 @@ def rss(coil_images: Tensor, dim: int = -3) -> Tensor:
 
     Notes
     -----
-    The gradient of the square root is infinite at zero, where an all-zero pixel would make NaN; the smallest
-    normal number under the root keeps it finite and changes no value.
+    The gradient of the square root is infinite at 0. The smallest normal number under the root keeps it finite.
     """
     power = torch.view_as_real(coil_images).float().square().sum(-1).sum(dim)
     return power.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
@@ -69,7 +66,7 @@ def rss(coil_images: Tensor, dim: int = -3) -> Tensor:
 def center_crop_or_pad(image: Tensor, size: Sequence[int]) -> Tensor:
     """Crop or zero-pad the last two axes about their centre, as fastMRI's `center_crop` does.
 
-    A crop from n to m starts at (n - m)//2, and padding is its inverse, so that cropping what was padded gives it back.
+    A crop from n to m starts at (n - m) // 2. Cropping a padded image restores the image.
 
     Parameters
     ----------
@@ -92,18 +89,18 @@ def center_crop_or_pad(image: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def remove_readout_oversampling(kspace: Tensor, readout: int) -> Tensor:
-    """Crop the readout axis to its reconstructed length, in image space; phase encoding is untouched.
+    """Crop the readout axis to `readout` pixels in image space; phase encoding is unchanged.
 
     Parameters
     ----------
     kspace : Tensor, complex64, shape (..., H, W)
+        Fastest with the readout as the contiguous axis in memory.
     readout : int
-        Reconstructed readout length [pixels], at most H.
+        Readout length of the image [pixels], at most H.
 
     Returns
     -------
-    Tensor, complex64, shape (..., readout, W)
-        In memory the readout is the fastest axis; so it is best for `kspace` too.
+    Tensor, complex64, shape (..., readout, W), with the readout contiguous
 
     Raises
     ------
@@ -115,9 +112,9 @@ def remove_readout_oversampling(kspace: Tensor, readout: int) -> Tensor:
         raise ValueError(f"readout must be at most the {length} points of k-space, got {readout}")
     if readout == length:
         return kspace
-    # Transforms that start counting at 0, not at the centre: what that shifts in k-space is a phase in the image, which
-    # is smaller, and is 1 if both lengths are even. Every roll of the lines would copy them all once more.
-    pixels = torch.fft.ifftshift(torch.arange(readout) - readout // 2)  # from the centre, in the transform's own order
+    # The transforms count from 0, which saves copying all lines for each shift. The missing shifts of k-space are a
+    # phase in the cropped image, which is 1 if both lengths are even.
+    pixels = torch.fft.ifftshift(torch.arange(readout) - readout // 2)
     sources = pixels + readout // 2 + (length - readout) // 2 - length // 2
     image = torch.fft.ifft(kspace.mT, norm="ortho").index_select(-1, (sources % length).to(kspace.device))
     if length % 2 or readout % 2:

@@ -1,4 +1,4 @@
-"""Sampling masks: fastMRI's own classes, their seeds, and the block of lines at the centre of k-space."""
+"""Sampling masks: fastMRI's mask classes, their seeds, and the centre lines of a mask."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from mrilib.config import MASK_TYPES
 
 
 def make_mask_func(mask_type: str, center_fractions: Sequence[float], accelerations: Sequence[int]) -> MaskFunc:
-    """Build fastMRI's own mask class of that name; one of the paired values is drawn for each mask.
+    """Create fastMRI's mask class of this name; each mask draws one pair of centre fraction and acceleration.
 
     Raises
     ------
     ValueError
-        If fastMRI has no mask of that name; the known names are listed.
+        If fastMRI has no mask of this name; the message lists the known names.
     """
     if mask_type not in MASK_TYPES:
         raise ValueError(f"mask_type '{mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
@@ -25,7 +25,7 @@ def make_mask_func(mask_type: str, center_fractions: Sequence[float], accelerati
 def sample_mask(
     mask_func: MaskFunc, width: int, seed: int | tuple[int, ...], padding: tuple[int, int]
 ) -> tuple[Tensor, int]:
-    """Sampled phase-encoding lines, bit for bit what fastMRI's `apply_mask` takes for the same seed.
+    """Draw the sampled phase-encoding lines, identical to fastMRI's `apply_mask` for the same seed.
 
     Parameters
     ----------
@@ -34,7 +34,6 @@ def sample_mask(
     width : int
         Number of phase-encoding lines W.
     seed : int or tuple of int
-        Seed of the mask; fastMRI's validation seed is ``tuple(map(ord, file_name))``.
     padding : (left, right)
         Lines outside [left, right) were never acquired and are not sampled.
 
@@ -42,19 +41,19 @@ def sample_mask(
     -------
     mask : Tensor, bool, shape (W,)
     acceleration : int
-        The nominal one that was drawn.
+        The nominal acceleration that was drawn.
     """
     mask, _ = mask_func((1, width, 2), None, seed)
     mask = mask.reshape(-1) > 0
     mask[: padding[0]] = False
     mask[padding[1] :] = False
-    with temp_seed(mask_func.rng, seed):  # fastMRI draws the acceleration first, and does not tell which
+    with temp_seed(mask_func.rng, seed):  # fastMRI draws the acceleration first but does not return it
         _, acceleration = mask_func.choose_acceleration()
     return mask, acceleration
 
 
 def check_mask(mask_type: str, center_fraction: float, acceleration: int, width: int) -> None:
-    """Refuse a mask that fastMRI's class cannot make at this width, which it finds by dividing by zero.
+    """Refuse a mask that fastMRI cannot create at this width (it divides by zero).
 
     Raises
     ------
@@ -65,13 +64,13 @@ def check_mask(mask_type: str, center_fraction: float, acceleration: int, width:
         make_mask_func(mask_type, [center_fraction], [acceleration])((1, width, 2), None, 0)
     except (ArithmeticError, ValueError) as error:
         raise ValueError(
-            f"center_fractions {center_fraction:g} with accelerations {acceleration}: fastMRI's {mask_type} mask "
-            f"cannot be made for {width} phase-encoding lines ({error}); lower center_fractions or the acceleration"
+            f"center_fractions {center_fraction:g} with accelerations {acceleration}: fastMRI cannot create a "
+            f"{mask_type} mask of {width} phase-encoding lines ({error}); lower center_fractions or the acceleration"
         ) from None
 
 
 def center_lines(mask: Tensor) -> tuple[int, int]:
-    """The block of sampled lines around the centre of k-space, symmetric about the centre line.
+    """Largest block of sampled lines that is symmetric about the centre line W // 2.
 
     Parameters
     ----------
@@ -80,7 +79,7 @@ def center_lines(mask: Tensor) -> tuple[int, int]:
     Returns
     -------
     (start, stop)
-        Half-open range of line indices, W//2 in its middle; empty (start == stop) if the centre line is not sampled.
+        Half-open range of line indices; empty (start == stop) if the centre line is not sampled.
     """
     sampled = mask.tolist()
     center = len(sampled) // 2
@@ -95,19 +94,15 @@ def center_lines(mask: Tensor) -> tuple[int, int]:
 
 
 def validation_seed(file: str) -> tuple[int, ...]:
-    """fastMRI's seed of a validation or test mask: the characters of the file name, extension included."""
+    """Seed of a validation or test mask, as in fastMRI: the characters of the file name with its extension."""
     return tuple(map(ord, file))
 
 
-def training_seed(seed: int, file: str, slice_num: int, mask_index: int, look: int = 0) -> int:
-    """Seed of a training mask: a function of (seed, file, slice, mask number), so that a resumed run sees the same.
+def training_seed(seed: int, file: str, slice_num: int, mask_index: int, repeat: int = 0) -> int:
+    """Seed of a training mask, in [0, 2³²).
 
-    A slice that an epoch sees more than once has a mask for each `look`.
-
-    Returns
-    -------
-    int
-        In [0, 2³²), as NumPy's RandomState wants it.
+    It depends on the arguments alone, so a resumed run draws the same masks. `repeat` counts earlier uses of the slice
+    in the same epoch.
     """
-    words = [seed, slice_num, mask_index, *([look] if look else []), *file.encode()]
+    words = [seed, slice_num, mask_index, *([repeat] if repeat else []), *file.encode()]
     return int(np.random.SeedSequence(words).generate_state(1)[0])

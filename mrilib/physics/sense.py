@@ -1,4 +1,4 @@
-"""Data consistency and regularised SENSE, solved by conjugate gradients."""
+"""Data consistency, and regularised SENSE by conjugate gradients."""
 
 from typing import Any
 
@@ -17,10 +17,9 @@ def data_consistency(
     acquired: Tensor | None = None,
     measured: Tensor | None = None,
 ) -> Tensor:
-    """Coil images whose measured lines are the measured ones and whose others come from `image`.
+    """Coil images with the measured lines, and with the lines of `image` where nothing was measured.
 
-    ifft(where(mask, measured k-space, F(S x))); lines that the fully sampled scan has not acquired either stay zero, as
-    they are in the target.
+    ifft(where(mask, measured k-space, F(S x))). Lines that were never acquired stay zero, as in the target.
 
     Parameters
     ----------
@@ -28,9 +27,9 @@ def data_consistency(
     maps, kspace : Tensor, complex64, shape (batch, coil, readout, phase)
     mask : Tensor, bool, shape (batch, phase)
     acquired : Tensor, bool, shape (batch, phase), optional
-        False on the header's padding; by default every line was acquired.
+        False on the padding of the header; by default all True.
     measured : Tensor, complex64, shape (batch, coil, readout, phase), optional
-        Coil images of the measured lines and of nothing else, where they are known already.
+        Coil images of the measured lines alone, if already computed.
 
     Returns
     -------
@@ -39,7 +38,7 @@ def data_consistency(
     missing = ~mask if acquired is None else ~mask & acquired
     if measured is None:
         measured = ifft2c(torch.where(mask[:, None, None], kspace, 0))
-    # Lines are measured whole, so along the readout nothing happens; taking lines out is a convolution, without shifts.
+    # A line is measured completely or not at all, so a 1-D transform along phase suffices; the mask is shifted instead.
     lines = torch.fft.ifftshift(missing, dim=-1)[:, None, None]
     return measured + torch.fft.ifft(torch.fft.fft(expand(image, maps)) * lines)
 
@@ -53,24 +52,24 @@ def sense(
     prior: Tensor | None = None,
     zero_filled: Tensor | None = None,
 ) -> Tensor:
-    """Regularised SENSE: the image whose coil images explain the measured lines, nothing learned.
+    """Regularised SENSE reconstruction, argmin_x ‖M F S x − y‖² + weight ‖x − prior‖².
 
-    argmin_x ‖M F S x − y‖² + weight ‖x − prior‖², by conjugate gradients from `prior` on (Pruessmann et al., Magn Reson
-    Med 46:638, 2001). Few iterations regularise too.
+    Conjugate gradients start from `prior` (Pruessmann et al., Magn Reson Med 46:638, 2001). Few iterations also
+    regularise.
 
     Parameters
     ----------
     kspace, maps : Tensor, complex64, shape (batch, coil, readout, phase)
-        Masked k-space; maps whose RSS is at most 1, as `center_coil_maps` gives them.
+        Masked k-space, and maps with an RSS of at most 1.
     mask : Tensor, bool, shape (batch, phase)
     weight : float
-        In units of a fully sampled problem's eigenvalues, which are 1.
+        Relative to the eigenvalues of a fully sampled problem, which are 1.
     iterations : int
     prior : Tensor, complex64, shape (batch, readout, phase), optional
-        Zero if left out. The gradient goes to it alone, as the minimiser's, found by as many steps (Aggarwal et al.,
-        IEEE TMI 38:394, 2019).
+        By default zero. Only the prior receives a gradient: that of the exact minimiser, approximated by as many
+        iterations (Aggarwal et al., IEEE TMI 38:394, 2019).
     zero_filled : Tensor, complex64, shape (batch, readout, phase), optional
-        The measured lines' coil images, combined with the same maps, where they are known already.
+        Coil-combined zero-filled image, if already computed.
 
     Returns
     -------
@@ -87,13 +86,12 @@ def sense(
 def _conjugate_gradients(
     right: Tensor, image: Tensor, lines: Tensor, maps: Tensor, weight: float, iterations: int
 ) -> Tensor:
-    """Steps towards (Sᴴ Fᴴ M F S + weight) x = right, from `image` on; all in place, memory is what costs."""
+    """Iterate towards (Sᴴ Fᴴ M F S + weight) x = right from `image`; in place, since memory traffic dominates."""
     conjugate = maps.conj().resolve_conj()
     coils, spectrum = torch.empty_like(maps), torch.empty_like(maps)
     tiny = torch.finfo(torch.float32).tiny
 
     def normal(image: Tensor) -> Tensor:
-        # Lines are measured whole, so along the readout nothing happens; convolving needs no shifts.
         torch.mul(maps, image[:, None], out=coils)
         torch.fft.fft(coils, out=spectrum)
         torch.fft.ifft(spectrum.mul_(lines), out=coils)
@@ -107,21 +105,22 @@ def _conjugate_gradients(
 
     image = image.clone()
     residual = right - normal(image)
-    direction, left = residual.clone(), energy(residual, residual)
+    direction, remaining = residual.clone(), energy(residual, residual)
     for _ in range(iterations):
-        moved = normal(direction)
-        step = (left / energy(direction, moved).clamp_min(tiny)).to(image.dtype)  # an all-zero slice stays zero
+        change = normal(direction)
+        step = (remaining / energy(direction, change).clamp_min(tiny)).to(image.dtype)  # an all-zero slice stays zero
         image.addcmul_(step, direction)
-        residual.addcmul_(step, moved, value=-1)
-        before, left = left, energy(residual, residual)
-        direction = torch.addcmul(residual, (left / before.clamp_min(tiny)).to(image.dtype), direction)
+        residual.addcmul_(step, change, value=-1)
+        previous, remaining = remaining, energy(residual, residual)
+        direction = torch.addcmul(residual, (remaining / previous.clamp_min(tiny)).to(image.dtype), direction)
     return image
 
 
 class _SenseFromPrior(torch.autograd.Function):
-    """The minimiser moves with the prior by weight (A + weight)⁻¹, which is its own adjoint: back by the same steps.
+    """SENSE as a function of the prior, with the derivative weight (A + weight)⁻¹ of the minimiser.
 
-    As in MoDL, nothing but the operator is kept for that, where the graph of the steps would hold every coil image.
+    The derivative is self-adjoint, so the backward pass solves the same system. As in MoDL, only the operator is saved;
+    the autograd graph of the iterations would hold all coil images.
     """
 
     @staticmethod
@@ -137,5 +136,5 @@ class _SenseFromPrior(torch.autograd.Function):
         lines, maps = ctx.saved_tensors
         gradient = gradient.contiguous()
         right = ctx.weight * gradient
-        moved = _conjugate_gradients(right, gradient, lines, maps, ctx.weight, ctx.iterations)
-        return moved, None, None, None, None, None
+        to_prior = _conjugate_gradients(right, gradient, lines, maps, ctx.weight, ctx.iterations)
+        return to_prior, None, None, None, None, None

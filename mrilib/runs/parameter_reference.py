@@ -1,6 +1,6 @@
-"""Write docs/parameters.md and the parameters cells of the notebooks from `config`.
+"""Generator of docs/parameters.md and of the notebooks' parameters cells from `config`.
 
-``python -m mrilib.runs.parameter_reference`` writes them again after a change of `config`.
+Run ``python -m mrilib.runs.parameter_reference`` after a change of `config`.
 """
 
 import json
@@ -9,16 +9,9 @@ import types
 import typing
 from typing import Any
 
-from mrilib.config import (
-    NOTEBOOKS,
-    PARAMETERS_HEADER,
-    ROOT,
-    BackboneParameters,
-    DataParameters,
-    OutputParameters,
-    Parameters,
-    TrainingParameters,
-)
+from mrilib.config import NOTEBOOKS, ROOT, BackboneParameters, DataParameters, OutputParameters, TrainingParameters
+from mrilib.files import write_text
+from mrilib.parameters import PARAMETERS_HEADER, Parameters
 
 PATH = ROOT / "docs" / "parameters.md"
 SHARED: dict[type[Parameters], str] = {
@@ -29,15 +22,15 @@ SHARED: dict[type[Parameters], str] = {
 }
 HEADER = """# Parameters
 
-Every parameter of every notebook: type with its limits, default, meaning. `mrilib/config.py` is the source; this page
-is made from it by `python -m mrilib.runs.parameter_reference`. The defaults are the demo's, in the cells of the
-notebooks and everywhere else. A params file lists only the parameters that differ; `run.json` records all of them.
-`papermill --help-notebook notebooks/02_train_stage1.ipynb` shows a notebook's own.
+Every parameter of every notebook: type with its limits, default, meaning. The source is `mrilib/config.py`;
+`python -m mrilib.runs.parameter_reference` generates this page from it. The defaults are the demo's, in the notebooks'
+cells and everywhere else. A params file lists only the parameters that differ; `run.json` records all of them.
+`papermill --help-notebook notebooks/02_train_stage1.ipynb` shows the parameters of a notebook.
 """
 
 
 def reference() -> str:
-    """The page as Markdown: shared parameters once, then each notebook's own."""
+    """Return the page as Markdown: the shared parameters, then those of each notebook."""
     parts = [HEADER]
     for cls, title in SHARED.items():
         users = [stem[:2] for stem, parameters in NOTEBOOKS.values() if issubclass(parameters, cls)]
@@ -49,21 +42,20 @@ def reference() -> str:
 
 
 def _table(cls: type[Parameters]) -> str:
-    """The parameters that a class adds to its nearest shared base, or gives another default, meaning or limit."""
-    base = next(one for one in cls.__mro__[1:] if one in SHARED or one is Parameters)
-    lines = ["| parameter | type | default | meaning |", "|---|---|---|---|"]
+    """Return a table of the parameters that a class adds to its nearest shared base or changes."""
+    base = next(parent for parent in cls.__mro__[1:] if parent in SHARED or parent is Parameters)
+    inherited = _rows(base)
+    rows = [row for name, row in _rows(cls).items() if row != inherited.get(name)]
+    return "\n".join(["| parameter | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _rows(cls: type[Parameters]) -> dict[str, str]:
+    rows = {}
     for name, field in cls.model_fields.items():
-        inherited = base.model_fields.get(name)
-        row = (_type(field.annotation, field.metadata), _value(field.default), field.description)
-        if inherited and row == (
-            _type(inherited.annotation, inherited.metadata),
-            _value(inherited.default),
-            inherited.description,
-        ):
-            continue
-        cells = [f"`{name}`", row[0], row[1], str(row[2]).replace("|", "\\|")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n" if len(lines) > 2 else "None of its own.\n"
+        description = str(field.description).replace("|", "\\|")
+        kind = _type(field.annotation, field.metadata)
+        rows[name] = f"| `{name}` | {kind} | {_default(field.default)} | {description} |"
+    return rows
 
 
 def _type(annotation: Any, limits: list[Any]) -> str:
@@ -71,55 +63,52 @@ def _type(annotation: Any, limits: list[Any]) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     name = str(annotation) if isinstance(annotation, types.GenericAlias) else annotation.__name__
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    told = [f"{sign} {getattr(limit, key)}" for limit in limits for key, sign in signs.items() if hasattr(limit, key)]
-    return re.sub(r"\bstr\b", "text", ", ".join([name, *told]))
+    bounds = [f"{sign} {getattr(limit, key)}" for limit in limits for key, sign in signs.items() if hasattr(limit, key)]
+    return re.sub(r"\bstr\b", "text", ", ".join([name, *bounds]))
 
 
-def meaning(cls: type[Parameters], name: str) -> str:
-    """What a parameters cell says of a parameter: its description, and the values that it may have if they are few."""
+def _default(value: Any) -> str:
+    return "empty" if value in ("", []) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def parameters_cell(cls: type[Parameters]) -> str:
+    """Return a notebook's parameters cell: ``name: type = default  # description [choices]``."""
+    code = {}
+    for name, field in cls.model_fields.items():
+        kind: Any = field.annotation
+        if not isinstance(kind, types.GenericAlias):
+            kind = "str" if typing.get_origin(kind) is typing.Literal else kind.__name__
+        value = json.dumps(field.default) if _has_text(field.default) else repr(field.default)
+        code[name] = f"{name}: {kind} = {value}"
+    column = max(len(line) for line in code.values() if len(line) <= 50)
+    lines = [f"{PARAMETERS_HEADER}; papermill's and a params file's values replace them."]
+    lines += [f"{line:{column}}  # {_comment(cls, name)}" for name, line in code.items()]
+    return "\n".join(lines)
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _comment(cls: type[Parameters], name: str) -> str:
     field = cls.model_fields[name]
     if typing.get_origin(field.annotation) is not typing.Literal:
         return str(field.description)
     return f"{field.description} [{', '.join(str(value) or 'empty' for value in typing.get_args(field.annotation))}]"
 
 
-def parameters_cell(cls: type[Parameters]) -> str:
-    """A notebook's parameters cell with the defaults: ``name: type = value  # meaning``."""
-    lines = [f"{PARAMETERS_HEADER}; papermill's and a params file's values replace them."]
-    code = {}
-    for name, field in cls.model_fields.items():
-        kind: Any = field.annotation
-        if not isinstance(kind, types.GenericAlias):
-            kind = "str" if typing.get_origin(kind) is typing.Literal else kind.__name__
-        value = json.dumps(field.default) if _texts(field.default) else repr(field.default)
-        code[name] = f"{name}: {kind} = {value}"
-    column = max(len(one) for one in code.values() if len(one) <= 50)
-    lines += [f"{one:{column}}  # {meaning(cls, name)}" for name, one in code.items()]
-    return "\n".join(lines)
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
-
-
-def _write_cells() -> None:
+def _update_cells() -> None:
     for stem, cls in NOTEBOOKS.values():
         path = ROOT / "notebooks" / f"{stem}.ipynb"
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        cell = next(one for one in notebook["cells"] if "parameters" in one["metadata"].get("tags", []))
-        as_list = isinstance(cell["source"], list)
+        cell = next(cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
         text = parameters_cell(cls)
-        cell["source"] = text.splitlines(keepends=True) if as_list else text
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        cell["source"] = text.splitlines(keepends=True) if isinstance(cell["source"], list) else text
+        write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         print(path.relative_to(ROOT))
 
 
-def _value(default: Any) -> str:
-    return "empty" if default in ("", []) else f"`{str(default).lower() if isinstance(default, bool) else default}`"
-
-
 if __name__ == "__main__":
-    PATH.parent.mkdir(exist_ok=True)
-    PATH.write_text(reference(), encoding="utf-8")
+    write_text(PATH, reference())
     print(PATH.relative_to(ROOT))
-    _write_cells()
+    _update_cells()

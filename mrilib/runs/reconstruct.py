@@ -1,13 +1,11 @@
-"""One file to images and analyses with a run's model, no notebook."""
+"""Reconstruction of one file by a run's model, without a notebook: images and analyses."""
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -15,14 +13,15 @@ import torch
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
-from mrilib.config import EvaluateParameters, ParameterError, display_path, resolve
+from mrilib.config import EvaluateParameters, ParameterError, display_path, require_utf8, resolve
 from mrilib.data import findings
-from mrilib.data.check import unlisted_contrast
+from mrilib.data.check import list_slices, unlisted_contrast
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.fastmri_file import Volume, read_volume
 from mrilib.data.sampler import make_loader
 from mrilib.environment import git_state
 from mrilib.evaluation.reconstructions import write_reconstruction
+from mrilib.files import write_together
 from mrilib.metrics.image import score_volume
 from mrilib.model.baselines import zero_filled, zero_filled_image
 from mrilib.model.two_stage import TwoStageModel
@@ -30,50 +29,8 @@ from mrilib.runs.record import read_record
 from mrilib.training.device import pick_device
 from mrilib.training.setup import load_trained
 
-SUFFIXES = (".h5", ".jsonl", ".png")  # of what is written; the h5 appears first and tells what the others are of
-
-
-def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
-    """The parameters that a run folder was evaluated with, its weights being those in the folder.
-
-    Raises
-    ------
-    ParameterError
-        If the folder is no run, or its run did not get as far as evaluation.
-    """
-    record = read_record(directory)
-    if "evaluate" not in record["notebooks"]:
-        raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
-    values = {**record["notebooks"]["evaluate"]["config"], "device": device}
-    # The run's data may be gone, or lie elsewhere; its weights and the backbone must be there.
-    values |= dict.fromkeys(
-        (
-            "val_dir",
-            "test_dir",
-            "annotations_dir",
-            "reports_path",
-            "constant_prefix_checkpoint",
-            "no_token_decoder_checkpoint",
-        ),
-        "",
-    )
-    # Its own weights are those in this folder, whatever it was called when they were written, or is called so now.
-    former = resolve(values["output_dir"])
-    for name in ("stage1_checkpoint", "stage2_checkpoint"):
-        path = resolve(values[name])
-        if values[name] and path.is_relative_to(former):
-            values[name] = str(directory.resolve() / path.relative_to(former))
-    return EvaluateParameters.create(values, written_later=("data_dir",))
-
-
-def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, EvaluateParameters]:
-    """The trained model of a run folder, and its `run_config`."""
-    config = run_config(directory, device)
-    disable_progress_bar()  # transformers' bars for loading a file say nothing here
-    return load_trained(config, pick_device(device))[0], config
-
-
-# What decides what an image is of and how it was made: where these are the same, it may be written again.
+SUFFIXES = (".h5", ".jsonl", ".png")  # of the output; the h5 file comes first and describes the others
+# Attributes that identify a reconstruction: if all are equal, it may be replaced.
 IDENTITY = (
     "file_sha256",
     "acceleration",
@@ -84,94 +41,130 @@ IDENTITY = (
     "stage1_checkpoint_sha256",
     "stage2_checkpoint_sha256",
 )
+# Paths of the evaluation that a reconstruction does not need; they may no longer exist.
+UNUSED_PATHS = (
+    "val_dir",
+    "test_dir",
+    "annotations_dir",
+    "reports_path",
+    "constant_prefix_checkpoint",
+    "no_token_decoder_checkpoint",
+)
+
+
+def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
+    """Return the parameters of a run's evaluation, with the weights in this folder.
+
+    Raises
+    ------
+    ParameterError
+        If the folder is not a run, or has no evaluation.
+    """
+    record = read_record(directory)
+    if "evaluate" not in record["notebooks"]:
+        raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
+    values = {**record["notebooks"]["evaluate"]["config"], "device": device, **dict.fromkeys(UNUSED_PATHS, "")}
+    # The folder may have been moved or copied since: its own weights are those inside it.
+    former = resolve(values["output_dir"])
+    for name in ("stage1_checkpoint", "stage2_checkpoint"):
+        path = resolve(values[name])
+        if values[name] and path.is_relative_to(former):
+            values[name] = str(directory.resolve() / path.relative_to(former))
+    return EvaluateParameters.create(values, written_later=("data_dir",))
+
+
+def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, EvaluateParameters]:
+    """Load the trained model of a run folder; return it with its `run_config`."""
+    config = run_config(directory, device)
+    disable_progress_bar()  # transformers' bars for loading files
+    return load_trained(config, pick_device(device))[0], config
 
 
 def provenance(run: Path, config: EvaluateParameters, volume: Volume, acceleration: int | None) -> dict[str, Any]:
-    """What was reconstructed, with which mask, weights and code; texts and numbers.
+    """Return file, mask, weights and code of a reconstruction, as texts and numbers.
 
-    `acceleration` is None for a file's own mask. Masks of fully sampled files are seeded by the file's name, as
-    fastMRI does; `seed` is the run's.
+    `acceleration` is None for a file with its own mask. The mask of a fully sampled file is seeded by the file's name,
+    as in fastMRI; `seed` is the run's.
     """
     fraction = 0.0
     if acceleration is not None:
         fraction = config.center_fractions[config.accelerations.index(acceleration)]
     return {
         "file": volume.path.name,
-        "file_sha256": _digest(volume.path),
+        "file_sha256": _sha256(volume.path),
         "acceleration": volume.acceleration if acceleration is None else acceleration,
         "mask_type": "the file's own" if acceleration is None else config.mask_type,
         "center_fraction": fraction,
         "seed": config.seed,
         "num_coils": config.num_coils,
         "run": run.resolve().name,
-        "stage1_checkpoint_sha256": _digest(resolve(config.stage1_checkpoint)),
-        "stage2_checkpoint_sha256": _digest(resolve(config.stage2_checkpoint)),
+        "stage1_checkpoint_sha256": _sha256(resolve(config.stage1_checkpoint)),
+        "stage2_checkpoint_sha256": _sha256(resolve(config.stage2_checkpoint)),
         "git_commit": git_state()["commit"] or "",
         "mrilib_version": version("mrilib"),
     }
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_overwriting(out: Path, name: str, made_with: dict[str, Any]) -> None:
-    """Refuse a folder that holds files of these names which come from something else.
+def refuse_overwriting(out: Path, name: str, new: dict[str, Any]) -> None:
+    """Refuse to replace output files unless they are the same reconstruction.
+
+    Parameters
+    ----------
+    out : Path
+        Output folder.
+    name : str
+        Name of the volume.
+    new : dict
+        `provenance` of the new reconstruction.
 
     Raises
     ------
     ParameterError
-        Naming a file, what it is, and what to do.
+        Naming a file and its provenance.
     """
     if out.exists() and not out.is_dir():
-        raise ParameterError(f"--out {display_path(out)} is no folder; give another one")
-    there = [path for path in (out / f"{name}{suffix}" for suffix in SUFFIXES) if path.exists()]
-    if not there:
+        raise ParameterError(f"--out {display_path(out)} is not a folder; give another one")
+    existing = [path for path in (out / f"{name}{suffix}" for suffix in SUFFIXES) if path.exists()]
+    if not existing:
         return
-    before: dict[str, Any] = {}
-    if there[0].suffix == ".h5":
+    old: dict[str, Any] = {}
+    if existing[0].suffix == ".h5":
         try:
-            with h5py.File(there[0], "r") as h5:
-                before = dict(h5.attrs)
+            with h5py.File(existing[0], "r") as h5:
+                old = dict(h5.attrs)
         except OSError:
-            pass  # no h5 file: not written here
-    if all(before.get(key) == made_with[key] for key in IDENTITY):
+            pass  # not an h5 file, so not a reconstruction
+    if all(old.get(key) == new[key] for key in IDENTITY):
         return
-    what = "it does not say where it is from"
-    if before.keys() >= {"run", "acceleration"}:
-        what = f"it is of run '{before['run']}', acceleration {before['acceleration']}"
-        if before["run"] == made_with["run"] and before["acceleration"] == made_with["acceleration"]:
-            differ = [key for key in IDENTITY if before.get(key) != made_with[key]]
-            what += f", but of another {', '.join(differ)}"
-    raise ParameterError(f"{display_path(there[0])} is there already: {what}; remove it, or give another --out")
+    origin = "its origin is unknown"
+    if old.keys() >= {"run", "acceleration"}:
+        origin = f"it is from run '{old['run']}', acceleration {old['acceleration']}"
+        if old["run"] == new["run"] and old["acceleration"] == new["acceleration"]:
+            differing = [key for key in IDENTITY if old.get(key) != new[key]]
+            origin += f", with another {', '.join(differing)}"
+    raise ParameterError(f"{display_path(existing[0])} exists, and {origin}; remove it, or give another --out")
 
 
-def write_together(out: Path, files: dict[str, Callable[[Path], None]]) -> None:
-    """Write files, each by a call with its path, under temporary names first: all of them appear, or none."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".") as folder:
-        for name, write in files.items():
-            write(Path(folder) / name)
-        appeared: list[Path] = []
-        try:
-            for name in files:
-                if not (out / name).exists():
-                    appeared.append(out / name)
-                os.replace(Path(folder) / name, out / name)
-        except OSError:
-            for path in appeared:
-                path.unlink(missing_ok=True)
-            raise
+class Output(NamedTuple):
+    """Images and analyses of a volume."""
+
+    images: np.ndarray  # (slices, h, w) [file units]
+    zero_filled: np.ndarray  # (slices, h, w) from the compressed coils [file units]
+    analyses: list[str]  # one per slice; empty if the decoder uses no tokens
+    empty: list[int]  # slices with all-zero k-space
 
 
-@torch.no_grad()
 def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = None) -> Iterator[str]:
-    """Reconstruct one fastMRI brain file and tell what the model says of it.
+    """Reconstruct one fastMRI brain file and generate the analyses of its slices.
 
-    Writes ``<file>.h5`` in fastMRI's submission format [file units], ``<file>.jsonl`` with the analysis of each slice,
-    and ``<file>.png``, all slices in a row. The h5's attributes and every row say where they are from (`provenance`).
-    A file with its own mask is taken as it is; a fully sampled one is undersampled with fastMRI's mask for its name.
+    Write ``<file>.h5`` in fastMRI's submission format [file units], ``<file>.jsonl`` with one analysis per slice, and
+    ``<file>.png``, all slices in a row. The h5 file's attributes and every line of the jsonl file hold the
+    `provenance`. A file with its own mask is used as it is; a fully sampled one is undersampled by fastMRI's mask.
 
     Parameters
     ----------
@@ -189,64 +182,93 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     str
         A line for the console.
     """
+    if run.is_file():
+        raise ParameterError(
+            f"'{run}' is a file, not a run folder; the first argument is the run folder, the second the file"
+        )
+    require_utf8(run.resolve())
     config, volume = run_config(run), read_volume(file)
-    if volume.has_mask and acceleration is not None:
-        raise ParameterError(f"{file.name} brings its own mask; leave --acceleration out")
-    if acceleration is not None and acceleration not in config.accelerations:
-        known = ", ".join(map(str, config.accelerations))
-        raise ParameterError(f"--acceleration {acceleration}: the run has the accelerations {known}; give one of them")
-    chosen = None if volume.has_mask else config.accelerations[0] if acceleration is None else acceleration
-    made_with = provenance(run, config, volume, chosen)
-    refuse_overwriting(out, volume.file, made_with)
-    if unlisted := unlisted_contrast(volume):
-        yield f"warning: {unlisted}"
+    require_utf8(file.name)
+    acceleration = _choose_acceleration(config, volume, acceleration)
+    origin = provenance(run, config, volume, acceleration)
+    refuse_overwriting(out, volume.file, origin)
+    if warning := unlisted_contrast(volume):
+        yield f"warning: {warning}"
     model, config = load_run(run)
-    dataset = FastMRIDataset([volume], config, acceleration=chosen)
-    images, compressed, texts = [], [], []
-    for cpu_batch in make_loader(dataset, config.batch_size):
-        batch = cpu_batch.to(model.device)
-        images.append(model(batch).cpu().numpy())
-        compressed.append(zero_filled(cpu_batch.kspace, cpu_batch.scale, cpu_batch.recon).numpy())
-        if model.encoder is not None:
-            prefix = model.encoder(batch.kspace, batch.mask)
-            texts += model.generate(prefix, [findings.prompt()] * len(batch.slices), config.max_new_tokens)
-    stack = np.concatenate(images)
-    rows = [
-        {"file": volume.file, "slice": number, "analysis": text, "provenance": made_with}
-        for number, text in enumerate(texts)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    strip = np.concatenate(list(stack[:, ::-1]), axis=1)  # displayed flipped up/down, anterior on top
-    top = float(stack.max())
-    writers: tuple[Callable[[Path], Any], ...] = (
-        lambda path: write_reconstruction(path, stack, made_with),
-        lambda path: path.write_text(lines),
-        lambda path: Image.fromarray((255 * strip / (top or 1)).round().astype(np.uint8)).save(path, "png"),
-    )
-    write_together(out, {f"{volume.file}{suffix}": write for suffix, write in zip(SUFFIXES, writers, strict=True)})
-    yield f"{volume.file}: {len(stack)} slices" + (f", undersampled {chosen}x" if chosen else ", its own mask")
-    for row in rows:
-        yield f"  slice {row['slice']}: {row['analysis']}"
+    dataset = FastMRIDataset([volume], config, acceleration=acceleration)
+    output = _run_model(model, dataset, config)
+    if output.empty:
+        slices = list_slices(output.empty)
+        yield f"warning: {file.name}: k-space is all zero in {slices}; the image is zero there"
+    _write(out, volume.file, output, origin)
+    mask = f"undersampled {acceleration}x" if acceleration else "its own mask"
+    yield f"{volume.file}: {len(output.images)} slices, {mask}"
+    for number, analysis in enumerate(output.analyses):
+        yield f"  slice {number}: {analysis}"
     target = None
     if volume.has_target:
         with h5py.File(file, "r") as h5:
             target = h5["reconstruction_rss"][()]
-        scores = score_volume(target, stack)
+        scores = score_volume(target, output.images)
         yield f"  SSIM {scores['ssim']:.3f}, PSNR {scores['psnr']:.2f} dB, NMSE {scores['nmse']:.4f}"
     if dataset.compresses:
-        cost = _cost(dataset, target, np.concatenate(compressed))
+        cost = _compression_cost(dataset, target, output.zero_filled)
         yield f"  {volume.coils} coils compressed to {config.num_coils}{cost}"
-    yield f"  written to {out}: {volume.file}.h5, .jsonl, .png"
+    yield f"  written to {out}: {', '.join(volume.file + suffix for suffix in SUFFIXES)}"
 
 
-def _cost(dataset: FastMRIDataset, target: np.ndarray | None, compressed: np.ndarray) -> str:
-    """What compression costs zero-filled images (slices, h, w), behind the numbers of coils."""
+def _choose_acceleration(config: EvaluateParameters, volume: Volume, acceleration: int | None) -> int | None:
+    """Return the acceleration of the mask; None for a file with its own mask."""
+    if volume.has_mask and acceleration is not None:
+        raise ParameterError(f"{volume.path.name} has its own mask; leave --acceleration out")
+    if acceleration is not None and acceleration not in config.accelerations:
+        known = ", ".join(map(str, config.accelerations))
+        raise ParameterError(f"--acceleration {acceleration}: the run has the accelerations {known}; give one of them")
+    return None if volume.has_mask else acceleration or config.accelerations[0]
+
+
+@torch.no_grad()
+def _run_model(model: TwoStageModel, dataset: FastMRIDataset, config: EvaluateParameters) -> Output:
+    images, compressed = [], []
+    analyses: list[str] = []
+    empty: list[int] = []
+    for cpu_batch in make_loader(dataset, config.batch_size):
+        batch = cpu_batch.to(model.device)
+        empty += [one.slice_num for one, data in zip(batch.slices, cpu_batch.kspace, strict=True) if not data.any()]
+        images.append(model(batch).cpu().numpy())
+        compressed.append(zero_filled(cpu_batch.kspace, cpu_batch.scale, cpu_batch.image_shape).numpy())
+        if model.encoder is not None:
+            prefix = model.encoder(batch.kspace, batch.mask)
+            analyses += model.generate(prefix, [findings.prompt()] * len(batch.slices), config.max_new_tokens)
+    stack = np.concatenate(images)
+    stack[empty] = 0  # the model's magnitude is at least 1e-19 there, which the picture would show as white
+    return Output(stack, np.concatenate(compressed), analyses, empty)
+
+
+def _write(out: Path, name: str, output: Output, origin: dict[str, Any]) -> None:
+    rows: Sequence[dict[str, Any]] = [
+        {"file": name, "slice": number, "analysis": analysis, "provenance": origin}
+        for number, analysis in enumerate(output.analyses)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    strip = np.concatenate(list(output.images[:, ::-1]), axis=1)  # flipped up/down: anterior on top
+    pixels = (255 * strip / (float(output.images.max()) or 1)).round().astype(np.uint8)
+    writers = (
+        lambda path: write_reconstruction(path, output.images, origin),
+        lambda path: path.write_text(lines),
+        lambda path: Image.fromarray(pixels).save(path, "png"),
+    )
+    write_together(out, {f"{name}{suffix}": write for suffix, write in zip(SUFFIXES, writers, strict=True)})
+
+
+def _compression_cost(dataset: FastMRIDataset, target: np.ndarray | None, compressed: np.ndarray) -> str:
+    """Return a clause with the scores of zero-filled images (slices, h, w) from all and from the compressed coils."""
     if target is None:
-        return "; without a target nothing tells what that costs"
-    whole = dataset.uncompressed()
-    every = np.stack([zero_filled_image(whole[number]).numpy() for number in range(len(whole))])
-    more, fewer = (score_volume(target, images) for images in (every, compressed))
+        return "; without a target the cost of compression is unknown"
+    uncompressed = dataset.uncompressed()
+    all_coils = np.stack([zero_filled_image(uncompressed[number]).numpy() for number in range(len(uncompressed))])
+    full, reduced = (score_volume(target, images) for images in (all_coils, compressed))
     return (
-        f"; zero-filled of all coils SSIM {more['ssim']:.3f}, PSNR {more['psnr']:.2f} dB, "
-        f"of the compressed SSIM {fewer['ssim']:.3f}, PSNR {fewer['psnr']:.2f} dB"
+        f"; zero-filled image from all coils SSIM {full['ssim']:.3f}, PSNR {full['psnr']:.2f} dB, "
+        f"from the compressed ones SSIM {reduced['ssim']:.3f}, PSNR {reduced['psnr']:.2f} dB"
     )

@@ -1,6 +1,6 @@
-"""Run records: one folder a run, with its parameters, notebooks, logs, checkpoints, figures and metrics.
+"""Run records: one folder per run, with its parameters, notebooks, logs, checkpoints, figures and metrics.
 
-``run.json`` is written before step 0 and kept current, each time as a whole: under a temporary name, then renamed.
+``run.json`` is written before step 0 and updated atomically.
 """
 
 import contextlib
@@ -18,45 +18,48 @@ from transformers.utils.logging import disable_progress_bar
 from mrilib import progress
 from mrilib.config import NOTEBOOKS, OutputParameters, ParameterError, TrainingParameters, display_path, resolve
 from mrilib.environment import git_state, hardware, versions
-from mrilib.files import _now, read_json, write_json
-from mrilib.processes import _held, lock_run, unlock_run
+from mrilib.files import read_json, timestamp, write_json
+from mrilib.processes import held_locks, lock_run, unlock_run
+from mrilib.training.resume import check_folder
 
 logger = logging.getLogger("mrilib")
 
+REFUSALS = ("ParameterError: ", "CheckpointError: ", "DataError: ")  # beginnings of recorded errors of bad input
+RESERVE = ".reserve"  # file in a run folder that is deleted on a full disk, so that run.json can be written once more
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def read_record(directory: Path) -> dict[str, Any]:
-    """A run folder's run.json; a ParameterError names it if it is missing, damaged or no run record."""
+    """Read a run folder's run.json.
+
+    Raises
+    ------
+    ParameterError
+        If it is missing, damaged or not a run record.
+    """
     path = directory / "run.json"
     record = read_json(path)
-    kinds = {"status": str, "started": str, "planned": list, "notebooks": dict}
+    types = {"status": str, "started": str, "planned": list, "notebooks": dict}
     wrong = [
-        key for key, kind in kinds.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)
+        key for key, kind in types.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)
     ]
     if not wrong:
         wrong += ["planned"] * any(name not in NOTEBOOKS for name in map(str, record["planned"]))
-        wrong += [f"notebooks/{name}" for name, one in record["notebooks"].items() if not isinstance(one, dict)]
+        sections = record["notebooks"].items()
+        wrong += [f"notebooks/{name}" for name, section in sections if not isinstance(section, dict)]
     if wrong:
         raise ParameterError(
-            f"'{display_path(path)}' is no run record: {', '.join(wrong)} missing or of another kind; "
-            "put back a copy of it, or choose another run folder"
+            f"'{display_path(path)}' is not a run record: {', '.join(wrong)} missing or of a wrong type; "
+            "restore a copy of it, or choose another run folder"
         )
     return record
 
 
-REFUSALS = ("ParameterError: ", "CheckpointError: ", "DataError: ")  # how an error of bad input begins in a record
-
-
-RESERVE = ".reserve"  # a file in a run folder; deleted on a full disk, so that run.json can be written once more
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
 class Picture(Protocol):
-    """What a run stores as a figure."""
+    """A figure that a run can save."""
 
     def png(self, dpi: int) -> bytes:
-        """The picture as PNG at this resolution [dots per inch]."""
+        """Return the figure as PNG at this resolution [dots per inch]."""
         ...
 
 
@@ -66,34 +69,34 @@ class Run:
     Parameters
     ----------
     directory : Path
-        The run folder, made if it is not there.
+        Run folder; created with the first `save`.
     planned : sequence of str
-        Notebooks (keys of config.NOTEBOOKS) that the run consists of; it is done when all of them are.
+        Notebooks (keys of config.NOTEBOOKS) of the run; the run is done when all of them are.
     """
 
     def __init__(self, directory: Path, planned: list[str]) -> None:
         self.directory = directory
         self.record_path = directory / "run.json"
-        self.before: dict[str, Any] = {}  # what was recorded of the notebook that `start` begins
+        self.before: dict[str, Any] = {}  # earlier record of the notebook that `start` begins
         if self.record_path.exists():
             self.record = read_record(directory)
             self.record["planned"] += [name for name in planned if name not in self.record["planned"]]
         else:
             self.record = {"name": directory.name, "status": "running", "planned": planned, "notebooks": {}}
-            self.record |= {"started": _now(), "git": git_state(), "versions": versions(), "hardware": hardware()}
+            self.record |= {"started": timestamp(), "git": git_state(), "versions": versions(), "hardware": hardware()}
 
     def save(self) -> None:
-        """Write run.json; the status follows from those of the notebooks."""
+        """Write run.json; the run's status follows from those of the notebooks."""
         states = [self.record["notebooks"].get(name, {}).get("status") for name in self.record["planned"]]
         self.record["status"] = (
             "failed" if "failed" in states else "done" if all(s == "done" for s in states) else "running"
         )
-        self.record["updated"] = _now()
+        self.record["updated"] = timestamp()
         reserve = self.directory / RESERVE
         try:
             write_json(self.record_path, self.record)
         except OSError as error:
-            if error.errno not in _FULL or not reserve.exists():
+            if error.errno not in DISK_FULL or not reserve.exists():
                 raise
             reserve.unlink()
             write_json(self.record_path, self.record)
@@ -101,43 +104,43 @@ class Run:
         if self.record["status"] != "running":
             reserve.unlink(missing_ok=True)
         elif not reserve.exists():
-            with contextlib.suppress(OSError):  # there is none on a disk that is full already
-                # random bytes: some file systems store zeros without room
+            with contextlib.suppress(OSError):  # the disk may be full already
+                # Random bytes, because some file systems compress zeros.
                 reserve.write_bytes(os.urandom(max(1 << 16, 4 * self.record_path.stat().st_size)))
 
     def start(self, notebook: str, config: OutputParameters) -> None:
-        """Record that a notebook has begun, with its resolved parameters."""
+        """Record the start of a notebook with its resolved parameters."""
         self.before = self.record["notebooks"].get(notebook, {})
         self.record["notebooks"][notebook] = {
             "status": "running",
-            "started": _now(),
-            "git": git_state(),  # a folder may be used again with later code
+            "started": timestamp(),
+            "git": git_state(),  # the code may be newer than the run's
             "config": config.to_dict(),
         }
         self.save()
 
     def resumed(self) -> None:
-        """Record that the run goes on, and with which code."""
-        self.record.setdefault("resumed", []).append({"time": _now(), "git": git_state()})
+        """Record that the run is resumed, and the commit."""
+        self.record.setdefault("resumed", []).append({"time": timestamp(), "git": git_state()})
         self.save()
 
     def note(self, notebook: str, **facts: Any) -> None:
         """Add facts (plain numbers, strings, lists, dicts) to a notebook's part of the record."""
-        json.dumps(facts, allow_nan=False)  # refused before the record holds what can never be written
+        json.dumps(facts, allow_nan=False)  # raises before the record contains a value that JSON cannot hold
         self.record["notebooks"][notebook].update(facts)
         self.save()
 
     def finish(self, notebook: str, status: str = "done", **facts: Any) -> None:
-        """Record that a notebook has ended: done, or failed. The run folder is free again.
+        """Record the end of a notebook, done or failed, and release the run folder.
 
-        A notebook that was done before and is now refused stays done, with all that was recorded of it.
+        If the notebook was done before and its new parameters are refused, the earlier record stays.
         """
-        refused = str(facts.get("error", "")).startswith(REFUSALS)
-        if status == "failed" and refused and self.before.get("status") == "done":
+        is_refused = str(facts.get("error", "")).startswith(REFUSALS)
+        if status == "failed" and is_refused and self.before.get("status") == "done":
             self.record["notebooks"][notebook] = self.before
             status, facts = "done", {"finished": self.before.get("finished")}
         try:
-            self.note(notebook, **{"status": status, "finished": _now(), **facts})
+            self.note(notebook, **{"status": status, "finished": timestamp(), **facts})
         finally:
             unlock_run(self.directory)
 
@@ -158,26 +161,23 @@ class Run:
 
 
 def start(notebook: str, config: OutputParameters) -> Run:
-    """Open the run folder of a notebook, record its start, and begin its log.
+    """Open a notebook's run folder, record the start, and begin a log.
 
-    An empty ``output_dir`` makes a new folder under outputs/, named after the notebook and the time. In IPython a cell
-    that fails marks the notebook, and with it the run, as failed.
+    An empty ``output_dir`` creates a folder under outputs/, named after the notebook and the time. In IPython, an error
+    in a cell marks the notebook and the run as failed.
     """
-    disable_progress_bar()  # transformers' bars for loading a file would stay in the record
-    name = config.output_dir or f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"
-    directory = resolve(name)
-    ours = directory not in _held
+    disable_progress_bar()  # transformers' bars for loading files would stay in the rendered notebook
+    directory = resolve(config.output_dir or new_folder(notebook))
+    locks_now = directory not in held_locks
     try:
         if directory.exists():
             lock_run(directory)
         if isinstance(config, TrainingParameters):
-            from mrilib.training.resume import check_folder
-
             check_folder(directory, config)  # before anything is written
         lock_run(directory)
         run = Run(directory, [notebook])
     except ValueError:
-        if ours:
+        if locks_now:
             unlock_run(directory)
         raise
     run.start(notebook, config)
@@ -187,8 +187,13 @@ def start(notebook: str, config: OutputParameters) -> Run:
     return run
 
 
+def new_folder(notebook: str) -> str:
+    """Return the name of a run folder after the notebook and the time."""
+    return f"outputs/{notebook}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
 class LogFile(logging.FileHandler):
-    """A log file. If it cannot be written, one line on stderr says so, and the run goes on."""
+    """Log file of a run; if it cannot be written, one line on stderr reports it, and the run continues."""
 
     has_failed = False
 
@@ -213,6 +218,7 @@ def _log_to(path: Path) -> None:
 
 
 def _mark_failures(run: Run, notebook: str) -> None:
+    """In IPython, record the notebook as failed after an error in a cell."""
     shell = progress.ipython_shell()
     if shell is None:
         return
@@ -228,6 +234,6 @@ def _mark_failures(run: Run, notebook: str) -> None:
 
 
 def all_runs(directory: str | Path = "outputs") -> list[Path]:
-    """Run folders below a directory, oldest first."""
+    """Return the run folders in a directory, oldest first."""
     records = [path.parent for path in resolve(directory).glob("*/run.json")]
     return sorted(records, key=lambda path: read_record(path)["started"])

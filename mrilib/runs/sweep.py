@@ -1,4 +1,4 @@
-"""Sweeps: a params folder with some parameters varied, one run folder for each combination, then the comparison."""
+"""Sweeps: one run for each combination of parameter values, methods and seeds, then their comparison."""
 
 import argparse
 import itertools
@@ -10,26 +10,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from mrilib.config import NOTEBOOKS, ROOT, ParameterError, display_path, parse_yaml, read_yaml, resolve
-from mrilib.errors import shortened
+from mrilib.config import NOTEBOOKS, ROOT, ParameterError, Parameters, display_path, read_yaml, resolve
 from mrilib.model.decoders import uses_tokens
+from mrilib.runs.notebooks import selected_notebooks
+from mrilib.runs.overrides import format_value, parse_grid
 from mrilib.runs.record import read_record
 
 MRILIB = (sys.executable, "-m", "mrilib")
 MAX_RUNS = 1000
-LATER = (
-    "data_dir",
-    "stage1_checkpoint",
-    "constant_prefix_checkpoint",
-    "stage2_checkpoint",
-    "no_token_decoder_checkpoint",
-)
+CHECKPOINTS = ("stage1_checkpoint", "constant_prefix_checkpoint", "stage2_checkpoint", "no_token_decoder_checkpoint")
+WRITTEN_LATER = ("data_dir", *CHECKPOINTS)
+SET_BY_RUN = (*WRITTEN_LATER, "output_dir", "interactive", "runs", "resume")  # not compared with a finished run
 
 
 class Variant(NamedTuple):
@@ -37,62 +32,41 @@ class Variant(NamedTuple):
 
     name: str  # of the run folder
     parameters: dict[str, Any]  # "stage1.learning_rate" → value
-    notebooks: tuple[str, ...] = ()  # that it runs
+    notebooks: tuple[str, ...] = ()  # that it executes
+
+    def of(self, notebook: str) -> dict[str, Any]:
+        """Return the parameters of one notebook: name → value."""
+        prefix = f"{notebook}."
+        return {key.removeprefix(prefix): value for key, value in self.parameters.items() if key.startswith(prefix)}
+
+    def config(self, notebook: str, folder: Path) -> Parameters:
+        """Return a notebook's parameters with the values of its params file in `folder`."""
+        values = {**read_yaml(folder / f"{notebook}.yaml"), **self.of(notebook)}
+        return NOTEBOOKS[notebook][1].create(values, written_later=WRITTEN_LATER)
 
 
-def parse_grid(given: Sequence[str]) -> dict[str, list[Any]]:
-    """``-p stage1.learning_rate=1e-4,3e-4`` → {"stage1.learning_rate": ["1e-4", "3e-4"]}.
+def read_methods(folder: Path, names: str | None) -> dict[str, dict[str, Any]]:
+    """Read params files in ``methods/``: method → the stage-2 parameters that it changes.
 
-    The values are the items of a YAML list without its brackets; lists among them keep theirs: ``[4],[4, 8]``.
-
-    Raises
-    ------
-    ParameterError
-        Anything else than NOTEBOOK.NAME=VALUE,VALUE, an unknown notebook or parameter, one that is given twice.
-    """
-    grid: dict[str, list[Any]] = {}
-    for text in given:
-        name, equals, values = text.partition("=")
-        notebook, dot, parameter = name.partition(".")
-        if not (equals and dot and notebook in NOTEBOOKS):
-            raise ParameterError(
-                f"-p {shortened(text)}: NOTEBOOK.NAME=VALUE,VALUE is wanted, NOTEBOOK one of {', '.join(NOTEBOOKS)}"
-            )
-        if name in grid:
-            raise ParameterError(f"-p {shortened(text)}: {name} is given twice; separate its values by commas")
-        if parameter not in NOTEBOOKS[notebook][1].model_fields:
-            NOTEBOOKS[notebook][1].create({parameter: None})  # tells the nearest known name
-        grid[name] = parse_yaml(f"[{values}\n]", f"-p {text}")
-        if not grid[name]:
-            raise ParameterError(f"-p {shortened(text)}: no value is given")
-    return grid
-
-
-def methods_of(folder: Path, given: str | None) -> dict[str, dict[str, Any]]:
-    """Method → what its file in ``methods/`` changes in the folder's stage2.yaml, of the methods that are asked for.
-
-    Raises
-    ------
-    ParameterError
-        A method without a file.
+    `names` are separated by commas; "all" stands for every file.
     """
     files = {path.stem: path for path in sorted((folder / "methods").glob("*.yaml"))}
-    names = list(files) if given == "all" else (given or "").split(",") if given else []
-    for name in names:
+    chosen = list(files) if names == "all" else names.split(",") if names else []
+    for name in chosen:
         if name not in files:
             raise ParameterError(
                 f"--methods: '{display_path(folder / 'methods' / name)}.yaml' does not exist; there are: "
                 f"{', '.join(files) or 'none'}"
             )
-    return {name: {f"stage2.{key}": value for key, value in read_yaml(files[name]).items()} for name in names}
+    return {name: {f"stage2.{key}": value for key, value in read_yaml(files[name]).items()} for name in chosen}
 
 
-def parse_seeds(given: str | None) -> list[int]:
-    """``0,1`` → [0, 1]."""
+def parse_seeds(text: str | None) -> list[int]:
+    """Parse ``0,1`` → [0, 1]."""
     try:
-        return [int(one) for one in given.split(",")] if given else []
+        return [int(seed) for seed in text.split(",")] if text else []
     except ValueError:
-        raise ParameterError(f"--seeds {given}: whole numbers are wanted, separated by commas: 0,1") from None
+        raise ParameterError(f"--seeds {text}: give whole numbers separated by commas: 0,1") from None
 
 
 def variants(
@@ -101,11 +75,12 @@ def variants(
     methods: Mapping[str, dict[str, Any]] | None = None,
     seeds: Sequence[int] = (),
 ) -> list[Variant]:
-    """All combinations, named after what varies: ``demo-stage1.learning_rate-1e-4``, ``comparison-varnet-seed-0``.
+    """Return all combinations; their names contain what varies, such as ``demo-stage1.learning_rate-1e-4``.
 
     Parameters
     ----------
     base : str
+        First part of the names.
     grid : dict
         "stage1.learning_rate" → values.
     methods : mapping, optional
@@ -116,192 +91,175 @@ def variants(
     Raises
     ------
     ParameterError
-        If nothing varies, or two values would give folders of one name.
+        If nothing varies, or two combinations have the same name.
     """
     varying = [name for name, values in grid.items() if len(values) > 1]
-    if not varying and not methods and not seeds:
-        raise ParameterError(
-            "nothing to sweep: give a parameter several values, -p stage1.epochs=3,6, or --methods, --seeds"
-        )
-    count = math.prod(map(len, grid.values())) * max(1, len(methods or {})) * max(1, len(seeds))
-    if count > MAX_RUNS:
-        what = [*varying, *(["--methods"] if methods else []), *(["--seeds"] if seeds else [])]
-        raise ParameterError(f"the values of {', '.join(what)} make {count} runs; at most {MAX_RUNS} are allowed")
-    for name, given in grid.items():
-        if len({_number_or_text(value) for value in given}) < len(given):
-            raise ParameterError(f"{name}: a value is given twice; leave one of them out")
-    found = []
-    chosen_seeds: list[int | None] = [*seeds] or [None]
-    for method, seed, values in itertools.product(methods or [""], chosen_seeds, itertools.product(*grid.values())):
+    _check_grid(grid, {**{name: grid[name] for name in varying}, "--methods": methods or (), "--seeds": seeds})
+    combinations = []
+    all_seeds: list[int | None] = [*seeds] or [None]
+    for method, seed, values in itertools.product(methods or [""], all_seeds, itertools.product(*grid.values())):
         chosen = dict(zip(grid, values, strict=True))
-        parts = [base, *([method] if method else []), *(f"{name}-{_word(chosen[name])}" for name in varying)]
+        parts = [base, *([method] if method else []), *(f"{name}-{_name_part(chosen[name])}" for name in varying)]
         parameters = {**methods[method], **chosen} if methods else chosen
         if seed is not None:
             parts.append(f"seed-{seed}")
             parameters = {**parameters, "stage1.seed": seed, "stage2.seed": seed}
-        found.append(Variant("-".join(parts), parameters))
-    names = [one.name for one in found]
+        combinations.append(Variant("-".join(parts), parameters))
+    names = [variant.name for variant in combinations]
     if len(set(names)) < len(names):
-        raise ParameterError(f"two of the values give one folder name: {', '.join(names)}")
-    return found
+        raise ParameterError(f"two of the values give the same folder name: {', '.join(names)}")
+    return combinations
 
 
-def _number_or_text(value: Any) -> float | str:
-    """A value such that 1e-3 and 0.001 are equal."""
+def _check_grid(grid: dict[str, list[Any]], varying: Mapping[str, Collection[Any]]) -> None:
+    counts = {name: len(values) for name, values in varying.items() if values}
+    if not counts:
+        raise ParameterError(
+            "nothing to sweep: give a parameter several values, -p stage1.epochs=3,6, or --methods, --seeds"
+        )
+    total = math.prod(counts.values())
+    if total > MAX_RUNS:
+        raise ParameterError(f"the values of {', '.join(counts)} give {total} runs; at most {MAX_RUNS} are allowed")
+    for name, values in grid.items():
+        if len({_comparable(value) for value in values}) < len(values):
+            raise ParameterError(f"{name}: a value is given twice; leave one of them out")
+
+
+def _comparable(value: Any) -> float | str:
+    """Convert a value so that "1e-3" and 0.001 are equal."""
     try:
         return float(value)
     except (TypeError, ValueError):
         return repr(value)
 
 
-def _word(value: Any) -> str:
-    """A value as a part of a folder's name."""
+def _name_part(value: Any) -> str:
+    """Return a value as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", str(value)).strip("_")[-40:] or "empty"
 
 
-def _used(folder: Path, variant: Variant, there: Sequence[str]) -> Variant:
-    """A variant with its notebooks: without stage 1 and its parameters where the decoder uses no tokens."""
-    given = {n.partition(".")[2]: v for n, v in variant.parameters.items() if n.startswith("stage2.")}
-    if "stage1" not in there:
-        kept = {name: value for name, value in variant.parameters.items() if name != "stage1.seed"}
-        variant = variant._replace(parameters=kept)
-    if "stage2" not in there or uses_tokens({**read_yaml(folder / "stage2.yaml"), **given}):
-        return variant._replace(notebooks=tuple(there))
+def _with_notebooks(folder: Path, variant: Variant, available: Sequence[str]) -> Variant:
+    """Add the notebooks to a variant; remove stage 1 and its parameters if the decoder uses no tokens."""
+    if "stage1" not in available:
+        parameters = {name: value for name, value in variant.parameters.items() if name != "stage1.seed"}
+        variant = variant._replace(parameters=parameters)
+    if "stage2" not in available or uses_tokens({**read_yaml(folder / "stage2.yaml"), **variant.of("stage2")}):
+        return variant._replace(notebooks=tuple(available))
     parameters = {name: value for name, value in variant.parameters.items() if not name.startswith("stage1.")}
-    return Variant(variant.name, parameters, tuple(name for name in there if name != "stage1"))
+    return Variant(variant.name, parameters, tuple(name for name in available if name != "stage1"))
 
 
 def check(folder: Path, planned: Sequence[Variant]) -> None:
-    """Refuse what a run would refuse, before the first of them starts.
-
-    Raises
-    ------
-    ParameterError
-        Names the variant and the parameter.
-    """
-    for one in planned:
-        unused = {name.partition(".")[0] for name in one.parameters} - set(one.notebooks)
+    """Refuse wrong parameters of any variant before the first run starts; name the variant and the parameter."""
+    for variant in planned:
+        unused = {name.partition(".")[0] for name in variant.parameters} - set(variant.notebooks)
         if unused:
-            raise ParameterError(f"'{folder}' holds no {' and no '.join(sorted(unused))}.yaml that this sweep runs")
-        for notebook in one.notebooks:
-            given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}
+            raise ParameterError(f"'{folder}' has no {' and no '.join(sorted(unused))}.yaml that this sweep uses")
+        for notebook in variant.notebooks:
             try:
-                NOTEBOOKS[notebook][1].create({**read_yaml(folder / f"{notebook}.yaml"), **given}, written_later=LATER)
+                variant.config(notebook, folder)
             except ParameterError as error:
-                raise ParameterError(f"{one.name}: {notebook}: {error}") from None
+                raise ParameterError(f"{variant.name}: {notebook}: {error}") from None
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Run every variant, a failed one not stopping the others, then 05_compare_runs over those that are done.
+    """Execute every variant, then 05_compare_runs; a failed variant does not stop the others.
 
-    Returns
-    -------
-    int
-        0 if all of them are done, else 1.
+    Return 0 if all variants are done, else 1.
     """
     folder: Path = options.params
     if not folder.is_dir():
         raise ParameterError(f"the params folder '{folder}' does not exist")
     if options.name is not None and not options.name.strip():
-        raise ParameterError("--name is empty; give the beginning of the run folders' names, or leave it out")
+        raise ParameterError("--name is empty; give the first part of the run folders' names, or leave --name out")
     base = options.name or folder.resolve().name
-    only = ["stage1"] if options.stage1_only else ["stage2"] if options.stage2_only else None
-    steps = only or ["explore", "stage1", "stage2", "evaluate", "compare"]
-    files = [name for name in steps if os.path.lexists(folder / f"{name}.yaml")]
-    methods, seeds = methods_of(folder, options.methods), parse_seeds(options.seeds)
-    planned = [_used(folder, one, files) for one in variants(base, parse_grid(options.parameter), methods, seeds)]
+    available = [name for name in selected_notebooks(options) if os.path.lexists(folder / f"{name}.yaml")]
+    methods, seeds = read_methods(folder, options.methods), parse_seeds(options.seeds)
+    combinations = variants(base, parse_grid(options.parameter), methods, seeds)
+    planned = [_with_notebooks(folder, variant, available) for variant in combinations]
     check(folder, planned)
-    own = {one.name: resolve("outputs") / one.name for one in planned}
-    comparison = resolve("outputs") / f"{base}-sweep"
     if not options.overwrite:
-        unfinished = [name for name, path in own.items() if path.exists() and _status(path) != "done"]
-        if unfinished and not options.resume:
-            told = "--resume goes on with them, --overwrite runs all anew"
-            raise ParameterError(f"not finished: {', '.join(unfinished)}; {told}")
-        for one in planned:
-            if own[one.name].exists():
-                _check_same(own[one.name], folder, one)
-
-    states: dict[str, str] = {}
-    for number, one in enumerate(planned, 1):
-        print(f"══ {number} of {len(planned)}: {one.name}", flush=True)
-        there = own[one.name].exists() and not options.overwrite
-        if there and _status(own[one.name]) == "done":
-            print("   done before", flush=True)
-            states[one.name] = "done"
-            continue
-        command = [
-            "run",
-            str(folder),
-            "--name",
-            one.name,
-            *(["--overwrite"] if options.overwrite else ["--resume"] * there),
-        ]
-        command += ["--stage1-only"] if options.stage1_only else []
-        command += ["--stage2-only", "-c", str(options.checkpoint)] if options.stage2_only else []
-        for name, value in one.parameters.items():
-            command += ["-p", f"{name}={_flow(value)}"]
-        states[one.name] = "done" if _mrilib(command) == 0 else "failed"
-    for name, state in states.items():
-        print(f"{state:7} {display_path(own[name])}")
-    done = [own[name] for name, state in states.items() if state == "done"]
-    failed = len(done) < len(planned)
-    if not done:
+        _check_existing(folder, planned, options.resume)
+    states: dict[Path, str] = {}
+    for number, variant in enumerate(planned, 1):
+        print(f"══ {number} of {len(planned)}: {variant.name}", flush=True)
+        states[_directory(variant)] = _execute(variant, options)
+    for directory, state in states.items():
+        print(f"{state:7} {display_path(directory)}")
+    if "done" not in states.values():
         print("error: every run of the sweep has failed; there is nothing to compare", file=sys.stderr)
         return 1
-    recorded = [
-        path for path in own.values() if (path / "run.json").is_file()
-    ]  # failed ones are named among the others
-    return 1 if _compare(folder, comparison, recorded) or failed else 0
+    # The comparison lists the failed runs as well.
+    recorded = [directory for directory in states if (directory / "run.json").is_file()]
+    return 1 if _compare(folder, resolve("outputs") / f"{base}-sweep", recorded) or "failed" in states.values() else 0
 
 
-def _status(path: Path) -> str:
-    return str(read_record(path)["status"]) if (path / "run.json").is_file() else "no run"
+def _directory(variant: Variant) -> Path:
+    return resolve("outputs") / variant.name
 
 
-def _check_same(path: Path, folder: Path, one: Variant) -> None:
-    """Take a run that is there, or go on with it, only if it has the notebooks and parameters asked for now."""
-    if not (path / "run.json").is_file():
-        raise ParameterError(f"'{display_path(path)}' is no run folder; choose another --name, or --overwrite")
-    record = read_record(path)
-    made = record["notebooks"]
-    if set(record["planned"]) != set(one.notebooks):
-        told = f"consists of {', '.join(record['planned'])}, not of {', '.join(one.notebooks)}"
-        raise ParameterError(f"'{display_path(path)}' {told}; choose another --name, or --overwrite")
-    for notebook, section in made.items():
-        given = {n.partition(".")[2]: v for n, v in one.parameters.items() if n.partition(".")[0] == notebook}
-        values = {**read_yaml(folder / f"{notebook}.yaml"), **given}
-        wanted = NOTEBOOKS[notebook][1].create(values, written_later=LATER).to_dict()
-        for name, value in wanted.items():
-            if name in (*LATER, "output_dir", "interactive", "runs", "resume"):
-                continue
-            made_with = section["config"].get(name)
-            if made_with != value:
+def _check_existing(folder: Path, planned: Sequence[Variant], resume: bool) -> None:
+    """Refuse existing runs that are unfinished, unless they are resumed, or that have other parameters."""
+    existing = [variant for variant in planned if _directory(variant).exists()]
+    unfinished = [variant.name for variant in existing if _status(_directory(variant)) != "done"]
+    if unfinished and not resume:
+        advice = "--resume resumes them, --overwrite repeats all runs"
+        raise ParameterError(f"not finished: {', '.join(unfinished)}; {advice}")
+    for variant in existing:
+        _check_same(folder, variant)
+
+
+def _status(directory: Path) -> str:
+    return str(read_record(directory)["status"]) if (directory / "run.json").is_file() else "no run"
+
+
+def _check_same(folder: Path, variant: Variant) -> None:
+    """Refuse an existing run with other notebooks or parameters than the variant's."""
+    directory, advice = _directory(variant), "choose another --name, or --overwrite"
+    if not (directory / "run.json").is_file():
+        raise ParameterError(f"'{display_path(directory)}' is not a run folder; {advice}")
+    record = read_record(directory)
+    if set(record["planned"]) != set(variant.notebooks):
+        difference = f"consists of {', '.join(record['planned'])}, not of {', '.join(variant.notebooks)}"
+        raise ParameterError(f"'{display_path(directory)}' {difference}; {advice}")
+    for notebook, section in record["notebooks"].items():
+        for name, value in variant.config(notebook, folder).to_dict().items():
+            used = section["config"].get(name)
+            if name not in SET_BY_RUN and used != value:
                 raise ParameterError(
-                    f"'{display_path(path)}' was made with {notebook}.{name} {made_with!r}, not "
-                    f"{value!r}; choose another --name, or --overwrite"
+                    f"'{display_path(directory)}' was run with {notebook}.{name} {used!r}, not {value!r}; {advice}"
                 )
 
 
-def _flow(value: Any) -> str:
-    """A value as YAML on one line, for a -p of `run`."""
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
+def _execute(variant: Variant, options: argparse.Namespace) -> str:
+    """Execute a variant by ``mrilib run``, unless it is done; return "done" or "failed"."""
+    exists = _directory(variant).exists() and not options.overwrite
+    if exists and _status(_directory(variant)) == "done":
+        print("   done before", flush=True)
+        return "done"
+    command = ["run", str(options.params), "--name", variant.name]
+    command += ["--overwrite"] if options.overwrite else ["--resume"] if exists else []
+    command += ["--stage1-only"] if options.stage1_only else []
+    command += ["--stage2-only", "-c", str(options.checkpoint)] if options.stage2_only else []
+    for name, value in variant.parameters.items():
+        command += ["-p", f"{name}={format_value(value)}"]
+    return "done" if _mrilib(command) == 0 else "failed"
 
 
-class Stopped(Exception):
-    """The sweep was told to stop; the run that was under way has been told and has ended."""
+class SweepStopped(Exception):
+    """The sweep received a signal; the current run received it too and has ended."""
 
 
 def _mrilib(command: Sequence[str]) -> int:
-    """Run a command of mrilib in a process of its own, and hand signals on to it; its exit status.
+    """Run a command of mrilib in a child process, forward signals to it, and return its exit status.
 
-    It has a session of its own, so that a Ctrl-C reaches it once, and it may take its time to save what it has.
+    The child has its own session, so that a Ctrl-C reaches it once. It is not killed, so that it can save its state.
     """
     process = subprocess.Popen([*MRILIB, *command], cwd=ROOT, start_new_session=True)
-    told: list[int] = []
+    received: list[int] = []
 
     def forward(number: int, _: Any) -> None:
-        told.append(number)
+        received.append(number)
         process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -310,21 +268,21 @@ def _mrilib(command: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if told:
-        raise Stopped(signal.Signals(told[0]).name)
+    if received:
+        raise SweepStopped(signal.Signals(received[0]).name)
     return status
 
 
-def _compare(folder: Path, directory: Path, recorded: Sequence[Path]) -> int:
-    """05_compare_runs over the runs, in a run folder of its own; it is made anew each time."""
+def _compare(folder: Path, directory: Path, runs: Sequence[Path]) -> int:
+    """Execute 05_compare_runs over the runs in its own run folder, replacing an earlier comparison."""
     print(f"══ comparison → {display_path(directory)}", flush=True)
     if directory.exists():
         if _status(directory) == "no run" or set(read_record(directory)["planned"]) != {"compare"}:
             raise ParameterError(f"'{display_path(directory)}' exists and is no comparison; choose another --name")
         shutil.rmtree(directory)
     with tempfile.TemporaryDirectory() as temporary:
-        given = folder / "compare.yaml"
-        path = Path(temporary) / "compare.yaml"
-        path.write_text(given.read_text() if given.is_file() else "interactive: false\n")
-        runs = _flow([display_path(run) for run in recorded])
-        return _mrilib(["run", temporary, "--name", str(directory), "-p", f"compare.runs={runs}"])
+        params = folder / "compare.yaml"
+        text = params.read_text() if params.is_file() else "interactive: false\n"
+        (Path(temporary) / "compare.yaml").write_text(text)
+        value = format_value([display_path(run) for run in runs])
+        return _mrilib(["run", temporary, "--name", str(directory), "-p", f"compare.runs={value}"])

@@ -1,7 +1,7 @@
-"""Training checkpoints: written whole or not at all, read without running code.
+"""Training checkpoints: written atomically, and read without running code.
 
-A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)``
-reads it: the trainable part's weights, optimizer, schedule, random number states, history and the run's parameters.
+A checkpoint is a dict of plain tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)``
+reads. `ENTRIES` lists its content.
 """
 
 import contextlib
@@ -16,32 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mrilib.config import display_path
 
 FORMAT = 1
-# What `Trainer.state` puts into a checkpoint.
-ENTRIES = (
-    "stage", "epoch", "step", "micro_batch", "weights", "optimizer", "schedule", "rng", "losses", "history", "config",
-    "data", "backbone", "encoder", "cost",
-)  # fmt: skip
-_DEPTH = 16  # of lists and dicts in each other; a checkpoint has 5
-_LARGEST = 2**62  # of a whole number
-# What damaged or tampered content makes torch and zipfile raise, found by changing files at random.
-_UNFIT = (
+MAX_DEPTH = 16  # of nested lists and dicts; a checkpoint has 5
+MAX_INTEGER = 2**62
+# Errors of torch and zipfile on damaged or tampered files, collected by changing files at random.
+READ_ERRORS = (
     RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
-    EOFError, MemoryError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error,
+    EOFError, MemoryError, NotImplementedError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Check = Callable[[Any], bool]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, of another stage or of another architecture.
 
-    The message is one printable line: it may quote what somebody else has written.
+    The message is one printable line, because it may quote text from a foreign file.
     """
 
     def __init__(self, message: str) -> None:
@@ -49,15 +43,20 @@ class CheckpointError(ValueError):
         super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line))
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, sync it to disk, then rename it into place.
+def checkpoint_path(directory: Path, number: int, stage: str, kind: str) -> Path:
+    """Path in a run folder, such as ``stage1_checkpoints/stage1_best_model.pt``; `number` is 1 or 2."""
+    return directory / f"stage{number}_checkpoints" / f"{stage}_{kind}.pt"
 
-    A crash at any moment leaves either the old file or the new one, whole.
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint under a temporary name, sync it to disk, then rename it.
+
+    A crash at any moment leaves either the old file or the new one, complete.
 
     Raises
     ------
     OSError
-        The disk is full, the folder read-only, …; the old file, if any, is as it was.
+        The disk is full, the folder is read-only, …; the old file, if any, is unchanged.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -68,17 +67,17 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         while isinstance(error, RuntimeError) and isinstance(error.__context__, OSError | RuntimeError):
             error = error.__context__
-        before = f"the one before is whole: '{display_path(path)}'" if path.exists() else "there is none before it"
-        raise OSError(f"a checkpoint could not be written: {error}; {before}") from error
+        state = f"the previous one is intact: '{display_path(path)}'" if path.exists() else "there is no previous one"
+        raise OSError(f"a checkpoint could not be written: {error}; {state}") from error
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have a rename on disk, not in the system's memory alone."""
+    """Sync a rename to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,14 +86,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
-    """Read a checkpoint of one stage ("stage1", "constant_prefix", "stage2", "no_token_decoder").
-
-    The file's checksums are compared first, so that a damaged file is never taken for a whole one.
+    """Read and check a checkpoint of one stage ("stage1", "constant_prefix", "stage2", "no_token_decoder").
 
     Raises
     ------
     CheckpointError
-        Not there, damaged, not a checkpoint of this project, a pickle that would run code, or of another stage.
+        It is missing, damaged, of another stage or another project, or a pickle that would run code.
     """
     name = display_path(path)
     _check_file(path, name)
@@ -102,316 +99,185 @@ def load_checkpoint(path: Path, stage: str) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint '{name}' could not be read: {error}") from None
-    except _UNFIT:
-        # torch's own text is left out: it advises to load the file unsafely.
+    except READ_ERRORS:
+        # torch's own message advises to load the file unsafely.
         raise CheckpointError(
-            f"'{name}' is a pickle of other things than plain tensors, numbers and text, and may run code when it is "
-            "opened: it was not opened, and must not be; delete it, or ask its author for a checkpoint of this project"
+            f"'{name}' holds more than plain tensors, numbers and text, and may run code when it is opened: it was "
+            "not opened; delete it, or ask its author for a checkpoint of this project"
         ) from None
-    known = isinstance(content, dict) and type(content.get("format")) is int and content["format"] == FORMAT
-    if not known or "stage" not in content:
+    is_known = isinstance(content, dict) and type(content.get("format")) is int and content["format"] == FORMAT
+    if not is_known or "stage" not in content:
         raise CheckpointError(f"'{name}' is not a checkpoint of this project")
     try:
-        content = _plain(content, "", {})
+        content = _plain_copy(content, "", {})
     except ValueError as error:
         raise CheckpointError(f"checkpoint '{name}': {error}") from None
     if isinstance(content["stage"], str) and content["stage"] != stage:
-        raise CheckpointError(f"checkpoint '{name}' is of {content['stage'][:40]}; {stage} is wanted here")
-    lacks = [entry for entry in ENTRIES if entry not in content]
-    if lacks:
-        raise CheckpointError(f"checkpoint '{name}' lacks {', '.join(lacks)}")
-    problems = [f"{entry}: {what} is wanted" for entry, (what, fits) in _KINDS.items() if not fits(content[entry])]
-    if problems:
-        raise CheckpointError(f"checkpoint '{name}' does not hold what it must: {'; '.join(problems)}")
+        raise CheckpointError(f"checkpoint '{name}' is of {content['stage'][:40]}; give one of {stage}")
+    missing = [entry for entry in ENTRIES if entry not in content]
+    if missing:
+        raise CheckpointError(f"checkpoint '{name}' lacks {', '.join(missing)}")
+    wrong = [f"{entry}: expected {kind}" for entry, (kind, is_kind) in ENTRIES.items() if not is_kind(content[entry])]
+    if wrong:
+        raise CheckpointError(f"checkpoint '{name}' has wrong entries: {'; '.join(wrong)}")
     return content
 
 
 def _check_file(path: Path, name: str) -> None:
-    """Refuse what is not a whole zip file as `save_checkpoint` writes it; all checksums are compared.
-
-    Raises
-    ------
-    CheckpointError
-    """
+    """Check that a file is a complete zip file as `save_checkpoint` writes it, with correct checksums."""
     if not path.is_file():
-        what = "is no file" if path.exists() else "does not exist"
-        raise CheckpointError(f"checkpoint '{name}' {'is a link to itself' if _is_loop(path) else what}")
+        is_loop = path.is_symlink() and os.path.islink(os.path.realpath(path))
+        problem = "is a link to itself" if is_loop else "is not a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint '{name}' {problem}")
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise CheckpointError(f"'{name}' is not a checkpoint of this project: its content is compressed")
-            damaged = archive.testzip()
-    except CheckpointError:
-        raise
+            is_compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            damaged = None if is_compressed else archive.testzip()
     except PermissionError as error:
         raise CheckpointError(f"checkpoint '{name}' could not be read: {error.strerror}") from None
-    except (*_UNFIT, NotImplementedError):
+    except READ_ERRORS:
         with open(path, "rb") as file:
             start = file.read(2)
         if start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5":
             raise CheckpointError(
                 f"'{name}' is a bare pickle, not a checkpoint of this project, and may run code when it is opened: it "
-                "was not opened, and must not be"
+                "was not opened; delete it"
             ) from None
         raise CheckpointError(
-            f"checkpoint '{name}' is damaged, or no checkpoint: it is not a whole zip file; "
-            "take another checkpoint, or a copy of this one"
+            f"checkpoint '{name}' is damaged or not a checkpoint: it is not a complete zip file; use another one"
         ) from None
+    if is_compressed:
+        raise CheckpointError(f"'{name}' is not a checkpoint of this project: its content is compressed")
     if damaged is not None:
         raise CheckpointError(
-            f"checkpoint '{name}' is damaged: the checksum of '{damaged}' in it is wrong; "
-            "take another checkpoint, or a copy of this one"
+            f"checkpoint '{name}' is damaged: the checksum of its entry '{damaged}' is wrong; use another one"
         )
 
 
-def _is_loop(path: Path) -> bool:
-    return path.is_symlink() and os.path.islink(os.path.realpath(path))
+def _plain_copy(value: Any, where: str, copies: dict[int, Any], depth: int = 0) -> Any:
+    """Copy into plain dicts, lists and tensors, without attributes that a pickle may have attached to them.
 
-
-def _plain(value: Any, where: str, known: dict[int, Any], depth: int = 0) -> Any:
-    """The same in plain dicts, lists and tensors, without anything that a pickle may have attached to them.
+    Parameters
+    ----------
+    value : object
+    where : str
+        Its key, for error messages.
+    copies : dict
+        Copies by the id of the original: lists may be shared.
+    depth : int
 
     Raises
     ------
     ValueError
-        Naming the key with anything else.
+        Any other type, or too deep nesting.
     """
     if value is None or type(value) in (bool, float, str):
         return value
     if type(value) is int:
-        if abs(value) > _LARGEST:
+        if abs(value) > MAX_INTEGER:
             raise ValueError(f"{where}: a number is too large")
         return value
-    if id(value) in known:
-        return known[id(value)]
-    if depth > _DEPTH:
-        raise ValueError(f"{where.partition('/')[0]}: lists or dicts in each other, more than {_DEPTH} deep")
-    made: Any
+    if id(value) in copies:
+        return copies[id(value)]
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where.partition('/')[0]}: lists or dicts are nested more than {MAX_DEPTH} deep")
+    copy: Any
     if type(value) in (dict, OrderedDict):
-        made = {}
-        for key, one in dict.items(value):
+        copy = {}
+        for key, item in dict.items(value):
             if type(key) not in (str, int):
                 raise ValueError(f"{where or 'its keys'}: a key is a {type(key).__name__}, not text or a number")
-            below = f"{where}/{key}" if where else str(key)
-            made[key] = _plain(one, below[:200], known, depth + 1)
+            place = f"{where}/{key}" if where else str(key)
+            copy[key] = _plain_copy(item, place[:200], copies, depth + 1)
     elif type(value) in (list, tuple):
-        made = type(value)(_plain(one, f"{where}/{i}"[:200], known, depth + 1) for i, one in enumerate(value))
-    elif type(value) in (torch.Tensor, nn.Parameter):
+        copy = type(value)(_plain_copy(item, f"{where}/{i}"[:200], copies, depth + 1) for i, item in enumerate(value))
+    elif type(value) in (Tensor, nn.Parameter):
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             kind = "quantized" if value.is_quantized else "meta" if value.is_meta else "sparse"
-            raise ValueError(f"{where}: a {kind} tensor; a dense one is wanted")
-        made = torch.Tensor.detach(value)
+            raise ValueError(f"{where}: expected a dense tensor, not a {kind} one")
+        copy = Tensor.detach(value)
     else:
-        raise ValueError(f"{where}: a {type(value).__name__}; tensors, numbers, text, lists and dicts are wanted")
-    known[id(value)] = made
-    return made
+        raise ValueError(f"{where}: a {type(value).__name__}; expected tensors, numbers, text, lists and dicts")
+    copies[id(value)] = copy
+    return copy
 
 
-def _whole(value: Any) -> bool:
+# ------------------------------------------------------------------------------------------- content of a checkpoint
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of at least 0."""
     return type(value) is int and value >= 0
 
 
-def _real(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; true and false are none."""
     return type(value) in (int, float)
 
 
-def _amount(value: Any) -> bool:
-    return _real(value) and math.isfinite(value) and value >= 0
+def is_amount(value: Any) -> bool:
+    """Whether a value is a finite number of at least 0."""
+    return is_number(value) and math.isfinite(value) and value >= 0
 
 
-def _text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether a value is a string."""
     return isinstance(value, str)
 
 
-def _dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(_text(key) and fits(one) for key, one in value.items())
+def _dict_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(is_text(key) and check(item) for key, item in value.items())
 
 
-def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
 
 
-def _setting(value: Any) -> bool:
-    """A parameter: a number, text, true or false, or a list of these."""
-    return value is None or isinstance(value, bool | int | float | str) or _list_of(_setting)(value)
+def _is_parameter(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str) or _list_of(_is_parameter)(value)
 
 
-def _history(value: Any) -> bool:
-    kinds: dict[str, Callable[[Any], bool]] = {
-        "epochs": _list_of(_dict_of(_real)), "best_epoch": _whole, "best_loss": _real, "skipped": _whole,
+def _is_history(value: Any) -> bool:
+    checks: dict[str, Check] = {
+        "epochs": _list_of(_dict_of(is_number)), "best_epoch": is_count, "best_loss": is_number, "skipped": is_count,
     }  # fmt: skip
-    return isinstance(value, dict) and set(value) <= set(kinds) and all(kinds[key](one) for key, one in value.items())
+    return isinstance(value, dict) and set(value) <= set(checks) and all(checks[key](value[key]) for key in value)
 
 
-def _costs(value: Any) -> bool:
-    return _dict_of(_amount)(value) and {"seconds", "epoch_seconds", "peak_memory_bytes"} <= set(value)
+def _is_cost(value: Any) -> bool:
+    return _dict_of(is_amount)(value) and {"seconds", "epoch_seconds", "peak_memory_bytes"} <= set(value)
 
 
-def _rng(value: Any) -> bool:
-    """As `rng_state` gives it."""
+def _is_rng(value: Any) -> bool:
+    """Whether a value is as `device.rng_state` returns it."""
     if not isinstance(value, dict) or not {"torch", "numpy"} <= set(value) or not isinstance(value["numpy"], dict):
         return False
     states, numpy = [value["torch"], *value.get("cuda", [])], value["numpy"]
     keys = numpy.get("keys")
     return (
-        all(isinstance(state, torch.Tensor) and state.dtype == torch.uint8 and state.ndim == 1 for state in states)
-        and isinstance(keys, torch.Tensor) and keys.dtype == torch.int64 and keys.shape == (624,)
+        all(isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1 for state in states)
+        and isinstance(keys, Tensor) and keys.dtype == torch.int64 and keys.shape == (624,)
         and bool(((keys >= 0) & (keys < 2**32)).all())
-        and numpy.get("kind") == "MT19937" and _whole(numpy.get("position")) and numpy["position"] <= 624
-        and _whole(numpy.get("has_gauss")) and _real(numpy.get("cached"))
+        and numpy.get("kind") == "MT19937" and is_count(numpy.get("position")) and numpy["position"] <= 624
+        and is_count(numpy.get("has_gauss")) and is_number(numpy.get("cached"))
     )  # fmt: skip
 
 
-# What each entry of a checkpoint must be, in words and as a check.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "stage": ("text", _text),
-    "epoch": ("a whole number", _whole),
-    "step": ("a whole number", _whole),
-    "micro_batch": ("a whole number above 0", lambda value: _whole(value) and value > 0),
-    "weights": ("a tensor for each name", _dict_of(lambda value: isinstance(value, torch.Tensor))),
+# Each entry's content in words, and a check of it.
+ENTRIES: dict[str, tuple[str, Check]] = {
+    "stage": ("text", is_text),
+    "epoch": ("a whole number", is_count),
+    "step": ("a whole number", is_count),
+    "micro_batch": ("a whole number above 0", lambda value: is_count(value) and value > 0),
+    "weights": ("a tensor for each name", _dict_of(lambda value: isinstance(value, Tensor))),
     "optimizer": ("a dict", lambda value: isinstance(value, dict)),
     "schedule": ("a dict", lambda value: isinstance(value, dict)),
-    "rng": ("a list of random number states", lambda value: isinstance(value, list) and all(map(_rng, value))),
-    "losses": ("a list of finite numbers", _list_of(lambda value: _real(value) and math.isfinite(value))),
-    "history": ("epochs, best_epoch, best_loss and skipped", _history),
-    "config": ("a value for each parameter", _dict_of(_setting)),
-    "data": ("text", _text),
-    "backbone": ("text", _text),
-    "encoder": ("text", _text),
-    "cost": ("seconds, epoch_seconds, peak_memory_bytes as numbers", _costs),
+    "rng": ("a list of random number states", _list_of(_is_rng)),
+    "losses": ("a list of finite numbers", _list_of(lambda value: is_number(value) and math.isfinite(value))),
+    "history": ("epochs, best_epoch, best_loss and skipped", _is_history),
+    "config": ("a value for each parameter", _dict_of(_is_parameter)),
+    "data": ("text", is_text),
+    "backbone": ("text", is_text),
+    "encoder": ("text", is_text),
+    "cost": ("seconds, epoch_seconds, peak_memory_bytes as numbers", _is_cost),
 }
-
-
-def load_weights(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Copy weights into a module; every name and shape must match.
-
-    Raises
-    ------
-    CheckpointError
-        Listing the names that are missing, too many or of another shape.
-    """
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in own if name not in state]
-    problems += [f"unknown {str(name)[:80]}" for name in state if name not in own]
-    problems += [f"{name} {told}" for name in own if name in state and (told := _misfit(own[name], state[name]))]
-    if problems:
-        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems[:12])}{more}")
-    module.load_state_dict(state)
-
-
-def _misfit(own: torch.Tensor, given: Any) -> str:
-    """Why a tensor cannot take another's place; empty if it can."""
-    if not isinstance(given, torch.Tensor):
-        return f"is a {type(given).__name__}, {tuple(own.shape)} is wanted"
-    if given.shape != own.shape:
-        return f"is {tuple(given.shape)}, {tuple(own.shape)} is wanted"
-    if given.dtype not in FLOATS if own.dtype in FLOATS else given.dtype != own.dtype:
-        return f"is of type {str(given.dtype)[6:]}, {str(own.dtype)[6:]} is wanted"
-    if given.dtype in FLOATS and not bool(given.isfinite().all()):
-        return "holds NaN or infinity"
-    return ""
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put an optimizer's state back; its groups, names and shapes must be those of `optimizer`.
-
-    Raises
-    ------
-    ValueError
-        Naming the key that does not fit; nothing has been changed then.
-    """
-    if set(state) != {"state", "param_groups"} or not isinstance(state["state"], dict):
-        raise ValueError("optimizer: state and param_groups are wanted")
-    own = optimizer.state_dict()["param_groups"]
-    _check_like(own, state["param_groups"], "optimizer/param_groups")
-    if [group["params"] for group in own] != [group["params"] for group in state["param_groups"]]:
-        raise ValueError("optimizer/param_groups: other parameters")
-    for number, (mine, given) in enumerate(zip(own, state["param_groups"], strict=True)):
-        for name, value in mine.items():
-            if name not in ("params", "lr") and given[name] != value:
-                raise ValueError(f"optimizer/param_groups/{number}/{name}: {value!r} is wanted, got {given[name]!r}")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in own for number in group["params"]]
-    of = dict(zip(numbers, parameters, strict=True))
-    names = {frozenset(one) for one in state["state"].values() if isinstance(one, dict)}
-    wanted = (
-        {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else {"step", "mean", "square"}
-    )
-    if not names <= {frozenset(wanted), frozenset({"momentum"})}:
-        raise ValueError(f"optimizer/state: {', '.join(sorted(wanted))} are wanted for each parameter")
-    for number, entries in state["state"].items():
-        if number not in of or not isinstance(entries, dict):
-            raise ValueError(f"optimizer/state/{number}: there is no such parameter")
-        for name, value in entries.items():
-            where = f"optimizer/state/{number}/{name}"
-            if name == "step":
-                count = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-                if not _amount(count):
-                    raise ValueError(f"{where}: a count of steps is wanted")
-            elif told := _misfit(of[number], value):
-                raise ValueError(f"{where} {told}")
-            elif name in ("exp_avg_sq", "square") and bool((value < 0).any()):
-                raise ValueError(f"{where} holds negative numbers")
-    optimizer.load_state_dict(state)
-
-
-def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
-    """Put a schedule's state back; what it holds must be of the kinds that `schedule` has.
-
-    Raises
-    ------
-    ValueError
-        Naming the key that does not fit; nothing has been changed then.
-    """
-    _check_like(schedule.state_dict(), state, "schedule")
-    schedule.load_state_dict(state)
-
-
-def _check_like(own: Any, given: Any, where: str) -> None:
-    """Whether something is built as `own` is: the same keys, lengths and kinds of values."""
-    if isinstance(own, dict):
-        if not isinstance(given, dict) or set(own) != set(given):
-            raise ValueError(f"{where}: {', '.join(map(str, own))} are wanted")
-        for key, value in own.items():
-            _check_like(value, given[key], f"{where}/{key}")
-    elif isinstance(own, list | tuple):
-        if type(given) is not type(own) or len(given) != len(own):
-            raise ValueError(f"{where}: {len(own)} values are wanted")
-        for number, pair in enumerate(zip(own, given, strict=True)):
-            _check_like(*pair, f"{where}/{number}")
-    elif _real(own):
-        if not _real(given) or not math.isfinite(given) or given < -1:  # -1: a schedule that has not begun
-            raise ValueError(f"{where}: a number is wanted")
-    elif type(given) is not type(own):
-        raise ValueError(f"{where}: a {type(own).__name__} is wanted")
-
-
-def rng_state() -> dict[str, Any]:
-    """States of the random number generators, as tensors and plain numbers."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 (what is saved is the global one)
-    states: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": {
-            "kind": kind,
-            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_rng_state(states: dict[str, Any]) -> None:
-    """Put back what `rng_state` gave."""
-    torch.set_rng_state(states["torch"])
-    numpy_state = states["numpy"]
-    keys = numpy_state["keys"].numpy().astype(np.uint32)
-    np.random.set_state(  # noqa: NPY002
-        (numpy_state["kind"], keys, numpy_state["position"], numpy_state["has_gauss"], numpy_state["cached"])
-    )
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])

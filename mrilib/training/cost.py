@@ -1,7 +1,7 @@
-"""Seconds and FLOPs of an optimizer step of several trainings, measured in turn, and their steps at equal compute.
+"""Time and FLOPs of an optimizer step of several trainings, and their steps at equal compute.
 
-A machine's pace drifts, so each training is measured once a round and the rounds follow each other in one process.
-The steps are forward, backward and update on batches in memory; loading is not counted.
+The speed of a machine drifts, so the trainings are measured in turn, in several rounds of one process. A step is
+forward pass, backward pass and update on batches in memory, without loading.
 """
 
 import itertools
@@ -21,35 +21,34 @@ from mrilib.data.dataset import Batch
 from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.two_stage import count_parameters
 from mrilib.training import device, setup
-from mrilib.training.loop import total_steps
-from mrilib.training.optimizer import build_optimizer
+from mrilib.training.optimizer import build_optimizer, total_steps
 from mrilib.training.setup import StageParameters
 
 
 @dataclass
 class Cost:
-    """What one training costs."""
+    """The compute of one training."""
 
-    name: str  # of its params file
-    steps: int  # as its parameters have them
-    parameters: int  # trained ones
-    flops: float = 0.0  # of an optimizer step, as torch counts them (without Fourier transforms)
-    rounds: list[float] = field(default_factory=list)  # median seconds of a step, one a round
+    name: str  # of the params file
+    steps: int  # optimizer steps of the whole training
+    parameters: int  # trainable
+    flops: float = 0.0  # of an optimizer step, as torch counts them: without Fourier transforms
+    rounds: list[float] = field(default_factory=list)  # median time of a step in each round [s]
 
     @property
     def seconds(self) -> float:
-        """Seconds of an optimizer step: the median over the rounds."""
+        """Time of an optimizer step: the median over rounds [s]."""
         return statistics.median(self.rounds)
 
 
 class StepTimer:
-    """Optimizer steps of an untrained stage on a few batches.
+    """Measures optimizer steps of an untrained stage on a few batches.
 
     Parameters
     ----------
     config : Stage1Parameters or Stage2Parameters
     encoder : KSpaceEncoder, optional
-        For stage 2, instead of the one in its checkpoint: an untrained encoder costs what a trained one does.
+        For stage 2, instead of the one in its checkpoint. An untrained encoder has the same cost.
     """
 
     def __init__(self, config: StageParameters, encoder: KSpaceEncoder | None = None) -> None:
@@ -69,13 +68,13 @@ class StepTimer:
         return total_steps(self.config, each)
 
     def load(self, steps: int) -> None:
-        """Load the batches of so many steps."""
+        """Load the batches of some steps."""
         each = self.config.gradient_accumulation_steps
-        taken = list(itertools.islice(self.loaders.train, steps * each))
-        self.batches = [taken[start : start + each] for start in range(0, len(taken), each)]
+        batches = list(itertools.islice(self.loaders.train, steps * each))
+        self.batches = [batches[start : start + each] for start in range(0, len(batches), each)]
 
     def step(self, batches: Sequence[Batch]) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         weight = sum(self.stage.weight(batch) for batch in batches)
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
@@ -85,7 +84,7 @@ class StepTimer:
         self.optimizer.zero_grad()
 
     def measure(self) -> float:
-        """Median seconds of a step over the loaded batches, after one that is not counted."""
+        """Measure the median time of a step over the loaded batches, after a warm-up step [s]."""
         self.stage.model.freeze(self.stage.trainable)
         self.stage.model.train()
         self.step(self.batches[0])
@@ -100,7 +99,7 @@ class StepTimer:
         return statistics.median(seconds)
 
     def flops(self) -> float:
-        """FLOPs of a step, forward and backward."""
+        """Count the FLOPs of a step, forward and backward."""
         self.stage.model.freeze(self.stage.trainable)
         self.stage.model.train()
         with FlopCounterMode(display=False) as counter:
@@ -110,33 +109,33 @@ class StepTimer:
 
 
 def read_params(path: Path) -> StageParameters:
-    """Parameters of stage 1 or 2 from a params file; a file in ``methods/`` is read over the stage2.yaml above it.
+    """Read the parameters of stage 1 or 2; a file in ``methods/`` overrides the stage2.yaml in the folder above it.
 
     Raises
     ------
     ParameterError
-        The file is neither stage's.
+        The file fits neither stage.
     """
     values: dict[str, Any] = {"interactive": False, **read_yaml(path)}
     if path.parent.name == "methods":
         values = {**read_yaml(path.parent.parent / "stage2.yaml"), **values}
-    of_stage1 = set(values) <= set(Stage1Parameters.model_fields)
+    is_stage1 = set(values) <= set(Stage1Parameters.model_fields)
     try:
-        return Stage1Parameters.create(values) if of_stage1 else Stage2Parameters.create(values)
+        return Stage1Parameters.create(values) if is_stage1 else Stage2Parameters.create(values)
     except ParameterError as error:
         raise ParameterError(f"{display_path(path)}: {error}") from None
 
 
 def measure(paths: Sequence[Path], rounds: int = 3, steps: int = 5) -> list[Cost]:
-    """Costs of the trainings of some params files, measured in turn.
+    """Measure the costs of some params files in turn.
 
     Parameters
     ----------
     paths : sequence of Path
-        An encoder of a stage-1 file serves the stage-2 files after it, which then need no checkpoint.
+        Stage-2 files use the encoder of the stage-1 file before them, and then need no checkpoint.
     rounds : int
     steps : int
-        Optimizer steps a measurement; the median counts.
+        Optimizer steps in a round; the median counts.
     """
     timers: list[StepTimer] = []
     encoder: KSpaceEncoder | None = None
@@ -161,12 +160,12 @@ def _name(path: Path) -> str:
 
 
 def table(costs: Sequence[Cost], reference: int = 1) -> pd.DataFrame:
-    """A row a training: its cost, and the steps that cost what the first `reference` trainings cost together.
+    """Tabulate costs, and the steps at equal compute: that of the first `reference` trainings together.
 
     Raises
     ------
     ParameterError
-        `reference` is not a number of the trainings.
+        `reference` is out of range.
     """
     if not 1 <= reference <= len(costs):
         raise ParameterError(f"--reference {reference}: there are {len(costs)} params files")

@@ -1,7 +1,7 @@
-"""Several training processes: `accelerate launch -m mrilib train`, started from a notebook or by hand.
+"""Training in several processes, which `accelerate launch -m mrilib train` starts.
 
-A notebook cannot fork once CUDA is up, so its training happens in processes of their own, in the same run folder: they
-begin with the checkpoint that the notebook has written and leave the final one for it.
+A notebook cannot fork once CUDA is initialised. It writes a checkpoint, starts the training processes in the same run
+folder, and loads their final checkpoint.
 """
 
 import os
@@ -10,37 +10,45 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 from mrilib import processes
 from mrilib.config import ROOT, ParameterError, TrainingParameters, display_path
-
-if TYPE_CHECKING:
-    from mrilib.training.stages import Stage
+from mrilib.training.stages import Stage
 
 T = TypeVar("T")
-RAISED = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)(: |$)")
+ERROR_LINE = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)(: |$)")  # last line of a traceback
 
 
 class TrainingStopped(Exception):
-    """Training was asked to stop and did so, between two steps, with its state saved."""
+    """Training stopped on request between two steps, with its state saved."""
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several that `accelerate launch` (or torchrun) has started."""
+    """Whether this is one of several processes that `accelerate launch` (or torchrun) has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def build_accelerator(device: torch.device, config: TrainingParameters, directory: Path) -> Accelerator:
+    """Build the accelerator of a training in a run folder."""
+    AcceleratorState._reset_state()  # otherwise a notebook cannot run again with another precision
+    is_cpu = device.type == "cpu"
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=is_cpu, project_dir=directory / "logs")
+
+
 def gather_from_processes(value: T) -> list[T]:
-    """What each process has to say, in their order."""
+    """Gather a value from each process, in their order."""
     return gather_object([value])
 
 
 def launch_command(config: TrainingParameters, *arguments: str) -> list[str]:
-    """``accelerate launch`` of ``python -m mrilib`` with as many processes as the parameters say."""
+    """``accelerate launch`` of ``python -m mrilib`` in ``config.num_processes`` processes."""
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--multi_gpu", "--num_machines", "1", "--num_processes", str(config.num_processes)),  # gloo without GPUs
@@ -49,30 +57,29 @@ def launch_command(config: TrainingParameters, *arguments: str) -> list[str]:
     ]
 
 
-def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Path) -> Iterator[None]:
-    """Start the training processes of a stage and yield every second until they have ended.
+def train_in_processes(stage: Stage, config: TrainingParameters, directory: Path) -> Iterator[None]:
+    """Start the training processes of a stage, and yield every second until they exit.
 
     Raises
     ------
     ParameterError
-        For a stage class or name that is not this package's: the processes could not build it.
+        The stage is a custom class, which the processes cannot build.
     RuntimeError
-        If they fail, with the error's own words and the name of their log.
+        A process failed; the message holds its error and the path of the log.
     TrainingStopped
-        If they were asked to stop.
+        The run was asked to stop.
     """
     if type(stage).__module__ != "mrilib.training.stages":
         raise ParameterError(
-            f"num_processes: {config.num_processes} processes cannot build {type(stage).__name__}, which is not the "
-            "package's own; put it into mrilib/training/stages.py, or use num_processes: 1"
+            f"num_processes: {config.num_processes} processes cannot build the custom stage {type(stage).__name__}; "
+            "put it into mrilib/training/stages.py, or use num_processes: 1"
         )
     parameters = directory / "logs" / f"{stage.name}_processes.yaml"
     parameters.parent.mkdir(parents=True, exist_ok=True)
     values = {**config.to_dict(), "output_dir": str(directory), "resume": True, "interactive": False}
     parameters.write_text(yaml.safe_dump(values, sort_keys=False))
-    number = "1" if stage.trainable == "encoder" else "2"
-    command = launch_command(config, "train", str(parameters), "--stage", number, "--only", stage.name)
     log = parameters.with_suffix(".log")
+    command = launch_command(config, "train", str(parameters), "--stage", str(stage.number), "--only", stage.name)
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, **processes.child_process_options()
@@ -89,16 +96,17 @@ def train_in_processes(stage: "Stage", config: TrainingParameters, directory: Pa
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         if any(line.startswith("stopped: ") for line in lines):
-            raise TrainingStopped(f"{stage.name} was stopped with its state saved; resume: true goes on")
-        # Of processes that fail the launcher ends the others by a signal, which they take for a request to stop.
+            raise TrainingStopped(f"{stage.name} was stopped and saved; resume: true continues it")
+        # If one process fails, the launcher ends the others by a signal, which they take for a request to stop.
         processes.cancel_stop(directory)
         raise RuntimeError(
-            f"{config.num_processes} training processes failed, {reason(lines)}; see '{display_path(log)}'"
+            f"{config.num_processes} training processes failed, {first_error(lines)}; see '{display_path(log)}'"
         )
 
 
-def reason(lines: list[str]) -> str:
-    """The first error that a log tells: in this package's words, or a traceback's last line."""
-    told = [line for line in lines if line.startswith("error: ")]
-    told += ["error: " + line for line in (re.sub(r"^\[rank\d+\]: ", "", one) for one in lines) if RAISED.match(line)]
-    return told[0] if told else "error: they ended without a word"
+def first_error(lines: list[str]) -> str:
+    """Find the first error in a log: a line of this package, or the last line of a traceback."""
+    errors = [line for line in lines if line.startswith("error: ")]
+    plain = [re.sub(r"^\[rank\d+\]: ", "", line) for line in lines]
+    errors += ["error: " + line for line in plain if ERROR_LINE.match(line)]
+    return errors[0] if errors else "error: they exited without an error message"

@@ -1,6 +1,6 @@
-"""What a training run will take, measured on its largest batch: memory, time per epoch, disk.
+"""Memory, time per epoch and disk space of a training, measured on its largest batch.
 
-`fit` itself runs: the same step, validation batch and checkpoint as in earnest, in a folder that is removed again.
+`loop.fit` runs with the parameters of the real training, in a temporary folder.
 """
 
 import functools
@@ -14,16 +14,17 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from mrilib.config import Stage1Parameters, Stage2Parameters, resolve
-from mrilib.data.dataset import FastMRIDataset
+from mrilib.config import Stage2Parameters, resolve
+from mrilib.data.dataset import Batch, FastMRIDataset
 from mrilib.data.sampler import collate, make_loader
 from mrilib.environment import peak_memory_bytes
 from mrilib.training import loop, setup
-from mrilib.training.setup import Loaders
+from mrilib.training.setup import Loaders, StageParameters
+from mrilib.training.stages import Stage
 from mrilib.training.token_cache import TokenCache
 
 GB = 1e9
@@ -31,30 +32,30 @@ GB = 1e9
 
 @dataclass
 class Report:
-    """What one stage takes; times in seconds, sizes in bytes."""
+    """Measured and extrapolated cost of one stage; times in seconds, sizes in bytes."""
 
     stage: str
     device: str
-    batch: tuple[int, ...]  # slices, coils, readout, phase of the batch that was measured
+    batch: tuple[int, ...]  # slices, coils, readout, phase of the measured batch
     peak_memory_bytes: int  # of the process, from its start; on CUDA what PyTorch allocated
-    step_seconds: float  # one step of the optimizer
-    load_seconds: float  # one batch from the h5 files, in one process
-    validation_seconds: float  # one validation batch
+    step_seconds: float  # of one optimizer step
+    load_seconds: float  # of one batch from h5 files, in one process
+    validation_seconds: float  # of one batch
     steps_per_epoch: int
-    epoch_seconds: float  # all steps and the validation
+    epoch_seconds: float  # of all steps and the validation
     epochs: int
-    checkpoint_bytes: int  # one checkpoint
-    checkpoints: int  # at most at a time: best, last, one being written, and those kept every save_interval epochs
-    token_cache_bytes: int  # 0: no token cache
+    checkpoint_bytes: int  # of one checkpoint
+    checkpoints: int  # at most at a time: best, last, one being written, and every save_interval epochs
+    token_cache_bytes: int  # 0 without token cache
     token_cache_seconds: float  # to fill it, once
     free_bytes: int  # on the disk of the run folder
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
+        """Convert to plain numbers, strings and lists."""
         return asdict(self)
 
     def text(self) -> str:
-        """The report in words, one fact a line."""
+        """Format as text, one fact a line."""
         slices, coils, readout, phase = self.batch
         total = self.checkpoint_bytes * self.checkpoints
         hours = self.epoch_seconds * self.epochs / 3600
@@ -70,103 +71,133 @@ class Report:
         if self.token_cache_bytes:
             minutes = self.token_cache_seconds / 60
             lines.append(f"  token cache   {self.token_cache_bytes / GB:.2f} GB, filled once in {minutes:.1f} min")
-        short = total + self.token_cache_bytes > self.free_bytes
-        lines.append(f"  free on disk  {self.free_bytes / GB:.1f} GB{': TOO LITTLE for these' if short else ''}")
+        is_short = total + self.token_cache_bytes > self.free_bytes
+        lines.append(f"  free on disk  {self.free_bytes / GB:.1f} GB{': TOO LITTLE for these' if is_short else ''}")
         return "\n".join(lines)
 
 
-def report(config: Stage1Parameters | Stage2Parameters, keep: Path | None = None) -> Report:
-    """Train one stage for one step (three on CUDA, the first of which compile), validate one batch, save.
+class Measurement(NamedTuple):
+    """What a training of one epoch on the largest batch takes."""
+
+    batch: tuple[int, ...]
+    step_seconds: float
+    load_seconds: float
+    validation_seconds: float
+    fill_seconds: float  # for one entry of the token cache
+    checkpoint_bytes: int
+
+
+def report(config: StageParameters, keep: Path | None = None) -> Report:
+    """Train a stage for one step (three on CUDA, because the first ones compile), validate one batch, and save.
 
     Parameters
     ----------
     config : Stage1Parameters or Stage2Parameters
-        The run's own. Stage 2 needs its stage-1 checkpoint.
+        Of the run. Stage 2 needs its stage-1 checkpoint.
     keep : Path, optional
-        Receives the checkpoints and logs of the dry run; else they are removed.
+        Folder for checkpoints and logs, which are otherwise removed.
 
     Notes
     -----
-    On a CPU the peak is that of the whole process: call `report_in_subprocess` where it has done other things before.
+    On a CPU, the peak memory is that of the whole process: use `report_in_subprocess` if it has done other work.
     """
     device = setup.prepare(config)
     stage = setup.build_stage(config, device)
     loaders = setup.make_loaders(config)
     train, val = loaders.train_data, loaders.val_data
     train_batches, val_batches = len(loaders.train), len(loaders.val)
-    cache_bytes, entries, fill_seconds = 0, 0, 0.0
+    cache_bytes, entries = 0, 0
     if isinstance(config, Stage2Parameters) and config.token_cache_dir:
         cache_bytes = TokenCache(stage.model, config).total_bytes(train, val)
         entries = len(train) * min(config.epochs, config.masks_per_slice) + len(val)
     steps = 3 if device.type == "cuda" else 1
     only_largest(train, config.batch_size, steps * config.gradient_accumulation_steps)
     only_largest(val, config.batch_size, 1)
-
-    validation_seconds: list[float] = []
-    _time_calls(stage, "score", validation_seconds)
+    loaders = Loaders(loaders.split, make_loader(train, config.batch_size), make_loader(val, config.batch_size))
     parent = resolve(config.output_dir or "outputs")
     parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="dry-run-", dir=parent)) if keep is None else keep
     try:
-        short = config.model_copy(
-            update={"epochs": 1, "early_stopping_patience": 0, "num_processes": 1, "resume": False}
-        )
-        loaders = Loaders(loaders.split, make_loader(train, config.batch_size), make_loader(val, config.batch_size))
-        if isinstance(short, Stage2Parameters) and short.token_cache_dir:
-            short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache")})
-            begin = time.perf_counter()
-            loaders = setup.stage_loaders(short, stage, loaders)
-            fill_seconds = (time.perf_counter() - begin) / (len(train) + len(val)) * entries
-        load_seconds, shape = _time_loading(loaders.train_data, config.batch_size)
-        history = loop.fit(stage, short, loaders.train, loaders.val, directory)
-        (checkpoint,) = directory.glob(f"*_checkpoints/{stage.name}_final_model.pt")
-        checkpoint_bytes = checkpoint.stat().st_size
+        measured = _measure(config, stage, loaders, directory)
     finally:
         if keep is None:
             shutil.rmtree(directory)
-    step_seconds = min(step["seconds"] for step in history.steps)
-    accumulate = config.gradient_accumulation_steps
-    loading = accumulate * load_seconds / max(1, config.num_workers)
-    # Without workers the steps wait for the data; with them the slower of the two sets the pace.
-    pace = max(step_seconds, loading) if config.num_workers else step_seconds + loading
-    steps_per_epoch = math.ceil(train_batches / accumulate)
-    kept = config.epochs // config.save_interval
+    loading = config.gradient_accumulation_steps * measured.load_seconds / max(1, config.num_workers)
+    # Without workers, steps wait for the data; with workers, the slower of the two sets the pace.
+    step = measured.step_seconds
+    pace = max(step, loading) if config.num_workers else step + loading
+    steps_per_epoch = math.ceil(train_batches / config.gradient_accumulation_steps)
+    saved_epochs = config.epochs // config.save_interval
     return Report(
         stage=stage.name,
         device=str(device),
-        batch=shape,
+        batch=measured.batch,
         peak_memory_bytes=peak_memory_bytes(),
-        step_seconds=step_seconds,
-        load_seconds=load_seconds,
-        validation_seconds=sum(validation_seconds),
+        step_seconds=step,
+        load_seconds=measured.load_seconds,
+        validation_seconds=measured.validation_seconds,
         steps_per_epoch=steps_per_epoch,
-        epoch_seconds=steps_per_epoch * pace + val_batches * sum(validation_seconds),
+        epoch_seconds=steps_per_epoch * pace + val_batches * measured.validation_seconds,
         epochs=config.epochs,
-        checkpoint_bytes=checkpoint_bytes,
-        checkpoints=3 + min(kept, config.max_checkpoints or kept),
+        checkpoint_bytes=measured.checkpoint_bytes,
+        checkpoints=3 + min(saved_epochs, config.max_checkpoints or saved_epochs),
         token_cache_bytes=cache_bytes,
-        token_cache_seconds=fill_seconds,
+        token_cache_seconds=measured.fill_seconds * entries,
         free_bytes=shutil.disk_usage(parent).free,
     )
 
 
-def report_in_subprocess(
-    config: Stage1Parameters | Stage2Parameters, keep: Path | None = None, progress: bool = True
-) -> Report:
-    """`report` in a fresh process, so that the peak is the stage's own; without `progress` it shows no bars."""
+def _measure(config: StageParameters, stage: Stage, loaders: Loaders, directory: Path) -> Measurement:
+    """Train a stage for one epoch on a few slices."""
+    short = config.model_copy(update={"epochs": 1, "early_stopping_patience": 0, "num_processes": 1, "resume": False})
+    fill_seconds = 0.0
+    if isinstance(short, Stage2Parameters) and short.token_cache_dir:
+        short = short.model_copy(update={"token_cache_dir": str(directory / "token_cache")})
+        begin = time.perf_counter()
+        loaders = setup.stage_loaders(short, stage, loaders)
+        fill_seconds = (time.perf_counter() - begin) / (len(loaders.train_data) + len(loaders.val_data))
+    begin = time.perf_counter()
+    dataset = loaders.train_data
+    batch = collate([dataset[index] for index in range(min(config.batch_size, len(dataset)))])
+    load_seconds = time.perf_counter() - begin
+    score, validation_seconds = stage.score, 0.0
+
+    def timed_score(batch: Batch) -> list[dict[str, Any]]:
+        nonlocal validation_seconds
+        begin = time.perf_counter()
+        scores = score(batch)
+        validation_seconds += time.perf_counter() - begin
+        return scores
+
+    stage.score = timed_score  # type: ignore[method-assign]
+    history = loop.fit(stage, short, loaders.train, loaders.val, directory)
+    (checkpoint,) = directory.glob(f"*_checkpoints/{stage.name}_final_model.pt")
+    step_seconds = min(entry["seconds"] for entry in history.steps)
+    return Measurement(
+        tuple(batch.kspace.shape),
+        step_seconds,
+        load_seconds,
+        validation_seconds,
+        fill_seconds,
+        checkpoint.stat().st_size,
+    )
+
+
+def report_in_subprocess(config: StageParameters, keep: Path | None = None, progress: bool = True) -> Report:
+    """Call `report` in a fresh process, so that the peak memory is the stage's alone; optionally without bars."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=None if progress else _quietly) as executor:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=None if progress else _silence) as executor:
         return executor.submit(report, config, keep).result()
 
 
-def _quietly() -> None:
-    """Neither bars nor the advice on loading processes: a notebook's record would keep both."""
+def _silence() -> None:
+    """Disable progress bars and the warning on loading processes, which a notebook's record would show."""
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment,method-assign]
 
 
 def only_largest(dataset: FastMRIDataset, batch_size: int, batches: int) -> None:
-    """Leave a dataset the slices of its largest shape, as many as `batches` take (over again if there are fewer)."""
+    """Reduce a dataset to `batches` batches of slices of its largest shape; slices repeat if there are too few."""
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index in range(len(dataset)):
         groups[dataset.shape_key(index)].append(index)
@@ -178,21 +209,3 @@ def only_largest(dataset: FastMRIDataset, batch_size: int, batches: int) -> None
 def _pixels(dataset: FastMRIDataset, index: int) -> int:
     volume = dataset.volumes[dataset.samples[index][0]]
     return min(volume.coils, dataset.config.num_coils) * volume.readout * volume.matrix[1]
-
-
-def _time_loading(dataset: Any, batch_size: int) -> tuple[float, tuple[int, ...]]:
-    begin = time.perf_counter()
-    batch = collate([dataset[index] for index in range(min(batch_size, len(dataset)))])
-    return time.perf_counter() - begin, tuple(batch.kspace.shape)
-
-
-def _time_calls(owner: Any, name: str, seconds: list[float]) -> None:
-    function = getattr(owner, name)
-
-    def timed(*arguments: Any) -> Any:
-        begin = time.perf_counter()
-        result = function(*arguments)
-        seconds.append(time.perf_counter() - begin)
-        return result
-
-    setattr(owner, name, timed)

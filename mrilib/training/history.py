@@ -1,4 +1,4 @@
-"""What happened in a training, step by step and epoch by epoch, as the run folder's logs keep it."""
+"""The history of a training, and its logs: one JSON line a step, one CSV row an epoch."""
 
 import csv
 import io
@@ -6,42 +6,42 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mrilib.files import read_json_lines, write_whole
+from mrilib.files import read_json_lines, write_text
 
 
 @dataclass
 class History:
-    """What happened, step by step and epoch by epoch, as plain numbers."""
+    """Steps and epochs of a training as plain numbers."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0  # of the whole training, without the time between processes
     best_epoch: int = 0
     best_loss: float = math.inf
-    skipped: int = 0  # steps left out for a loss or gradient that was not finite
+    skipped: int = 0  # steps skipped because loss or gradient was not finite
 
 
 def steps_path(run: Path, name: str) -> Path:
-    """One JSON line a step; `name` is the stage's."""
+    """Path of the step log of a stage."""
     return run / "logs" / f"{name}.jsonl"
 
 
 def epochs_path(run: Path, name: str) -> Path:
-    """One CSV row an epoch."""
+    """Path of the epoch table of a stage."""
     return run / "logs" / f"{name}_history.csv"
 
 
 def write_epochs(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write the epochs as CSV, whole."""
+    """Write the epoch table."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
-    """The epochs of a CSV file; none if it is not there."""
+    """Read the epoch table; empty if it does not exist."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -49,12 +49,12 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
 
 
 def read_history(run: Path, name: str) -> History | None:
-    """The history of a stage ("stage1", "constant_prefix", "stage2", "no_token_decoder"); None if there is none."""
+    """Read the history of a stage ("stage1", "constant_prefix", "stage2", "no_token_decoder"); None without epochs."""
     epochs = read_epochs(epochs_path(run, name))
     if not epochs:
         return None
     steps = read_json_lines(steps_path(run, name))
-    first = max(number for number, step in enumerate(steps) if step["step"] == 1)  # the last attempt counts
+    first = max(number for number, step in enumerate(steps) if step["step"] == 1)  # only the last attempt counts
     history = History(steps=steps[first:], epochs=epochs)
     for epoch in epochs:
         if epoch["val_loss"] < history.best_loss:

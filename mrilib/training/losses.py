@@ -1,20 +1,20 @@
-"""Losses that training and validation share."""
+"""Losses for training and validation."""
 
 import torch
 from torch import Tensor, nn
 
 
 class VolumeSSIMLoss(nn.Module):
-    """1 − SSIM on the evaluated crop, the volume's maximum as data range, as fastMRI's `SSIMLoss`; always in float32.
+    """1 − SSIM on the evaluated crop as in fastMRI's `SSIMLoss`, with the volume's maximum as data range, in float32.
 
-    The same 7×7 means of the same five images. A mean over a window is a product with a band matrix from each side,
-    which takes a processor a tenth of the time of fastMRI's convolutions.
+    It averages the same five images over 7×7 windows. Windows are averaged by a product with a band matrix from each
+    side, which takes a tenth of the time of fastMRI's convolutions on a CPU.
     """
 
     WINDOW, K1, K2 = 7, 0.01, 0.03
 
     def forward(self, image: Tensor, target: Tensor, maximum: Tensor) -> Tensor:
-        """Loss of each slice.
+        """Compute the loss of each slice.
 
         Parameters
         ----------
@@ -26,27 +26,27 @@ class VolumeSSIMLoss(nn.Module):
         -------
         Tensor, float32, shape (B,)
         """
-        # File units are about 1e-5, whose squares and products SSIM subtracts: divided by the maximum they are about 1.
+        # Values in file units are about 1e-5, too small for SSIM's squares and products in single precision.
         unit = positive(maximum)[:, None, None]
         with torch.autocast(image.device.type, enabled=False):
             x, y = image.float() / unit, target.float() / unit
-            rows, columns = (self._means(length, x.device) for length in x.shape[-2:])
+            rows, columns = (self._averaging(length, x.device) for length in x.shape[-2:])
             stack = rows @ torch.stack([x, y, x * x, y * y, x * y], dim=1) @ columns.mT
             mean_x, mean_y, square_x, square_y, product = stack.unbind(1)
             unbiased = self.WINDOW**2 / (self.WINDOW**2 - 1)
             variances = unbiased * (square_x - mean_x**2 + square_y - mean_y**2)
             covariance = unbiased * (product - mean_x * mean_y)
-            first, second = self.K1**2, self.K2**2
-            similarity = (2 * mean_x * mean_y + first) * (2 * covariance + second)
-            similarity = similarity / ((mean_x**2 + mean_y**2 + first) * (variances + second))
+            c1, c2 = self.K1**2, self.K2**2
+            similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+            similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))
             return 1 - similarity.mean((-2, -1))
 
-    def _means(self, length: int, device: torch.device) -> Tensor:
-        """(length − 6, length): each row averages a window."""
+    def _averaging(self, length: int, device: torch.device) -> Tensor:
+        """Build the matrix (length − 6, length) that averages each window."""
         offset = torch.arange(length, device=device) - torch.arange(length - self.WINDOW + 1, device=device)[:, None]
         return ((offset >= 0) & (offset < self.WINDOW)) / self.WINDOW
 
 
 def positive(maximum: Tensor) -> Tensor:
-    """A volume's maximum to divide by: 1 for a volume of zeros, which would otherwise divide zero by zero."""
+    """Replace the maximum of an all-zero volume by 1, to divide by it."""
     return torch.where(maximum > 0, maximum, 1)

@@ -1,10 +1,10 @@
-"""The optimizers of both stages: AdamW, or Muon for matrices and kernels with AdamW for everything else.
+"""Optimizers and learning-rate schedules: AdamW, or Muon for matrices and kernels with AdamW for all other parameters.
 
-Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) takes the momentum of a matrix to
-the nearest orthogonal one by five Newton-Schulz steps, so that directions with small gradients move as far as those
-with large ones. A step is scaled to the size that AdamW's would have (Liu et al., "Muon is scalable for LLM training",
-2025), so learning rates mean the same for both. PyTorch's own Muon takes matrices alone; here a convolution's kernel
-counts as the matrix from its inputs and taps to its outputs (a transposed one's from its inputs to outputs and taps).
+Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) replaces the momentum of a matrix
+by a nearly orthogonal one, in five Newton-Schulz steps. Directions with small gradients then move as far as those with
+large ones. Updates are scaled to the size of AdamW's (Liu et al., "Muon is scalable for LLM training", 2025), so that
+both use the same learning rates. PyTorch's own Muon accepts matrices only. Here a convolution kernel is the matrix
+from its inputs and taps to its outputs (a transposed convolution's: from its inputs to outputs and taps).
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from mrilib.config import TrainingParameters
 
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # names in transformers
 MOMENTUM = 0.95
-SMALLEST = 1e-18  # a norm whose squares single precision still holds
-SCALE = 0.2  # times the square root of a matrix's longer side: the root mean square of AdamW's steps
-STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # the quintic's coefficients
+SMALLEST_NORM = 1e-18  # single precision still holds its square
+SCALE = 0.2  # root mean square of AdamW's updates over the learning rate
+STEPS = ((3.4445, -4.7750, 2.0315),) * 5  # coefficients of the quintic polynomial
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], config: TrainingParameters) -> torch.optim.Optimizer:
-    """The optimizer that `config` asks for; vectors (norms, biases, tokens) are never decayed."""
+    """Build ``config.optimizer``; vectors (norms, biases, tokens) have no weight decay."""
     betas = (config.adam_betas[0], config.adam_betas[1])
     if config.optimizer == "muon":
         return Muon(parameters, config.learning_rate, betas, config.weight_decay)
@@ -33,47 +36,67 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: TrainingParamete
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
 
 
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingParameters, steps: int) -> LRScheduler:
+    """Build ``config.lr_schedule`` with linear warm-up over a share `warmup_ratio` of the optimizer steps."""
+    warmup = round(config.warmup_ratio * steps)
+    name = SCHEDULES[config.lr_schedule]
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def total_steps(config: TrainingParameters, steps_per_epoch: int) -> int:
+    """Optimizer steps of a training: of all epochs, but at most `max_steps`."""
+    steps = config.epochs * steps_per_epoch
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether Muon takes a parameter: a matrix or a kernel, of more than one row and column."""
+    """Whether Muon updates a parameter: a matrix or kernel with more than one row and column."""
     return parameter.ndim >= 2 and parameter.shape[0] > 1 and parameter[0].numel() > 1
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: all singular values between about 0.7 and 1.2; (m, n) → (m, n).
+    """Nearest semi-orthogonal matrix, approximately: all singular values between about 0.7 and 1.2.
 
-    A matrix of zeros, or of what a norm in single precision cannot hold beside them, gives zeros.
+    Parameters
+    ----------
+    matrix : Tensor, shape (m, n)
+
+    Returns
+    -------
+    Tensor, shape (m, n)
+        Zeros if the norm of `matrix` is below `SMALLEST_NORM`.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     norm = wide.norm()
-    if norm < SMALLEST:
+    if norm < SMALLEST_NORM:
         return torch.zeros_like(matrix)
-    # A kernel's matrix is many times as long as it is high: the steps are taken on its small Gram matrix, x ← p(xxᵀ) x
-    # makes p(g) g p(g) of g = xxᵀ, and the product of all p is applied to the matrix once.
+    # A kernel's matrix has many more columns than rows, so the steps act on its small Gram matrix g = x xᵀ:
+    # x ← p(g) x turns g into p(g) g p(g), and the product of all p is applied to x once.
     x = wide / norm
     gram = x @ x.mT
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    total = unit
+    product = unit
     for number, (a, b, c) in enumerate(STEPS):
         step = a * unit + b * gram + c * gram @ gram
-        total = step @ total
+        product = step @ product
         if number + 1 < len(STEPS):
             gram = step @ gram @ step
-    x = total @ x
+    x = product @ x
     return x if wide is matrix else x.mT
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices and kernels, AdamW for the rest, in one optimizer: one schedule, one state to resume from.
+    """Muon for matrices and kernels and AdamW for the rest, as one optimizer with one state.
 
     Parameters
     ----------
     parameters : sequence of Parameter
     lr : float
-        As AdamW's.
+        As for AdamW.
     betas : (float, float)
-        AdamW's.
+        For AdamW.
     weight_decay : float
-        Of the matrices and kernels, decoupled as in AdamW.
+        Of matrices and kernels, decoupled as in AdamW.
     """
 
     def __init__(
@@ -88,27 +111,27 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take a step; parameters without a gradient stay."""
-        assert closure is None, "no closure is evaluated here"
+        """Update the parameters that have a gradient."""
+        assert closure is None, "a closure is not supported"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    (self._matrix if group["muon"] else self._vector)(parameter, group)
+                    (self._update_matrix if group["muon"] else self._update_vector)(parameter, group)
 
-    def _matrix(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update_matrix(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].mul_(MOMENTUM).add_(gradient)
         if not gradient.any():
-            return  # what is left of the momentum would be made as large as ever, and go on for ever
-        ahead = (gradient + MOMENTUM * state["momentum"]).flatten(1)  # Nesterov's
+            return  # otherwise the remaining momentum, scaled to full size, would move the matrix forever
+        ahead = (gradient + MOMENTUM * state["momentum"]).flatten(1)  # Nesterov momentum
         size = SCALE * max(ahead.shape) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(orthogonal(ahead).view(parameter.shape), alpha=-group["lr"] * size)
 
-    def _vector(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update_vector(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:

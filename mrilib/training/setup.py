@@ -1,7 +1,6 @@
-"""Loaders, stages and trained models from parameters: the one place that builds them.
+"""Loaders, stages and trained models, built from parameters.
 
-The notebooks 02 to 04, `python -m mrilib train`, its dry run, `cost` and `reconstruct` all build here, so that the same
-parameters mean the same batches and the same model everywhere.
+Notebooks and commands build them here only, so that the same parameters give the same batches and models everywhere.
 """
 
 from pathlib import Path
@@ -42,7 +41,8 @@ from mrilib.model.two_stage import (
 )
 from mrilib.training import device as device_module
 from mrilib.training import stages
-from mrilib.training.checkpoint import CheckpointError, load_checkpoint, load_weights
+from mrilib.training.checkpoint import CheckpointError, load_checkpoint
+from mrilib.training.load_state import load_weights
 from mrilib.training.token_cache import TokenCache
 
 StageParameters = Stage1Parameters | Stage2Parameters
@@ -54,7 +54,7 @@ class Loaders(NamedTuple):
     split: Split
     train: DataLoader[Batch]
     val: DataLoader[Batch]
-    cache: TokenCache | None = None  # that they read from
+    cache: TokenCache | None = None  # that the loaders read from
 
     @property
     def train_data(self) -> FastMRIDataset:
@@ -70,23 +70,23 @@ class Loaders(NamedTuple):
 
 
 def prepare(config: StageParameters) -> torch.device:
-    """Check what can be checked before data are read, seed every generator and choose the device.
+    """Check parameters before data are read, seed all random number generators and return the device.
 
     Raises
     ------
     ParameterError
-        An unknown decoder; no stage-1 checkpoint for a decoder that uses image tokens.
+        The decoder is unknown, or it uses image tokens and there is no stage-1 checkpoint.
     """
     if isinstance(config, Stage2Parameters) and find_decoder(config.decoder).uses_tokens:
         config.require_path("stage1_checkpoint")
     return device_module.prepare(config)
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------- data
 
 
 def make_loaders(config: StageParameters) -> Loaders:
-    """Split, training loader and validation loader of a stage."""
+    """Build split, training loader and validation loader of a stage."""
     split = split_volumes(config)
     annotations = load_annotations(config)
     stage1 = config if isinstance(config, Stage1Parameters) else None
@@ -116,10 +116,10 @@ def _loaders(
 
 
 def stage_loaders(config: StageParameters, stage: stages.Stage, loaders: Loaders) -> Loaders:
-    """The loaders that a stage is trained with: the same batches, from where this stage gets them.
+    """Return the loaders that a stage trains with: the same batches, from the source that the stage needs.
 
-    Stage 1's control reads no k-space. With `token_cache_dir` stage 2 reads image tokens and decoder inputs from there,
-    after what is missing has been computed.
+    The constant prefix reads no k-space. With `token_cache_dir`, stage 2 reads image tokens and decoder inputs from the
+    token cache, which is filled first.
     """
     train_data, val_data, cache = loaders.train_data, loaders.val_data, None
     if stage.name == "constant_prefix":
@@ -134,68 +134,68 @@ def stage_loaders(config: StageParameters, stage: stages.Stage, loaders: Loaders
     return Loaders(loaders.split, *_loaders(config, train_data, val_data), cache)
 
 
-# -------------------------------------------------------------------------------------------------- stages
+# ---------------------------------------------------------------------------------------------------- stages
 
 
 def build_stage(
     config: StageParameters, device: torch.device | str, encoder: KSpaceEncoder | None = None
 ) -> stages.Stage:
-    """The untrained stage of some parameters.
+    """Build an untrained stage.
 
     Parameters
     ----------
     config : Stage1Parameters or Stage2Parameters
     device : torch.device or str
     encoder : KSpaceEncoder, optional
-        Stage 2's k-space encoder, for measurements, instead of the one in `stage1_checkpoint`.
+        For stage 2, instead of the one in `stage1_checkpoint`; for measurements.
     """
     if isinstance(config, Stage1Parameters):
         backbone, tokenizer = build_backbone(config, device)
-        system = TwoStageModel(build_encoder(config, backbone, tokenizer).to(device), backbone, tokenizer)
-        return stages.AnalysisStage(system, "stage1", config.label_smoothing, stages.MAP_WEIGHT)
+        model = TwoStageModel(build_encoder(config, backbone, tokenizer).to(device), backbone, tokenizer)
+        return stages.AnalysisStage(model, "stage1", config.label_smoothing, stages.MAP_WEIGHT)
     if not find_decoder(config.decoder).uses_tokens:
         return stages.ReconstructionStage(TwoStageModel(decoder=build_decoder(config, 0).to(device)))
     backbone, tokenizer = build_backbone(config, device)
     if encoder is None:
-        system, stage1_config = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
+        model, stage1_config = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
         check_same_input(config, stage1_config)
     else:
-        system = TwoStageModel(encoder, backbone, tokenizer)
-    system.decoder = build_decoder(config, hidden_size(backbone)).to(device)
-    return stages.ReconstructionStage(system)
+        model = TwoStageModel(encoder, backbone, tokenizer)
+    model.decoder = build_decoder(config, hidden_size(backbone)).to(device)
+    return stages.ReconstructionStage(model)
 
 
 def build_control_stage(config: StageParameters, stage: stages.Stage) -> stages.Stage:
-    """The untrained control of a stage, with every generator seeded again: the same order of slices and masks."""
+    """Build the untrained control of a stage, with seeds reset so that slices and masks come in the same order."""
     device_module.prepare(config)
     model = stage.model
     if isinstance(config, Stage1Parameters):
-        control = build_constant_prefix(config, model.backbone).to(model.device)
-        system = TwoStageModel(control, model.backbone, model.tokenizer)
-        return stages.AnalysisStage(system, "constant_prefix", config.label_smoothing)
-    decoder = build_decoder(without_tokens(config), 0).to(model.device)
+        prefix = build_constant_prefix(config, model.backbone).to(model.device)
+        control = TwoStageModel(prefix, model.backbone, model.tokenizer)
+        return stages.AnalysisStage(control, "constant_prefix", config.label_smoothing)
+    decoder = build_decoder(_without_tokens(config), 0).to(model.device)
     return stages.ReconstructionStage(TwoStageModel(decoder=decoder), "no_token_decoder")
 
 
-def without_tokens(config: Stage2Parameters) -> Stage2Parameters:
-    """The parameters of stage 2's control."""
+def _without_tokens(config: Stage2Parameters) -> Stage2Parameters:
     return config.model_copy(update={"decoder": "no_token_decoder"})
 
 
-# ------------------------------------------------------------------------------------------ trained models
+# -------------------------------------------------------------------------------------------- trained models
 
 
-def _restore(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
-    """Parameters as a checkpoint holds them; the data may lie elsewhere today, the device be absent."""
-    unknown = set(content["config"]) - set(cls.model_fields)
+def _read_config(cls: type[Parameters], content: dict[str, Any], path: Path) -> Any:
+    """Read and check a checkpoint's parameters. Its data may have moved and its device be absent."""
+    name, values = display_path(path), content["config"]
+    unknown = set(values) - set(cls.model_fields)
     if unknown:
-        raise CheckpointError(f"{display_path(path)}: its parameters are another version's: {', '.join(unknown)}")
-    elsewhere = {"device": "auto"} if "device" in content["config"] else {}
+        raise CheckpointError(f"{name}: its parameters are of another version: {', '.join(unknown)}")
+    device = {"device": "auto"} if "device" in values else {}
     try:
-        cls.create({**content["config"], **elsewhere}, written_later=cls.existing_paths)
+        cls.create({**values, **device}, written_later=cls.existing_paths)
     except ParameterError as error:
-        raise CheckpointError(f"checkpoint '{display_path(path)}': its config: {error}") from None
-    return cls.model_construct(**content["config"])
+        raise CheckpointError(f"checkpoint '{name}': its config: {error}") from None
+    return cls.model_construct(**values)
 
 
 def _check_backbone(content: dict[str, Any], backbone: PreTrainedModel, path: Path) -> None:
@@ -208,15 +208,15 @@ def _check_backbone(content: dict[str, Any], backbone: PreTrainedModel, path: Pa
 def load_stage1(
     path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[TwoStageModel, Stage1Parameters]:
-    """A model with the k-space encoder of a stage-1 checkpoint, everything frozen.
+    """Load the k-space encoder of a stage-1 checkpoint into a frozen model.
 
     Raises
     ------
     CheckpointError
-        Missing, damaged, of another stage or architecture, or trained with another backbone.
+        The checkpoint is missing, damaged, of another stage or architecture, or trained with another backbone.
     """
     content = load_checkpoint(path, "stage1")
-    config = _restore(Stage1Parameters, content, path)
+    config = _read_config(Stage1Parameters, content, path)
     _check_backbone(content, backbone, path)
     encoder = build_encoder(config.model_copy(update={"varnet_weights": ""}), backbone)
     load_weights(encoder, content["weights"], display_path(path))
@@ -224,44 +224,44 @@ def load_stage1(
 
 
 def load_constant_prefix(path: Path, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TwoStageModel:
-    """The control of stage 1 that sees no k-space."""
+    """Load the constant prefix, stage 1's control without k-space, into a frozen model."""
     content = load_checkpoint(path, "constant_prefix")
     _check_backbone(content, backbone, path)
-    control = build_constant_prefix(_restore(Stage1Parameters, content, path), backbone)
-    load_weights(control, content["weights"], display_path(path))
-    return TwoStageModel(control.to(backbone.device), backbone, tokenizer)
+    prefix = build_constant_prefix(_read_config(Stage1Parameters, content, path), backbone)
+    load_weights(prefix, content["weights"], display_path(path))
+    return TwoStageModel(prefix.to(backbone.device), backbone, tokenizer)
 
 
 def load_stage2(path: Path, model: TwoStageModel, control: bool = False) -> Stage2Parameters:
-    """Put the image decoder of a stage-2 checkpoint into a model.
+    """Load the image decoder of a stage-2 checkpoint into a model.
 
     Parameters
     ----------
     path : Path
     model : TwoStageModel
-        Receives the decoder. Encoder and backbone are needed only by a decoder that uses image tokens.
+        Receives the decoder. A decoder that uses image tokens needs its encoder and backbone.
     control : bool
         The checkpoint is of stage 2's control, the decoder without tokens.
 
     Raises
     ------
     CheckpointError
-        As `load_stage1`, or trained on another encoder's tokens.
+        As for `load_stage1`, or the decoder was trained on the tokens of another encoder.
     """
-    content = load_checkpoint(path, "no_token_decoder" if control else "stage2")
-    config = _restore(Stage2Parameters, content, path)
+    content, name = load_checkpoint(path, "no_token_decoder" if control else "stage2"), display_path(path)
+    config = _read_config(Stage2Parameters, content, path)
     if control:
-        config = without_tokens(config)
+        config = _without_tokens(config)
     token_dim = 0
     if find_decoder(config.decoder).uses_tokens:
         if model.backbone is None:
-            raise CheckpointError(f"{display_path(path)}: decoder {config.decoder} uses tokens; give stage1_checkpoint")
+            raise CheckpointError(f"{name}: decoder {config.decoder} uses tokens; give stage1_checkpoint")
         _check_backbone(content, model.backbone, path)
         if content["encoder"] != tensor_hash(model.encoder):
-            raise CheckpointError(f"{display_path(path)} was trained on the tokens of another stage-1 checkpoint")
+            raise CheckpointError(f"{name} was trained on the tokens of another stage-1 checkpoint")
         token_dim = hidden_size(model.backbone)
     decoder = build_decoder(config, token_dim)
-    load_weights(decoder, content["weights"], display_path(path))
+    load_weights(decoder, content["weights"], name)
     model.decoder = decoder if model.backbone is None else decoder.to(model.device)
     model.freeze(None)
     return config
@@ -270,37 +270,38 @@ def load_stage2(path: Path, model: TwoStageModel, control: bool = False) -> Stag
 def load_trained(
     config: EvaluateParameters, device: torch.device | str
 ) -> tuple[TwoStageModel, Stage1Parameters | None, Stage2Parameters]:
-    """The model that an evaluation's checkpoints make, and the parameters that its stages were trained with.
+    """Load the checkpoints of an evaluation; return the model and the parameters that its stages were trained with.
 
-    Without `stage1_checkpoint` the model is a decoder that uses no image tokens, and has no texts.
+    Without `stage1_checkpoint`, the model is a decoder without image tokens and generates no texts.
     """
+    stage2_path = resolve(config.stage2_checkpoint)
     if not config.stage1_checkpoint:
-        path = resolve(config.stage2_checkpoint)
         model = TwoStageModel()
-        stage2_config = load_stage2(path, model)
+        stage2_config = load_stage2(stage2_path, model)
         model.to(device)
         return model, None, stage2_config
     backbone, tokenizer = build_backbone(config, device)
     model, stage1_config = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
-    return model, stage1_config, load_stage2(resolve(config.stage2_checkpoint), model)
+    return model, stage1_config, load_stage2(stage2_path, model)
 
 
 def check_same_input(config: DataParameters, stage1: Stage1Parameters) -> None:
-    """Refuse data parameters by which the encoder would see other images, or be tested on patients it was trained on.
+    """Check that the encoder gets the images that it was trained on, and is not tested on its training patients.
 
-    The split by patient is drawn anew in each notebook, so whatever it is drawn from must be the same. Where the data
-    folder is another, or the test files have one of their own, they are not drawn from the encoder's patients.
+    Each notebook draws the split by patient again, so the parameters of the split must be the same. They may differ if
+    the data come from another folder, or the test files from their own.
+
+    Raises
+    ------
+    ParameterError
     """
-    for name in ("img_size", "num_coils", "crop"):
-        given, trained = getattr(config, name), getattr(stage1, name)
-        if given != trained:
-            raise ParameterError(f"{name}: {given} is given, but the k-space encoder was trained with {trained}")
-    if config.test_dir or resolve(config.data_dir) != resolve(stage1.data_dir):
-        return
-    for name in ("split_seed", "val_fraction", "test_fraction", "val_dir", "test_dir"):
-        given, trained = getattr(config, name), getattr(stage1, name)
-        if given != trained:
+    names = {"img_size": "", "num_coils": "", "crop": ""}
+    if not config.test_dir and resolve(config.data_dir) == resolve(stage1.data_dir):
+        consequence = "; with another split it is tested on patients that it has learned from"
+        names |= dict.fromkeys(("split_seed", "val_fraction", "test_fraction", "val_dir", "test_dir"), consequence)
+    for name, consequence in names.items():
+        value, trained = getattr(config, name), getattr(stage1, name)
+        if value != trained:
             raise ParameterError(
-                f"{name}: {given!r} is given, but the k-space encoder was trained with {trained!r}; with another split "
-                "it would be tested on patients that it has learned from"
+                f"{name}: {value!r}, but the k-space encoder was trained with {trained!r}{consequence}; use the same"
             )

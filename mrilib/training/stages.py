@@ -1,7 +1,6 @@
-"""What is trained, on which loss, judged how; `fit` trains it.
+"""The two training stages: the trained module, its loss and its validation metrics.
 
-The stages differ by a loss: a `Stage` says what is trained, its loss and its validation metrics. The loop that is the
-same for all of them is `trainer.Trainer`. A loss of your own is a subclass of a stage with another `loss`.
+`loop.fit` trains any `Stage`. A custom loss is a subclass of a stage that overrides `loss`.
 """
 
 import math
@@ -13,29 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from mrilib.data.dataset import Batch
-from mrilib.metrics import image as evaluation
+from mrilib.metrics import image as image_metrics
 from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.finding_maps import finding_map_losses
 from mrilib.model.two_stage import TwoStageModel
 from mrilib.training.losses import VolumeSSIMLoss, positive
 
-MAP_WEIGHT = 3.0  # of the detection maps' loss, added to the text's
+MAP_WEIGHT = 3.0  # of the detection-map loss, relative to the text loss
 
 
 class BatchLoss(NamedTuple):
-    """What a stage says of one batch."""
+    """The loss of one batch."""
 
-    total: Tensor  # loss summed over the batch's units
-    statistics: dict[str, float]  # for the step's log
+    total: Tensor  # summed over the batch's units
+    statistics: dict[str, float]  # for the step log
 
 
 class Stage:
-    """What is trained, on which loss, judged how.
+    """One training task. The loss is a sum over units: analysis tokens in stage 1, slices in stage 2.
 
     Attributes
     ----------
     name : str
-        "stage1", "stage2", or their controls "constant_prefix" and "no_token_decoder"; names checkpoints and logs.
+        "stage1", "stage2", or their controls "constant_prefix" and "no_token_decoder"; part of file names.
     model : TwoStageModel
     trainable : {"encoder", "decoder"}
     """
@@ -47,36 +46,48 @@ class Stage:
         self.model = model
 
     @property
+    def number(self) -> int:
+        """1 if the encoder is trained, 2 if the decoder is."""
+        return 1 if self.trainable == "encoder" else 2
+
+    @property
     def part(self) -> nn.Module:
         """The trained module."""
         return getattr(self.model, self.trainable)
 
+    def frozen_modules(self) -> dict[str, nn.Module]:
+        """Frozen modules that the trained module depends on, by name."""
+        if not self.model.uses_tokens:
+            return {}
+        names = ["backbone"] if self.trainable == "encoder" else ["backbone", "encoder"]
+        return {name: getattr(self.model, name) for name in names}
+
     def weight(self, batch: Batch) -> float:
-        """Units (analysis tokens, slices) that the batch's loss is a sum over."""
+        """Count the units in a batch."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> BatchLoss:
-        """Loss summed over the batch's units, with a graph to the trained part."""
+        """Loss summed over the batch's units, with a graph to the trained module."""
         raise NotImplementedError
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
-        """What validation needs to know of each slice of a batch: plain numbers and strings, one dict a slice.
+        """Compute validation scores, one dict of numbers and strings a slice.
 
-        Several processes share the slices out and put the dicts together, so none may depend on another slice.
+        Scores are gathered from several processes, so a slice's score must not depend on other slices.
         """
         raise NotImplementedError
 
     def metrics(self, scores: list[dict[str, Any]]) -> dict[str, float]:
-        """Validation metrics from the scores of all slices; "loss" decides which checkpoint is best."""
+        """Compute validation metrics from the scores of all slices; "loss" selects the best checkpoint."""
         raise NotImplementedError
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Validation metrics of some batches."""
+        """Compute the validation metrics of some batches."""
         return self.metrics([score for batch in batches for score in self.score(batch)])
 
 
 class AnalysisStage(Stage):
-    """Stage 1: cross-entropy on the tokens of the analysis; trains the k-space encoder or its control.
+    """Stage 1: train the k-space encoder, or the constant prefix, on the cross-entropy of the analysis tokens.
 
     Parameters
     ----------
@@ -84,7 +95,7 @@ class AnalysisStage(Stage):
     name : {"stage1", "constant_prefix"}
     label_smoothing : float
     map_weight : float
-        Weight of the loss of the encoder's detection maps, added to the cross-entropy per token.
+        Weight of the encoder's detection-map loss, added to the cross-entropy per token.
     """
 
     trainable = "encoder"
@@ -96,17 +107,12 @@ class AnalysisStage(Stage):
         self.name, self.label_smoothing, self.map_weight = name, label_smoothing, map_weight
 
     def weight(self, batch: Batch) -> float:
-        """Analysis tokens."""
+        """Count the analysis tokens."""
         return float((self.model.tokenize(batch.slices).labels != -100).sum())
 
     def loss(self, batch: Batch) -> BatchLoss:
-        """Cross-entropy with label smoothing, plus the detection maps' loss, summed over analysis tokens [nats]."""
-        encoder, maps = self.model.encoder, None
-        if isinstance(encoder, KSpaceEncoder):
-            mirrored = torch.tensor([one.mirrored for one in batch.slices], device=batch.mask.device)
-            prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
-        else:  # the control, which has no maps
-            prefix = encoder(batch.kspace, batch.mask)
+        """Cross-entropy with label smoothing plus the detection-map loss, summed over analysis tokens [nats]."""
+        prefix, maps = self._prefix_and_maps(batch)
         result = self.model.analysis_loss_from_prefix(prefix, batch.slices, self.label_smoothing)
         total, tokens = result.loss, float(result.tokens.sum())
         statistics = {
@@ -114,32 +120,40 @@ class AnalysisStage(Stage):
             "token_accuracy": float(result.correct.sum()) / tokens,
         }
         if maps is not None:
-            assert isinstance(encoder, KSpaceEncoder)
             matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
-            losses = finding_map_losses(maps, batch.slices, encoder.finding_labels, matrix)
-            # weighted by a slice's tokens, as its text is: a batch can then be split without a change
-            term = (losses * result.tokens).sum()
-            statistics["finding_map_loss"] = float(term.detach()) / tokens
-            total = total + self.map_weight * term
+            losses = finding_map_losses(maps, batch.slices, self.model.encoder.finding_labels, matrix)
+            # Weighted by a slice's tokens, as its cross-entropy is, so that splitting a batch changes nothing.
+            map_loss = (losses * result.tokens).sum()
+            statistics["finding_map_loss"] = float(map_loss.detach()) / tokens
+            total = total + self.map_weight * map_loss
         return BatchLoss(total, statistics)
 
+    def _prefix_and_maps(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """K-space tokens (B, N + 2, hidden) and detection maps (B, labels, img_size, img_size), if there are any."""
+        encoder = self.model.encoder
+        if not isinstance(encoder, KSpaceEncoder):
+            return encoder(batch.kspace, batch.mask), None
+        mirrored = torch.tensor([item.mirrored for item in batch.slices], device=batch.mask.device)
+        prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
+        return prefix, maps
+
     def score(self, batch: Batch) -> list[dict[str, Any]]:
-        """Sums over each slice's analysis tokens: cross-entropy without smoothing [nats], tokens right, tokens."""
+        """Sum over each slice's analysis tokens: cross-entropy without smoothing [nats], correct tokens, tokens."""
         result = self.model.analysis_loss(batch)
         columns = (result.cross_entropy.tolist(), result.correct.tolist(), result.tokens.tolist())
         return [
-            {"file": one.file, "slice": one.slice_num, "loss": loss, "correct": correct, "tokens": tokens}
-            for one, loss, correct, tokens in zip(batch.slices, *columns, strict=True)
+            {"file": item.file, "slice": item.slice_num, "loss": loss, "correct": correct, "tokens": tokens}
+            for item, loss, correct, tokens in zip(batch.slices, *columns, strict=True)
         ]
 
     def metrics(self, scores: list[dict[str, Any]]) -> dict[str, float]:
-        """Cross-entropy [nats per token], without smoothing, and token accuracy."""
+        """Cross-entropy without smoothing [nats per token] and token accuracy."""
         total = {name: math.fsum(score[name] for score in scores) for name in ("loss", "correct", "tokens")}
         return {"loss": total["loss"] / total["tokens"], "token_accuracy": total["correct"] / total["tokens"]}
 
 
 class ReconstructionStage(Stage):
-    """Stage 2: SSIM loss on the image; trains the image decoder.
+    """Stage 2: train the image decoder on the SSIM loss.
 
     Parameters
     ----------
@@ -149,40 +163,37 @@ class ReconstructionStage(Stage):
     Attributes
     ----------
     image_tokens : callable
-        From a batch to its image tokens: the model's, or `TokenCache.image_tokens` where `setup.stage_loaders` sets it.
+        Image tokens of a batch: `TwoStageModel.image_tokens`, or `TokenCache.image_tokens` to read them from disk.
     """
 
     trainable = "decoder"
 
-    def __init__(
-        self,
-        model: TwoStageModel,
-        name: str = "stage2",
-    ) -> None:
+    def __init__(self, model: TwoStageModel, name: str = "stage2") -> None:
         super().__init__(model)
         self.name = name
         self.image_tokens: Callable[[Batch], Tensor] = model.image_tokens
         self.ssim_loss = VolumeSSIMLoss().to(model.device)
 
     def weight(self, batch: Batch) -> float:
-        """Slices."""
+        """Count the slices."""
         return float(len(batch.slices))
 
     def reconstruct(self, batch: Batch) -> Tensor:
-        """The image (B, h, w) [file units]; encoder and backbone are frozen, so they run without a graph."""
-        if not self.uses_tokens:
+        """Reconstruct the image (B, h, w) [file units]; encoder and backbone are frozen and run without a graph."""
+        if not self.model.uses_tokens:
             return self.model.reconstruct(batch, None)
         with torch.no_grad():
             tokens = self.image_tokens(batch)
         return self.model.reconstruct(batch, tokens)
 
-    @property
-    def uses_tokens(self) -> bool:
-        """Whether the decoder reads image tokens; without them neither encoder nor backbone runs."""
-        return self.model.uses_tokens
-
     def loss(self, batch: Batch) -> BatchLoss:
-        """1 − SSIM, summed over the slices."""
+        """1 − SSIM, summed over slices.
+
+        Raises
+        ------
+        ValueError
+            The file has no target image.
+        """
         if batch.target is None:
             raise ValueError(f"{batch.slices[0].file} has no reconstruction_rss; stage 2 cannot train on it")
         image = self.reconstruct(batch)
@@ -195,26 +206,24 @@ class ReconstructionStage(Stage):
         return BatchLoss(losses.sum(), statistics)
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
-        """SSIM loss of each slice, and what the official metrics of its volume are made of."""
+        """SSIM loss of each slice, and its contribution to the official metrics of its volume."""
         assert batch.target is not None
         image = self.reconstruct(batch)
         losses = self.ssim_loss(image, batch.target, batch.maximum).tolist()
+        columns = (losses, batch.target.cpu(), image.float().cpu())
         return [
-            {"file": one.file, "slice": one.slice_num, "loss": loss}
-            | evaluation.score_slice(target.numpy(), reconstruction.numpy(), one.maximum)
-            for one, loss, target, reconstruction in zip(
-                batch.slices, losses, batch.target.cpu(), image.float().cpu(), strict=True
-            )
+            {"file": item.file, "slice": item.slice_num, "loss": loss}
+            | image_metrics.score_slice(target.numpy(), reconstruction.numpy(), item.maximum)
+            for item, loss, target, reconstruction in zip(batch.slices, *columns, strict=True)
         ]
 
     def metrics(self, scores: list[dict[str, Any]]) -> dict[str, float]:
-        """Mean SSIM loss of the slices; official SSIM, PSNR [dB] and NMSE of the volumes, over the slices used."""
+        """Mean SSIM loss over slices; mean SSIM, PSNR [dB] and NMSE over volumes, as fastMRI defines them."""
         volumes: dict[str, list[dict[str, float]]] = defaultdict(list)
         for score in scores:
             volumes[score["file"]].append(score)
-        scored = [
-            slices for slices in volumes.values() if any(one["energy"] for one in slices)
-        ]  # not a target of zeros
-        rows = [evaluation.volume_metrics(slices) for slices in scored]
+        # A volume with an all-zero target has no defined metrics.
+        scored = [slices for slices in volumes.values() if any(score["energy"] for score in slices)]
+        rows = [image_metrics.volume_metrics(slices) for slices in scored]
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in ("ssim", "psnr", "nmse")}
         return {"loss": math.fsum(score["loss"] for score in scores) / len(scores), **means}

@@ -81,6 +81,18 @@ def test_model_card_says_to_import_mrilib():
     assert "import mrilib" in (TINY / "README.md").read_text(encoding="utf-8")
 
 
+def test_model_card_names_the_modules_that_lora_can_adapt():
+    import peft
+
+    card = (TINY / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r'"(\w+)"', re.search(r"target_modules=\[(.*?)\]", card, re.DOTALL)[1])
+    linear = {name.split(".")[-1] for name, one in small().named_modules() if isinstance(one, torch.nn.Linear)}
+    assert set(names) == {name for name in linear if name.endswith("_proj")}
+    model = peft.get_peft_model(small(), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=names)).train()
+    model(**pad(texts(9, 5))).loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
 @pytest.mark.parametrize(
     ("name", "module"),
     [
@@ -156,6 +168,12 @@ def test_unsupported_arguments_are_refused():
     for name in ("cache", "past_key_values"):
         with pytest.raises(TypeError, match=r"NirvanaCache, got DynamicCache.*use_cache=True.*prefix tuning"):
             model(ids, **{name: DynamicCache()})
+    for kind in ("static", "offloaded", "quantized", "paged"):
+        with pytest.raises(ValueError, match=rf"cache_implementation='{kind}' is not supported.*leave it out"):
+            model.generate(ids, cache_implementation=kind, max_new_tokens=1)
+    model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match="leave it out"):
+        model.generate(ids, max_new_tokens=1)
     with pytest.raises(TypeError, match="cu_seq_lens_q"):
         model(ids, cu_seq_lens_q=packed)
 

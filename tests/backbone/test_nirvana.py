@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mrilib.backbone import nirvana
 from mrilib.backbone.nirvana import (
     Linear,
     NirvanaCache,
@@ -206,8 +207,28 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(g is not None for g in grads[0])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model(inputs_embeds=x, use_cache=True)
+    cache = NirvanaCache(model.config)
+    with pytest.raises(ValueError, match=r"past_key_values.*gradient checkpointing"):
+        model(inputs_embeds=x, past_key_values=cache)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_checkpointing_turns_the_cache_off_with_one_warning(monkeypatch):
+    """As transformers' own models do: a training loop may pass use_cache=True, or leave it to the config."""
+    told = []
+    monkeypatch.setattr(nirvana.logger, "warning", told.append)
+    type(nirvana.logger).warning_once.cache_clear()
+    ids = torch.randint(50, (2, 9))
+    losses = []
+    for arguments in ({"use_cache": False}, {"use_cache": True}, {}):
+        model = small(use_cache=True).train()
+        model.gradient_checkpointing_enable()
+        output = model(ids, labels=ids, **arguments)
+        output.loss.backward()
+        assert output.past_key_values is None
+        losses.append(output.loss.item())
+    assert losses[0] == losses[1] == losses[2]
+    assert len(told) == 1 and "use_cache=False" in told[0]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,4 +1,4 @@
-"""The measurements are of what they say; how large they come out is the benchmark notebook's business."""
+"""The backbone's measurements measure what they name; their size is for the benchmark notebook."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from mrilib.comparison import backbone_speed
 from mrilib.config import ROOT, BenchmarkParameters
@@ -33,12 +34,12 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def found(config):
+def costs(config):
     return backbone_speed.measure(config, CPU)
 
 
-def test_llama_has_as_many_parameters(config, found):
-    pre = found["prefill"]
+def test_llama_has_as_many_parameters(config, costs):
+    pre = costs["prefill"]
     assert pre["llama_parameters"] == pytest.approx(pre["parameters"], rel=0.01)
     assert pre["share_of_matmul"] == pre["matmul_seconds"] / pre["nirvana_seconds"]
     model = backbone_speed.build(config, CPU)
@@ -46,42 +47,40 @@ def test_llama_has_as_many_parameters(config, found):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_products_are_the_models(config, found):
-    """The counted operations are those that the model's linear maps make in a pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def test_products_are_those_of_the_model(config, costs):
+    """The counted operations are those of the model's linear maps in a pass."""
     model = backbone_speed.build(config, CPU)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model(inputs_embeds=torch.randn(1, config.prefill_tokens, config.hidden_size))
     counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    # the Trigger's products are with weights that are no linear maps: two with W, six with the vectors' versions
+    # The Trigger also multiplies with weights outside linear maps: twice with W, six times with the vectors.
     n, c, versions = config.prefill_tokens, config.concept_dim, config.logit_dim
     trigger = 2 * (2 * n * c * c * versions) + 6 * (2 * n * c * versions)
-    assert counted == found["prefill"]["matmul_flops"] + trigger * (config.num_hidden_layers - 2)
+    assert counted == costs["prefill"]["matmul_flops"] + trigger * (config.num_hidden_layers - 2)
 
 
-def test_decoding_is_compared_on_the_same_tokens(found):
-    assert found["decoding"]["same_tokens"]
-    sizes = found["steps"]["cache_bytes"]
-    assert len(sizes) == len(found["steps"]["seconds"]) >= 510
+def test_decoding_is_compared_on_the_same_tokens(costs):
+    assert costs["decoding"]["same_tokens"]
+    sizes = costs["steps"]["cache_bytes"]
+    assert len(sizes) == len(costs["steps"]["seconds"]) >= 510
     assert sizes[-1] < 4 * sizes[0] + 2**20
 
 
-def test_kept_bytes_are_counted():
-    """x·w keeps x where w is trained, and nothing but the weight where it is frozen."""
+def test_saved_bytes_are_counted():
+    """x·w saves x if w is trainable, and only the weight if it is frozen."""
     linear = torch.nn.Linear(10, 20, bias=False)
     x = torch.randn(7, 10, requires_grad=True)
-    with backbone_speed.Saved(linear) as saved:
+    with backbone_speed.SavedTensors(linear) as saved:
         linear(x)
     assert saved.bytes == 7 * 10 * 4
     linear.requires_grad_(False)
-    with backbone_speed.Saved(linear) as saved:
+    with backbone_speed.SavedTensors(linear) as saved:
         linear(x)
     assert saved.bytes == 0
 
 
-def test_memory_of_the_backward_pass(config, found):
-    back = found["backward"]
+def test_memory_of_the_backward_pass(config, costs):
+    back = costs["backward"]
     assert back["recomputed_bytes"] < back["frozen_bytes"] < back["trainable_bytes"]
     assert back["weight_gradients"] == 0
     model = backbone_speed.build(config, CPU)
@@ -89,23 +88,23 @@ def test_memory_of_the_backward_pass(config, found):
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_cost_around_is_not_moved_by_one_slow_step():
+def test_cost_around_ignores_one_slow_step():
     times = [1.0] * 100
     times[20] = 50.0
     assert backbone_speed.cost_around(times, 20) == 1.0
 
 
-def test_table_and_chart(config, found):
-    table = backbone_speed.table(found, config)
-    judged = table[table["kept"] != ""]
-    assert len(judged) == 6 and set(judged["kept"]) <= {"yes", "no"}
-    assert found["decoding"]["speed_up"] < 20 and "no" in set(judged["kept"])  # a model this small gains little
-    assert len(speeds.chart(found, config).axes) == 3
+def test_table_and_chart(config, costs):
+    table = backbone_speed.table(costs, config)
+    judged = table[table["met"] != ""]
+    assert len(judged) == 6 and set(judged["met"]) <= {"yes", "no"}
+    assert costs["decoding"]["speed_up"] < 20 and "no" in set(judged["met"])  # small models gain little
+    assert len(speeds.backbone_chart(costs, config).axes) == 3
 
 
 def test_notebook(tmp_path):
     values = yaml.safe_load((ROOT / "params" / "demo" / "benchmark.yaml").read_text())
-    off = {name: False for name, value in values.items() if value is True}  # the other sections have tests of their own
+    off = {name: False for name, value in values.items() if value is True}  # the other sections are tested elsewhere
     params = tmp_path / "benchmark.yaml"
     params.write_text(
         yaml.safe_dump({**values, **off, **TINY, "backbone_speed": True, "output_dir": str(tmp_path / "run")})

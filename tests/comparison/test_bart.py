@@ -1,4 +1,4 @@
-"""BART: files, axes, units, the choice of settings; skipped with a plain sentence where it is not installed."""
+"""BART: files, axes, units and the choice of settings; skipped if BART is not installed."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from mrilib.comparison import bart
 from mrilib.config import DataParameters
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.metrics.image import score_volume
+from mrilib.model.baselines import zero_filled
 from mrilib.physics import fourier
 
 installed = pytest.mark.skipif(not bart.version(), reason=bart.MISSING)
@@ -16,7 +17,7 @@ installed = pytest.mark.skipif(not bart.version(), reason=bart.MISSING)
 
 @pytest.fixture(scope="module")
 def batch(phantom_dir, volumes):
-    """Two slices at 4x; of odd width, where centre conventions would show."""
+    """Two slices at 4x of odd width, which shows errors of the centre convention."""
     values = {"accelerations": [4], "center_fractions": [0.16], "num_coils": 8, "img_size": 64}
     config = DataParameters.create({"data_dir": str(phantom_dir), **values})
     odd = [volume for volume in volumes if volume.matrix[1] % 2]
@@ -24,7 +25,14 @@ def batch(phantom_dir, volumes):
     return systems.batch_of(FastMRIDataset(odd, config), 2)
 
 
-def test_cfl_comes_back(tmp_path):
+def single(batch, number=0):
+    """Select one slice of a batch."""
+    names = ("kspace", "mask", "scale", "target", "maximum", "slices", "acquired")
+    values = {name: getattr(batch, name) for name in names}
+    return batch._replace(**{name: v if v is None else v[number : number + 1] for name, v in values.items()})
+
+
+def test_cfl_files_are_read_as_written(tmp_path):
     rng = np.random.default_rng(0)
     array = (rng.standard_normal((5, 4, 1, 3)) + 1j * rng.standard_normal((5, 4, 1, 3))).astype(np.complex64)
     bart.write_cfl(tmp_path / "x", array)
@@ -34,13 +42,13 @@ def test_cfl_comes_back(tmp_path):
 
 
 @installed
-def test_fully_sampled_data_comes_back(batch):
-    """Of a smooth object without noise: both outputs are its RSS, right side up and in file units."""
+def test_fully_sampled_data_is_reproduced(batch):
+    """Both outputs for a smooth object without noise are its RSS, in its orientation and in file units."""
     y, x = np.mgrid[:64, :63] / 64 - 0.5
     head = torch.from_numpy(np.exp(-((1.5 * (x - 0.05)) ** 2 + (y + 0.08) ** 2) * 40)).to(torch.complex64)
     corners = [(-1, -1), (1, -1), (-1, 1), (1, 1.3)]
-    near = [np.exp(-((x - 0.6 * a) ** 2 + (y - 0.6 * b) ** 2)) * np.exp(1j * (a + b * x)) for a, b in corners]
-    maps = torch.from_numpy(np.stack(near)).to(torch.complex64)
+    sensitivities = [np.exp(-((x - 0.6 * a) ** 2 + (y - 0.6 * b) ** 2)) * np.exp(1j * (a + b * x)) for a, b in corners]
+    maps = torch.from_numpy(np.stack(sensitivities)).to(torch.complex64)
     maps = maps / fourier.rss(maps)
     kspace = fourier.fft2c(maps * head)
     full = batch._replace(
@@ -50,80 +58,67 @@ def test_fully_sampled_data_comes_back(batch):
         scale=torch.tensor([3.0]),
         slices=batch.slices[:1],
     )
-    full = full._replace(recon=(64, 63))
-    wanted = 3.0 * head.abs()
-    inside = wanted > 0.1 * wanted.max()  # ESPIRiT's maps are zero where there is no signal
-    for output, near_enough in (("combined", 0.02), ("rss", 1e-4)):
+    full = full._replace(image_shape=(64, 63))
+    expected = 3.0 * head.abs()
+    inside = expected > 0.1 * expected.max()  # ESPIRiT's maps are zero where there is no signal
+    for output, tolerance in (("combined", 0.02), ("rss", 1e-4)):
         image = bart.reconstruct(full, bart.Settings(strength=1e-5, output=output))[0]
-        assert float((image - wanted)[inside].norm() / wanted.norm()) < near_enough
+        assert float((image - expected)[inside].norm() / expected.norm()) < tolerance
         doubled = bart.reconstruct(full._replace(scale=2 * full.scale), bart.Settings(strength=1e-5, output=output))[0]
         assert float((doubled - 2 * image).norm() / image.norm()) < 0.02  # BART shifts its wavelets at random
 
 
 @installed
-def test_slices_side_by_side_are_what_each_is_alone(batch):
+def test_slices_of_a_batch_are_independent(batch):
     both = bart.reconstruct(batch, bart.Settings())
     assert len(both) == 2 and not torch.equal(both[0], both[1])
-    for number, one in enumerate(both):
-        rows = {name: getattr(batch, name)[number : number + 1] for name in ("kspace", "mask", "scale", "slices")}
-        rows["acquired"] = None if batch.acquired is None else batch.acquired[number : number + 1]
-        assert torch.equal(bart.reconstruct(batch._replace(**rows), bart.Settings())[0], one)
+    for number, image in enumerate(both):
+        assert torch.equal(bart.reconstruct(single(batch, number), bart.Settings())[0], image)
 
 
 @installed
-def test_undersampled_slices_get_better_than_zero_filled(batch):
-    from mrilib.model.baselines import zero_filled
-
+def test_bart_is_better_than_zero_filled(batch):
     assert batch.target is not None
     image = bart.reconstruct(batch, bart.Settings(kernel=4, strength=0.002))
     assert image.shape == batch.target.shape and image.dtype == torch.float32
-    plain = zero_filled(batch.kspace, batch.scale, batch.recon)
-    scores = [score_volume(batch.target.numpy(), one.numpy()) for one in (image, plain)]
+    baseline = zero_filled(batch.kspace, batch.scale, batch.image_shape)
+    scores = [score_volume(batch.target.numpy(), each.numpy()) for each in (image, baseline)]
     assert scores[0]["psnr_head"] > scores[1]["psnr_head"] + 1
     assert scores[0]["ssim_head"] > scores[1]["ssim_head"] + 0.05
 
 
 @installed
-def test_measured_lines_stay_measured(batch):
-    """The phase that pics leaves on its image is gone: with almost all lines measured, the RSS is theirs."""
+def test_measured_lines_are_kept(batch):
+    """With almost all lines measured the RSS is theirs, so the phase that pics leaves on its image is removed."""
     mask = torch.ones_like(batch.mask)
     mask[:, 3] = False
     full = batch._replace(mask=mask, kspace=torch.where(mask[:, None, None], batch.kspace + 1e-9, 0))
-    wanted = fourier.rss(fourier.ifft2c(full.kspace))
-    wanted = fourier.center_crop_or_pad(wanted, batch.recon) * batch.scale[:, None, None]
+    expected = fourier.rss(fourier.ifft2c(full.kspace))
+    expected = fourier.center_crop_or_pad(expected, batch.image_shape) * batch.scale[:, None, None]
     image = bart.reconstruct(full, bart.Settings(kernel=4))
-    assert float((image - wanted).norm() / wanted.norm()) < 0.02
+    assert float((image - expected).norm() / expected.norm()) < 0.02
 
 
 @installed
-def test_settings_are_the_best_that_were_tried(batch, monkeypatch):
+def test_the_best_settings_are_chosen(batch, monkeypatch):
     monkeypatch.setattr(bart, "KERNELS", (3, -3))  # BART refuses the second
     monkeypatch.setattr(bart, "CALIBRATIONS", (12,))
     monkeypatch.setattr(bart, "STRENGTHS", (0.002, 0.005))
-    settings, tried = bart.choose([collate_one(batch)])
-    scored = [row for row in tried if "refused" not in row]
-    assert {row["output"] for row in scored} == {"combined", "rss"} and {row["strength"] for row in scored} == {
-        0.002,
-        0.005,
+    settings, trials = bart.choose([single(batch)])
+    scores = {
+        bart.Settings(*(trial[name] for name in bart.Settings._fields)): trial["ssim_head"]
+        for trial in trials
+        if "refused" not in trial
     }
-    assert max(row["ssim_head"] for row in scored) == next(
-        row["ssim_head"] for row in scored if bart.Settings(*(row[n] for n in bart.Settings._fields)) == settings
-    )
-
-
-def collate_one(batch):
-    return batch._replace(
-        **{
-            name: getattr(batch, name)[:1]
-            for name in ("kspace", "mask", "scale", "target", "maximum", "slices", "acquired")
-        }
-    )
+    assert {trial.output for trial in scores} == {"combined", "rss"}
+    assert {trial.strength for trial in scores} == {0.002, 0.005}
+    assert scores[settings] == max(scores.values())
 
 
 @installed
-def test_what_bart_refuses_is_told_in_its_words(batch):
+def test_errors_quote_bart(batch):
     with pytest.raises(bart.BartError, match="bart ecalib"):
-        bart.reconstruct(collate_one(batch), bart.Settings(kernel=-3))
+        bart.reconstruct(single(batch), bart.Settings(kernel=-3))
 
 
 @installed
@@ -132,7 +127,7 @@ def test_an_empty_slice_stays_empty(batch):
     assert not bart.reconstruct(empty, bart.Settings()).any()
 
 
-def test_without_bart_there_is_a_sentence(batch, monkeypatch):
+def test_without_bart_the_error_says_how_to_install_it(batch, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert bart.version() == ""
     for call in (lambda: bart.choose([batch]), lambda: bart.reconstruct(batch, bart.Settings())):

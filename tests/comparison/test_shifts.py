@@ -1,4 +1,4 @@
-"""Shifted copies: the noise that was asked for, the coils that were asked for, files like any other."""
+"""Distribution shifts: noise, coils and patients as requested, in valid files."""
 
 import h5py
 import numpy as np
@@ -22,8 +22,8 @@ def disc(size: int = 64) -> np.ndarray:
 def test_noise_level_is_the_simulated_one(snr, padding):
     image = disc()
     kspace = simulate_volume(image, 4, np.random.default_rng(0), snr=snr, padding=padding)
-    wanted = object_rms(image) / snr
-    assert shifts.noise_level(kspace, (padding[0], 64 - padding[1])) == pytest.approx(wanted, rel=0.05)
+    expected = object_rms(image) / snr
+    assert shifts.noise_level(kspace, (padding[0], 64 - padding[1])) == pytest.approx(expected, rel=0.05)
 
 
 def test_twice_the_noise(volumes, tmp_path):
@@ -32,10 +32,8 @@ def test_twice_the_noise(volumes, tmp_path):
         with h5py.File(volume.path) as before, h5py.File(noisy.path) as after:
             old, new = before["kspace"][()], after["kspace"][()]
             np.testing.assert_array_equal(before["reconstruction_rss"][()], after["reconstruction_rss"][()])
-            assert (
-                after.attrs["max"] == pytest.approx(before.attrs["max"])
-                and dict(before.attrs).keys() == dict(after.attrs).keys()
-            )
+            assert after.attrs["max"] == pytest.approx(before.attrs["max"])
+            assert dict(before.attrs).keys() == dict(after.attrs).keys()
         before_level = shifts.noise_level(old, volume.padding)
         assert shifts.noise_level(new, noisy.padding) == pytest.approx(2 * before_level, rel=0.05)
         left, right = volume.padding
@@ -46,16 +44,16 @@ def test_twice_the_noise(volumes, tmp_path):
         assert noisy._replace(path=volume.path) == volume
 
 
-def test_fewer_coils_are_a_scanner_of_its_own(volumes, tmp_path):
+def test_fewer_coils_have_their_own_target(volumes, tmp_path):
     for volume in volumes[:4]:
         small = shifts.fewer_coils(volume, tmp_path, 4)
-        assert small.coils == 4 and small.matrix == volume.matrix and small.recon == volume.recon
+        assert small.coils == 4 and small.matrix == volume.matrix and small.image_shape == volume.image_shape
         with h5py.File(volume.path) as before, h5py.File(small.path) as after:
             kspace, target = after["kspace"][()], after["reconstruction_rss"][()]
             assert target.max() == pytest.approx(after.attrs["max"])
             assert (target <= before["reconstruction_rss"][()] * (1 + 1e-4) + 1e-12).all()
-            everywhere = [any(np.array_equal(one, other) for other in before["kspace"][0]) for one in kspace[0]]
-        assert everywhere == [True] * 4
+            original = before["kspace"][0]
+        assert all(any(np.array_equal(coil, other) for other in original) for coil in kspace[0])
         full = rss(ifft2c(torch.from_numpy(kspace[0]))).numpy()
         rows, columns = ((a - b) // 2 for a, b in zip(full.shape, target.shape[1:], strict=True))
         np.testing.assert_allclose(
@@ -73,17 +71,19 @@ def test_shifted_files_are_written_once(volumes, phantom_dir, tmp_path):
     assert shifts.shifted(config_with("", phantom_dir), volumes, tmp_path) == list(volumes)
     for shift, folder in (("noise 2", "noise_2"), ("coils 4", "coils_4"), ("head nibabel", "head_nibabel")):
         config = config_with(shift, phantom_dir)
-        made = shifts.shifted(config, volumes[:2], tmp_path)
-        times = [volume.path.stat().st_mtime_ns for volume in made]
+        written = shifts.shifted(config, volumes[:2], tmp_path)
+        times = [volume.path.stat().st_mtime_ns for volume in written]
         again = shifts.shifted(config, volumes[:2], tmp_path)
         assert [volume.path.stat().st_mtime_ns for volume in again] == times
-        assert index_volumes(tmp_path / folder) == again == made
+        assert index_volumes(tmp_path / folder) == again == written
 
 
-def test_other_patients_are_made_like_the_phantom(volumes, phantom_dir, tmp_path):
-    made = shifts.shifted(config_with("patients 3", phantom_dir), volumes[:3], tmp_path)
-    assert len(made) == 3 and {one.recon[0] for one in made} == {one.recon[0] for one in volumes}
-    assert {one.patient for one in made}.isdisjoint(one.patient for one in volumes)
+def test_other_patients_are_like_the_phantom(volumes, phantom_dir, tmp_path):
+    others = shifts.shifted(config_with("patients 3", phantom_dir), volumes[:3], tmp_path)
+    assert len(others) == 3 and {volume.image_shape[0] for volume in others} == {
+        volume.image_shape[0] for volume in volumes
+    }
+    assert {volume.patient for volume in others}.isdisjoint(volume.patient for volume in volumes)
     with pytest.raises(ParameterError, match=r"shift: patients 52: .*choose another seed"):
         shifts.shifted(config_with("patients 52", phantom_dir), volumes[:3], tmp_path)
     with pytest.raises(ParameterError, match="no phantom"):

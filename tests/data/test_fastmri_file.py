@@ -1,4 +1,4 @@
-"""One file's structure: what is known of it, and everything that can be wrong with it, told by name."""
+"""Structure of one file: metadata, and all problems by name."""
 
 import os
 from collections.abc import Callable
@@ -7,9 +7,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from changed_files import attribute, copy_of, header, linked, own_mask, replaced
+from changed_files import Change, attribute, copy_of, header, linked, own_mask, replaced
 
 from mrilib.data.fastmri_file import DataError, Volume, read_header, read_volume
+
+
+def declared(*shape: int) -> Change:
+    """Replace k-space by one of a shape that is never written."""
+
+    def change(h5: h5py.File) -> None:
+        del h5["kspace"]
+        h5.create_dataset("kspace", shape, np.complex64, chunks=(1, 1, 64, 64))
+
+    return change
 
 
 def group(h5: h5py.File) -> None:
@@ -39,18 +49,6 @@ def through_an_external_group(h5: h5py.File) -> None:
     h5["kspace"] = h5py.SoftLink("/other/kspace")
 
 
-def huge(h5: h5py.File) -> None:
-    del h5["kspace"]
-    h5.create_dataset("kspace", (3, 8, 2**20, 2**20), np.complex64, chunks=(1, 1, 64, 64))
-
-
-def never_written(h5: h5py.File) -> None:
-    """Declared with a thousand million slices: reading them all would take for ever, and give zeros."""
-    shape = h5["kspace"].shape
-    del h5["kspace"]
-    h5.create_dataset("kspace", (10**9, *shape[1:]), np.complex64, chunks=(1, *shape[1:]))
-
-
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><x>&b;</x>'
 FILE = '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><x>&a;</x>'
 UTF16 = ('<?xml version="1.0" encoding="utf-16"?>' + BOMB).encode("utf-16")
@@ -63,24 +61,24 @@ UTF16 = ('<?xml version="1.0" encoding="utf-16"?>' + BOMB).encode("utf-16")
         (lambda h5: h5.pop("ismrmrd_header"), "has no dataset ismrmrd_header"),
         (group, "kspace is not a dataset"),
         (attribute("patient_id"), "has no attribute patient_id"),
-        (attribute("patient_id", ""), "attribute patient_id is no text"),
-        (attribute("patient_id", [1.5, 2.5]), "attribute patient_id is no text"),
+        (attribute("patient_id", ""), "attribute patient_id is not text"),
+        (attribute("patient_id", [1.5, 2.5]), "attribute patient_id is not text"),
         (attribute("acquisition"), "has no attribute acquisition"),
-        (attribute("acquisition", "CORPD_FBK"), "acquisition 'CORPD_FBK' is a knee's; brain files are wanted"),
+        (attribute("acquisition", "CORPD_FBK"), "acquisition 'CORPD_FBK' is a knee scan"),
         (attribute("max"), "has no attribute max"),
-        (attribute("max", np.nan), "attribute max is .*nan.*; a positive number up to .* is wanted"),
+        (attribute("max", np.nan), "attribute max is .*nan.*; expected a positive number up to"),
         (attribute("max", np.inf), "attribute max is .*inf"),
         (attribute("max", -1.0), "attribute max is .*-1.0"),
         (attribute("max", "1e-3"), "attribute max is '1e-3'"),
         (attribute("max", h5py.Empty("f")), "attribute max is"),
-        (replaced("kspace", np.abs), r"kspace is float32 \(3, .*complex \(slices, coils, H, W\) is wanted"),
+        (replaced("kspace", np.abs), r"kspace is float32 \(3, .*expected complex \(slices, coils, H, W\)"),
         (replaced("kspace", lambda k: k.view(np.float32)), "kspace is float32"),
         (replaced("kspace", lambda k: k[:, 0]), r"kspace is complex64 \(3, \d+, \d+\): single-coil data"),
         (replaced("kspace", lambda k: k[:, :1]), r"kspace is complex64 \(3, 1, \d+, \d+\): single-coil data"),
         (replaced("kspace", lambda k: k[:0]), "zero slices"),
         (replaced("kspace", lambda k: k[..., :0]), "not the size of an image"),
         (replaced("kspace", b"text"), r"kspace is object \(\)|kspace is \|S4 \(\)"),
-        (huge, "not the size of an image"),
+        (declared(3, 8, 2**20, 2**20), "not the size of an image"),
         (replaced("reconstruction_rss", lambda r: r[:2]), r"reconstruction_rss \(2, .*does not fit kspace"),
         (replaced("reconstruction_rss", lambda r: r[0]), r"reconstruction_rss .*does not fit kspace"),
         (replaced("reconstruction_rss", lambda r: r.astype(int)), r"reconstruction_rss is int64 .*real"),
@@ -96,14 +94,14 @@ UTF16 = ('<?xml version="1.0" encoding="utf-16"?>' + BOMB).encode("utf-16")
         (replaced("ismrmrd_header", b"\xff\xfe\xfa"), "is not XML"),
         (replaced("ismrmrd_header", b'<?xml version="1.0" encoding="klingon"?><a/>'), "is not XML"),
         (replaced("ismrmrd_header", b"<a/>"), "has no number at encoding/"),
-        (replaced("ismrmrd_header", 3.5), "one XML text is wanted"),
-        (replaced("ismrmrd_header", lambda old: [old, old]), "one XML text is wanted"),
+        (replaced("ismrmrd_header", 3.5), "expected one XML text"),
+        (replaced("ismrmrd_header", lambda old: [old, old]), "expected one XML text"),
         (replaced("ismrmrd_header", lambda old: b"<!--" + b"x" * 2**22 + b"-->" + old), "no ISMRMRD header"),
         (header("ISMRMRD", "elsewhere"), "has no number at encoding/encodedSpace"),
-        (header("<x>128</x>", "<x>640</x>"), r"contradicts kspace: its encodedSpace is \(640, \d+\), kspace \(128,"),
-        (header("<x>64</x>", "<x>999</x>"), r"contradicts kspace: its reconSpace is \(999,"),
-        (header("<center>", "<center>9"), "contradicts kspace: its lines -"),
-        (header("<maximum>", "<maximum>9"), "contradicts kspace: its lines "),
+        (header("<x>128</x>", "<x>640</x>"), r"contradicts kspace: encodedSpace is \(640, \d+\), kspace \(128,"),
+        (header("<x>64</x>", "<x>999</x>"), r"contradicts kspace: reconSpace is \(999,"),
+        (header("<center>", "<center>9"), "contradicts kspace: lines -"),
+        (header("<maximum>", "<maximum>9"), "contradicts kspace: lines "),
         (linked("kspace", h5py.ExternalLink("other.h5", "/kspace")), "kspace is an external link to /kspace in "),
         (linked("extra", h5py.ExternalLink("other.h5", "/kspace")), "extra is an external link"),
         (linked("kspace", h5py.SoftLink("/nowhere")), "kspace is a soft link to /nowhere"),
@@ -112,36 +110,34 @@ UTF16 = ('<?xml version="1.0" encoding="utf-16"?>' + BOMB).encode("utf-16")
         (linked(b"\xff", h5py.SoftLink("/nowhere")), "is a soft link to /nowhere"),
         (attribute("max", 1e300), "attribute max is"),
         (replaced("ismrmrd_header", np.bytes_(b"<!--" + b"x" * 2**22)), "no ISMRMRD header"),
-        (never_written, "not the size of a volume"),
+        (declared(10**9, 8, 128, 64), "not the size of a volume"),
         (external_storage, "kspace is external storage: its values lie in other files"),
         (virtual, "kspace is a virtual dataset: its values lie in other files"),
     ],
 )  # fmt: skip
-def test_broken_files_are_named_with_what_is_wrong(
-    volumes: list[Volume], tmp_path: Path, change: Callable[[h5py.File], None], reason: str
-) -> None:
+def test_problems_of_the_structure(volumes: list[Volume], tmp_path: Path, change: Change, reason: str) -> None:
     path = copy_of(volumes[0], tmp_path, change)
     with pytest.raises(DataError, match=rf"^{path.name}: .*{reason}"):
         read_volume(path)
 
 
-def test_every_problem_of_a_file_is_told_at_once(volumes: list[Volume], tmp_path: Path) -> None:
-    def change(h5: h5py.File) -> None:
-        attribute("patient_id")(h5)
-        attribute("max", np.nan)(h5)
-        replaced("reconstruction_rss", lambda r: r[:1])(h5)
-        replaced("ismrmrd_header", BOMB.encode())(h5)
-
+def test_all_problems_are_in_one_message(volumes: list[Volume], tmp_path: Path) -> None:
+    changes = (
+        attribute("patient_id"),
+        attribute("max", np.nan),
+        replaced("reconstruction_rss", lambda target: target[:1]),
+        replaced("ismrmrd_header", BOMB.encode()),
+    )
     with pytest.raises(DataError) as caught:
-        read_volume(copy_of(volumes[0], tmp_path, change))
+        read_volume(copy_of(volumes[0], tmp_path, *changes))
     assert all(word in str(caught.value) for word in ("patient_id", "max", "reconstruction_rss", "entities"))
     assert len(str(caught.value).split("; ")) >= 4
 
 
-def test_what_is_not_a_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     (tmp_path / "folder.h5").mkdir()
     (tmp_path / "link.h5").symlink_to(tmp_path / "gone.h5")
-    os.mkfifo(tmp_path / "pipe.h5")  # opening it would wait for a writer for ever
+    os.mkfifo(tmp_path / "pipe.h5")  # opening it would block
     for name, reason in (("folder", "is not a file"), ("link", "is a link to nothing"), ("pipe", "is not a file")):
         with pytest.raises(DataError, match=f"^{name}.h5: {reason}"):
             read_volume(tmp_path / f"{name}.h5")
@@ -159,7 +155,7 @@ def test_links_inside_the_file_are_followed(volumes: list[Volume], tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", [bytes, np.bytes_, lambda text: np.array([text], "S80"), lambda text: [text]])
-def test_texts_may_be_bytes_or_arrays_of_one(volumes: list[Volume], tmp_path: Path, kind: Callable) -> None:
+def test_text_as_bytes_or_array(volumes: list[Volume], tmp_path: Path, kind: Callable) -> None:
     def change(h5: h5py.File) -> None:
         for name in ("acquisition", "patient_id"):
             old = h5.attrs[name]
@@ -170,7 +166,7 @@ def test_texts_may_be_bytes_or_arrays_of_one(volumes: list[Volume], tmp_path: Pa
     assert read_volume(path) == volumes[0]._replace(path=path)
 
 
-def test_other_encodings_and_types_of_a_good_file_are_read(volumes: list[Volume], tmp_path: Path) -> None:
+def test_other_types_are_read(volumes: list[Volume], tmp_path: Path) -> None:
     def change(h5: h5py.File) -> None:
         xml = h5["ismrmrd_header"][()].decode()
         replaced("ismrmrd_header", xml)(h5)  # a str, not bytes
@@ -182,30 +178,30 @@ def test_other_encodings_and_types_of_a_good_file_are_read(volumes: list[Volume]
     assert read_volume(path) == volumes[0]._replace(path=path, patient="17")
 
 
-def test_names_and_texts_that_are_no_utf8_do_no_harm(volumes: list[Volume], tmp_path: Path) -> None:
+def test_names_and_texts_that_are_not_utf8(volumes: list[Volume], tmp_path: Path) -> None:
     def change(h5: h5py.File) -> None:
         h5.create_group(b"\xff\xfe")
         del h5.attrs["patient_id"]
         h5.attrs.create("patient_id", b"M\xfcller", dtype=h5py.string_dtype("utf-8"))
 
     patient = read_volume(copy_of(volumes[0], tmp_path, change)).patient
-    assert patient == "M\N{REPLACEMENT CHARACTER}ller" and patient.encode("utf-8")  # a surrogate could not be saved
+    assert patient == "M\N{REPLACEMENT CHARACTER}ller" and patient.encode("utf-8")
 
 
 def test_header_encodings(volumes: list[Volume]) -> None:
     with h5py.File(volumes[0].path) as h5:
         xml = h5["ismrmrd_header"][()].decode()
-    found = read_header(xml.encode())
-    assert found.recon == volumes[0].recon and found.encoded == volumes[0].matrix
-    assert read_header(xml.encode() + b"\0\0") == found == read_header(xml)
-    assert read_header(xml.replace("utf-8", "utf-16").encode("utf-16")) == found
-    assert read_header(b"\xef\xbb\xbf" + xml.encode()) == found
+    header_of_file = read_header(xml.encode())
+    assert header_of_file.recon == volumes[0].image_shape and header_of_file.encoded == volumes[0].matrix
+    assert read_header(xml.encode() + b"\0\0") == header_of_file == read_header(xml)
+    assert read_header(xml.replace("utf-8", "utf-16").encode("utf-16")) == header_of_file
+    assert read_header(b"\xef\xbb\xbf" + xml.encode()) == header_of_file
     with pytest.raises(DataError, match="declares a document type"):
         read_header(UTF16)
 
 
 @pytest.mark.parametrize("number", ["²", "--5", "5.0", "", "1" * 5000, "-"])
-def test_header_numbers_that_are_none_are_named(volumes: list[Volume], number: str) -> None:
+def test_header_with_a_wrong_number(volumes: list[Volume], number: str) -> None:
     with h5py.File(volumes[0].path) as h5:
         xml = h5["ismrmrd_header"][()].decode()
     start = xml.index("<center>")
@@ -214,7 +210,7 @@ def test_header_numbers_that_are_none_are_named(volumes: list[Volume], number: s
         read_header(spoilt)
 
 
-def test_pixel_size_is_the_encoded_field_over_its_matrix(volumes, tmp_path):
+def test_pixel_size(volumes, tmp_path):
     volume = volumes[0]
     with h5py.File(volume.path) as h5:
         xml = h5["ismrmrd_header"][()].decode()
@@ -224,5 +220,5 @@ def test_pixel_size_is_the_encoded_field_over_its_matrix(volumes, tmp_path):
         changed = f"{xml[:start]}<fieldOfView_mm><x>{field}</x><y>230</y><z>5</z>{xml[end:]}"
         assert read_header(changed).pixel == pixel
     path = copy_of(volume, tmp_path, header(xml[start : end + 17], ""))
-    assert read_volume(path).pixel is None, "nothing else needs it"
+    assert read_volume(path).pixel is None
     assert read_volume(volume.path).pixel == volume.pixel

@@ -1,4 +1,4 @@
-"""Records side by side."""
+"""Comparison of run records."""
 
 import json
 import shutil
@@ -10,9 +10,10 @@ import pytest
 
 from mrilib.config import CompareParameters, ParameterError
 from mrilib.display import compare_runs
-from mrilib.display import images as figures
+from mrilib.display import images as images_module
 from mrilib.evaluation import reconstructions
 from mrilib.files import write_json
+from mrilib.training.history import read_history
 
 
 def make_run(folder, volumes, *, learning_rate=1e-3, factor=0.9, accelerations=("4", "8"), status="done"):
@@ -36,7 +37,7 @@ def make_run(folder, volumes, *, learning_rate=1e-3, factor=0.9, accelerations=(
                 reconstructions.write_reconstruction(path, images)
     logs = folder / "logs"
     logs.mkdir()
-    attempts = [(1, 9.0), (2, 9.0), (1, 3.0), (2, 2.0), (3, 1.0)]  # the first was broken off
+    attempts = [(1, 9.0), (2, 9.0), (1, 3.0), (2, 2.0), (3, 1.0)]  # the first was interrupted
     lines = [{"epoch": 1, "step": step, "loss": loss, "cross_entropy": loss} for step, loss in attempts]
     (logs / "stage1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (logs / "stage1_history.csv").write_text("epoch,train_loss,val_loss\n1,3.0,2.5\n2,2.0,1.5\n3,1.0,1.6\n")
@@ -60,13 +61,13 @@ def test_named_runs(two_runs, tmp_path, volumes):
     (tmp_path / "other").mkdir()
     twin = make_run(tmp_path / "other" / "a", volumes[:2])
     chosen = compare_runs.select_runs(config_of(two_runs["a"], twin), tmp_path / "own")
-    assert len(chosen) == 2, "two runs of one name are two runs"
+    assert len(chosen) == 2, "runs of the same name must stay separate"
     with pytest.raises(ParameterError, match=r"'.*nothing' is no run folder"):
         compare_runs.select_runs(config_of(tmp_path / "nothing"), tmp_path / "own")
 
 
-def test_all_finished_runs(tmp_path, volumes, monkeypatch):
-    monkeypatch.setattr("mrilib.config.ROOT", tmp_path)
+def test_all_finished_runs_by_default(tmp_path, volumes, monkeypatch):
+    monkeypatch.setattr("mrilib.files.ROOT", tmp_path)
     own = make_run(tmp_path / "outputs" / "own", volumes, status="running")
     make_run(tmp_path / "outputs" / "failed", volumes, status="failed")
     done = make_run(tmp_path / "outputs" / "finished", volumes)
@@ -76,7 +77,7 @@ def test_all_finished_runs(tmp_path, volumes, monkeypatch):
 
 
 def test_nothing_to_compare(tmp_path, monkeypatch):
-    monkeypatch.setattr("mrilib.config.ROOT", tmp_path)
+    monkeypatch.setattr("mrilib.files.ROOT", tmp_path)
     with pytest.raises(ParameterError, match="no finished run"):
         compare_runs.select_runs(CompareParameters.create({}), tmp_path / "own")
 
@@ -87,27 +88,27 @@ def test_only_differing_parameters(two_runs):
     assert table.loc["stage1.learning_rate"].to_dict() == {"a": "0.001", "bb": "0.002"}
 
 
-def test_notebook_that_one_run_lacks(two_runs):
+def test_a_notebook_that_one_run_lacks_is_one_row(two_runs):
     record = json.loads((two_runs["bb"] / "run.json").read_text())
     del record["notebooks"]["stage1"]
     write_json(two_runs["bb"] / "run.json", record)
     table = compare_runs.differing_parameters(two_runs)
     assert table.loc["stage1"].to_dict() == {"a": "run", "bb": "not run"}
-    assert list(table.index) == ["stage1", "evaluate.learning_rate"]  # not every parameter of the missing notebook
+    assert list(table.index) == ["stage1", "evaluate.learning_rate"]  # without the parameters of the missing notebook
 
 
 def test_metrics_table(two_runs):
     table = compare_runs.metrics_table(two_runs)
     assert table.loc["4x two-stage model SSIM"].to_dict() == {"a": "0.900", "bb": "0.800"}
     assert table.loc["8x two-stage model PSNR [dB]"].to_dict() == {"a": "27.00", "bb": "–"}
-    assert table.loc["stage1 [s]", "a"] == "62"
+    assert table.loc["stage 1 training [s]", "a"] == "62"
 
 
-def test_history_is_that_of_the_last_attempt(two_runs):
-    history = compare_runs.read_history(two_runs["a"], "stage1")
+def test_the_history_is_that_of_the_last_attempt(two_runs):
+    history = read_history(two_runs["a"], "stage1")
     assert [step["loss"] for step in history.steps] == [3.0, 2.0, 1.0]
     assert (history.best_epoch, history.best_loss) == (2, 1.5)
-    assert compare_runs.read_history(two_runs["a"], "stage2") is None
+    assert read_history(two_runs["a"], "stage2") is None
     assert {run: list(stages) for run, stages in compare_runs.read_histories(two_runs).items()} == {
         "a": ["stage1"],
         "bb": ["stage1"],
@@ -115,23 +116,23 @@ def test_history_is_that_of_the_last_attempt(two_runs):
 
 
 def test_same_slice_at_the_common_acceleration(two_runs, volumes):
-    (shown,), left_out = compare_runs.same_slice(two_runs)  # 8x was evaluated by one of them alone
+    (shown,), left_out = compare_runs.same_slice(two_runs)  # only one of them was evaluated at 8x
     volume = min(volumes[:2], key=lambda one: one.path.name)
     assert list(shown.images) == ["zero_filled", "a", "bb"] and left_out == []
     assert np.array_equal(shown.target, reconstructions.read_target(volume, volume.slices // 2))
     assert np.allclose(shown.images["bb"], 0.8 * shown.target)
     assert "4x" in shown.title
-    figures.reconstruction_comparison([shown])
+    images_module.reconstruction_comparison([shown])
     assert len(compare_runs.same_slice({"a": two_runs["a"]})[0]) == 2
 
 
-def test_runs_whose_test_files_are_others_are_left_out(two_runs, tmp_path):
+def test_runs_with_other_test_files_are_left_out(two_runs, tmp_path):
     evaluated = read_config(two_runs["a"])
     evaluated["notebooks"]["evaluate"]["config"]["data_dir"] = str(tmp_path / "moved")
     write_json(two_runs["a"] / "run.json", evaluated)
     shown, left_out = compare_runs.same_slice(two_runs)
     assert left_out == ["a"] and [list(one.images) for one in shown] == [["zero_filled", "bb"]]
-    # the same name, another scan
+    # Same name, another scan.
     (tmp_path / "moved").mkdir()
     for path in (two_runs["a"] / "reconstructions" / "model").glob("*/*.h5"):
         source = Path(read_config(two_runs["bb"])["notebooks"]["evaluate"]["config"]["data_dir"]) / path.name
@@ -150,7 +151,7 @@ def read_config(run):
     return json.loads((run / "run.json").read_text())
 
 
-def test_states_name_what_failed_and_what_is_missing(volumes, tmp_path):
+def test_states_name_failed_and_missing_notebooks(volumes, tmp_path):
     folders = {name: tmp_path / name for name in ("fine", "failed", "unfinished")}
     for folder in folders.values():
         make_run(folder, volumes)

@@ -1,10 +1,10 @@
-"""Charts show the numbers that they are given."""
+"""Curves and score figures: the drawn values are the given ones."""
 
 import numpy as np
 import pytest
 from made_results import history, volume_scores
 
-from mrilib.display import curves, style
+from mrilib.display import curves
 from mrilib.metrics import image
 
 
@@ -13,17 +13,17 @@ def titles(figure):
 
 
 def test_training_curves_of_text():
-    figure = curves.training_curves({"stage 1": history(), "control": history(7, 1)}, "stage 1")
+    figure = curves.training_curves({"stage 1": history(), "baseline": history(7, 1)})
     loss = figure.axes[0]
     labels = loss.get_legend_handles_labels()[1]
-    assert labels == ["stage 1 training", "stage 1 validation", "control training", "control validation"]
+    assert labels == ["stage 1 training", "stage 1 validation", "baseline training", "baseline validation"]
     validation = dict(zip(labels, loss.get_legend_handles_labels()[0], strict=True))["stage 1 validation"]
     assert list(validation.get_xdata()) == [4, 8, 12]
     assert list(validation.get_ydata()) == pytest.approx([0.5, 0.25, 1 / 6])
-    raw = loss.lines[0]  # without label smoothing, as the validation loss is
+    raw = loss.lines[0]  # without label smoothing, like the validation loss
     assert list(raw.get_ydata()) == pytest.approx([1 / step for step in range(1, 13)])
     assert loss.get_ylabel() == "cross-entropy [nats per token]"
-    assert loss.get_legend() is None  # below the panels, where it covers no curve
+    assert loss.get_legend() is None
     assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
     gradients = figure.axes[3].get_legend_handles_labels()[1]
     assert gradients == ["all", "vit"]  # a logarithmic axis cannot show the part without a gradient
@@ -36,10 +36,10 @@ def test_training_curves_of_images_have_image_statistics():
 
 
 def test_training_curves_of_a_single_step():
-    curves.training_curves(history(1, 1))._repr_png_()
+    curves.training_curves(history(1, 1)).png()
 
 
-def test_running_mean_is_a_mean_of_the_last():
+def test_running_mean_averages_the_last_steps():
     values = np.arange(400.0)
     mean = curves._running_mean(values)
     assert mean.shape == values.shape
@@ -54,11 +54,11 @@ def test_compare_curves_by_stage():
     assert titles(figure) == ["stage 1", "stage 2"]
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[1].lines) == 4
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["a training", "b training", "a validation", "b validation"]  # columns: a line is a run
+    assert labels == ["a training", "b training", "a validation", "b validation"]  # filled by columns: a line is a run
     colors = {line.get_label(): line.get_color() for axis in figure.axes for line in axis.lines}
     assert colors["a training"] != colors["b training"]
     markers = {line.get_label(): line.get_marker() for line in figure.axes[1].lines}
-    assert markers["a validation"] != markers["b validation"]  # in grey print too
+    assert markers["a validation"] != markers["b validation"]
     with pytest.raises(ValueError, match="none of these runs"):
         curves.compare_curves({"a": {}})
 
@@ -81,27 +81,27 @@ def test_metrics_bars_numbers_and_intervals():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["two-stage model", "zero-filled"]
 
 
-def test_methods_come_in_one_order_everywhere():
+def test_methods_have_the_same_order_in_all_figures():
     scores = {"ssim": 0.5, "psnr": 20.0}
-    names = ["zero_filled", "mine", "nearest_training_slice", "model"]  # as folders are listed, say
-    wanted = ["two-stage model", "nearest training slice (oracle)", "zero-filled", "mine"]
+    names = ["zero_filled", "mine", "nearest_training_slice", "model"]
+    expected = ["two-stage model", "nearest training slice (oracle)", "zero-filled", "mine"]
     section = {"4": dict.fromkeys(names, scores)}
-    assert [text.get_text() for text in curves.metrics_bars(section).legends[0].get_texts()] == wanted
+    assert [text.get_text() for text in curves.metrics_bars(section).legends[0].get_texts()] == expected
     volumes = {"4": {name: volume_scores(0.5) for name in names}}
-    assert [text.get_text() for text in curves.metrics_by_contrast(volumes).legends[0].get_texts()] == wanted
+    assert [text.get_text() for text in curves.metrics_by_contrast(volumes).legends[0].get_texts()] == expected
 
 
 def test_metrics_by_contrast_shows_every_volume():
     scores = {"4": {"model": volume_scores(0.8), "zero_filled": volume_scores(0.5)}}
     axis = curves.metrics_by_contrast(scores).axes[0]
     dots = [line for line in axis.lines if line.get_marker() != "None"]
-    assert len({line.get_marker() for line in dots}) == 2, "methods told apart in grey print"
+    assert len({line.get_marker() for line in dots}) == 2, "methods need different markers for print without colours"
     assert sum(len(line.get_ydata()) for line in dots) == 16
     means = [line.get_ydata()[0] for line in axis.lines if line.get_marker() == "None"]
     assert means[0] == pytest.approx(np.mean([0.8, 0.82, 0.84, 0.86]))
 
 
-def test_analysis_comparison_leaves_out_what_is_not_there():
+def test_analysis_comparison_leaves_out_missing_baselines():
     section = {
         "cross_entropy": 0.3,
         "cross_entropy_without_kspace": 0.9,
@@ -109,8 +109,10 @@ def test_analysis_comparison_leaves_out_what_is_not_there():
         "contrast_accuracy": 1.0,
         "finding_f1": 0.4,
         "finding_f1_best_constant": 0.1,
+        "contrast_commonest": 0.34,
+        "contrast_commonest_se": 0.03,
     }
-    figure = curves.analysis_comparison(section, (0.34, 0.03))
+    figure = curves.analysis_comparison(section)
     entropy, contrast, findings = figure.axes
     assert [text.get_text() for text in entropy.texts] == ["0.300", "0.900"]
     assert [text.get_text() for text in contrast.texts] == ["1.000"]
@@ -122,38 +124,37 @@ def test_analysis_comparison_leaves_out_what_is_not_there():
 
 def test_analysis_comparison_survives_a_single_patient():
     section = {"cross_entropy": 0.3, "cross_entropy_se": float("inf"), "contrast_accuracy": 1.0, "finding_f1": 0.0}
-    curves.analysis_comparison(section)._repr_png_()
+    curves.analysis_comparison(section).png()
 
 
 def test_token_swap_is_paired():
     own, other = volume_scores(0.8), volume_scores(0.79)
-    figure = curves.token_swap({"4": {"own tokens": own, "another patient's": other, "none": own}})
+    figure = curves.token_swap({"4": {"own tokens": own, "shuffled tokens": other, "zero tokens": own}})
     means, differences = figure.axes
     assert [text.get_text() for text in differences.texts] == ["−0.0100", "+0.0000"]
     interval = differences.lines[0].get_ydata()
-    # the volumes differ by far more than that, but the difference is the same for each
     assert interval == pytest.approx([-0.01, -0.01])
     assert len(means.patches) == 3
     assert means.patches[0].get_height() == pytest.approx(image.summarize(own)["ssim"])
 
 
-@pytest.mark.parametrize("sick", [[5], [1, 2, 3], range(1, 12), range(1, 13)], ids=["one", "first", "most", "all"])
+@pytest.mark.parametrize("skipped", [[5], [1, 2, 3], range(1, 12), range(1, 13)], ids=["one", "first", "most", "all"])
 @pytest.mark.parametrize("text", [True, False])
-def test_skipped_steps_leave_gaps_and_marks(text, sick):
-    """`on_nan: skip` keeps the steps that it left out in the history, with what was not finite."""
-    told = history(text=text)
-    for number in sick:
-        broken = {name: np.nan for name in told.steps[0] if name not in ("epoch", "step", "learning_rate", "seconds")}
-        told.steps[number - 1] |= broken | {"gradient_norm": np.inf if number % 2 else np.nan}
-    figure = curves.training_curves(told)
-    style.png_bytes(figure)
-    for place in (0, -1 if text else -2):  # loss and gradient norms; of text the last panel, of images the one before
-        axis = next(axis for axis in figure.axes if axis.get_title().startswith(("loss", "gradient")[place != 0]))
+def test_skipped_steps_leave_gaps_and_marks(text, skipped):
+    """Steps skipped by `on_nan: skip` are in the history with values that are not finite."""
+    training = history(text=text)
+    for number in skipped:
+        values = [name for name in training.steps[0] if name not in ("epoch", "step", "learning_rate", "seconds")]
+        training.steps[number - 1] |= dict.fromkeys(values, np.nan)
+        training.steps[number - 1]["gradient_norm"] = np.inf if number % 2 else np.nan
+    figure = curves.training_curves(training)
+    figure.png()
+    for title, line in (("loss", 1), ("gradient", 0)):
+        axis = next(axis for axis in figure.axes if axis.get_title().startswith(title))
         marks = {line.get_label(): line for line in axis.lines}["skipped step"]
-        assert list(marks.get_xdata()) == list(sick)
-        mean = axis.lines[1] if place == 0 else axis.lines[0]
-        well = np.isfinite(np.asarray(mean.get_ydata(), dtype=float))
-        assert well.sum() >= 12 - len(sick), "a skipped step leaves the others' running mean as it is"
+        assert list(marks.get_xdata()) == list(skipped)
+        mean = np.asarray(axis.lines[line].get_ydata(), dtype=float)
+        assert np.isfinite(mean).sum() >= 12 - len(skipped), "the running mean of the other steps must stay"
         assert all(np.isfinite(axis.get_ylim()))
 
 

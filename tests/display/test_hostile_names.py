@@ -1,4 +1,4 @@
-"""Names of files and runs come from elsewhere: none becomes HTML, Markdown, a formula or a terminal's command."""
+"""Untrusted names of files and runs never become HTML, Markdown, formulas or terminal commands."""
 
 import html
 import json
@@ -11,9 +11,7 @@ import pytest
 from made_results import history
 
 from mrilib.config import ROOT, printable
-from mrilib.display import compare_runs, live, tables
-from mrilib.display import curves as charts
-from mrilib.display import images as figures
+from mrilib.display import compare_runs, curves, images, live, tables
 from mrilib.evaluation.reconstructions import Comparison
 
 NAMES = (
@@ -30,20 +28,20 @@ NAMES = (
 )
 
 
-def assert_inert(shown: str, name: str) -> None:
-    """The name is there to be read, and neither a tag nor a formula nor a control character was made of it."""
-    known = r"</?(?:table|caption|thead|tbody|tr|th|td|b|i|code|p)(?: (?:style|scope|class|role)=\"[^\"<>]*\")*>"
-    rest = re.sub(known, "", shown)
+def assert_inert(page: str, name: str) -> None:
+    """The name is readable and neither a tag, nor a formula, nor a control character."""
+    known = r"</?(?:table|thead|tbody|tr|th|td|b|i|code|p)(?: (?:style|scope|class|role)=\"[^\"<>]*\")*>"
+    rest = re.sub(known, "", page)
     assert "<" not in rest and ">" not in rest, rest
     assert printable(name, keep="\n") in html.unescape(rest)
-    assert printable(shown, keep="\n") == shown
-    for table in re.findall(r"<table[^>]*>", shown):
+    assert printable(page, keep="\n") == page
+    for table in re.findall(r"<table[^>]*>", page):
         assert "tex2jax_ignore" in table and "mathjax_ignore" in table
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A folder of a finished run, to be given any name."""
+def runs(tmp_path):
+    """Two run folders with such names in their records."""
     for folder, rate in (("a", 1), ("b", 2)):
         (tmp_path / folder).mkdir()
         entry = {"status": "failed", "error": f"DataError: {NAMES[0]}.h5", "config": {"data_dir": NAMES[rate]}}
@@ -53,60 +51,60 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_table_takes_a_name_for_html(name, run):
+def test_names_in_tables_are_escaped(name, runs):
     text = "Axial T1 image, lower third of the brain."
     row = {"file": name, "slice": 1, "acceleration": 4, "true": text, "generated": f"{text} {name}"}
-    runs = {name: run / "a", "other": run / "b"}
+    runs = {name: runs / "a", "other": runs / "b"}
     assert_inert(tables.texts_side_by_side([row], 8), name)
     assert_inert(live.text_progress({1: pd.DataFrame([row])}), name)
-    assert_inert(tables.html_table((name,), [(name,)], caption=name), name)
-    assert_inert(tables.shown(pd.DataFrame({name: {name: name}}), index=True, caption=name).data, name)
-    assert_inert(tables.shown(compare_runs.metrics_table(runs), index=True).data, name)
-    assert_inert(tables.shown(compare_runs.differing_parameters(runs), index=True).data, name)
+    assert_inert(tables.html_table((name,), [(name,)]), name)
+    assert_inert(tables.as_html(pd.DataFrame({name: {name: name}}), index=True).data, name)
+    assert_inert(tables.as_html(compare_runs.metrics_table(runs), index=True).data, name)
+    assert_inert(tables.as_html(compare_runs.differing_parameters(runs), index=True).data, name)
     states = [(run, path, compare_runs.states(runs)[run]) for run, path in runs.items()]
     assert_inert(tables.html_table(("run", "folder", "state"), states), name)
 
 
-def test_a_model_card_takes_no_path_for_html_or_markdown():
+def test_paths_in_a_model_card_are_escaped():
     for name in NAMES:
-        shown = tables._code(name)
-        assert "\n" not in shown and not re.search(r"[\\`*_\[\]|$]", shown)
-        assert_inert(shown, printable(name))
+        text = tables._code(name)
+        assert "\n" not in text and not re.search(r"[\\`*_\[\]|$]", text)
+        assert_inert(text, printable(name))
 
 
 def test_figures_show_names_as_they_are():
     image = np.random.default_rng(0).random((16, 16))
-    curves = charts.compare_curves({name: {"stage1": history()} for name in NAMES})
-    images = dict.fromkeys(NAMES[2:5], image)
-    shown = figures.reconstruction_comparison(Comparison(image, images, 1.0, title=NAMES[7]), title=NAMES[2])
-    for figure in (curves, shown):
+    losses = curves.compare_curves({name: {"stage1": history()} for name in NAMES})
+    methods = dict.fromkeys(NAMES[2:5], image)
+    shown = images.reconstruction_comparison(Comparison(image, methods, 1.0, title=NAMES[7]), title=NAMES[2])
+    for figure in (losses, shown):
         figure.draw_without_rendering()  # a broken formula raises here
-        assert printable(figure.told()) == figure.told()
-    texts = {text.get_text() for text in curves.legends[0].get_texts()}
+        assert printable(figure.alt_text()) == figure.alt_text()
+    texts = {text.get_text() for text in losses.legends[0].get_texts()}
     assert texts >= {f"{printable(name, keep=chr(10))} training" for name in NAMES}
     assert shown.get_suptitle() == NAMES[2]
 
 
 def test_logarithmic_axes_keep_their_formulas():
-    figure = charts.training_curves(history())
+    figure = curves.training_curves(history())
     figure.draw_without_rendering()
     labels = [label for axis in figure.axes for label in axis.get_yticklabels(which="both") if "$" in label.get_text()]
     assert labels and all(label.get_parse_math() for label in labels)
 
 
-def test_notebooks_make_their_tables_in_one_place():
-    """No notebook displays a DataFrame or a Styler, which escapes nothing; HTML comes from tables and live alone."""
+def test_notebooks_show_escaped_tables_only():
+    """No notebook displays a DataFrame or a Styler, which do not escape; HTML comes from tables and live only."""
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
             assert ".style." not in source and ".style)" not in source, path.name
             assert not re.search(r"display\((?:tables|compare|\w+)\.\w*table\(", source), path.name
-            for made in re.findall(r"HTML\((?=[^)])(\w+\.\w+)", source):
-                assert made.startswith(("tables.", "live.")), (path.name, made)
+            for function in re.findall(r"HTML\((?=[^)])(\w+\.\w+)", source):
+                assert function.startswith(("tables.", "live.")), (path.name, function)
 
 
-def test_the_log_says_what_failed(tmp_path, monkeypatch, caplog):
-    """An error's text may begin with an empty line, as that of a formula does."""
+def test_the_log_names_the_error(tmp_path, monkeypatch, caplog):
+    """The text of an error may begin with an empty line, as that of a formula does."""
     from mrilib import progress
     from mrilib.runs import record as record_module
 
@@ -123,10 +121,12 @@ def test_the_log_says_what_failed(tmp_path, monkeypatch, caplog):
     assert "explore failed: ValueError: a$b" in caplog.text
 
 
-def test_the_table_of_runs_prints_no_control_character(tmp_path):
+def test_the_table_of_runs_has_no_control_characters(tmp_path):
     name = "a\nb\x1b[31m|x"
     (tmp_path / name).mkdir()
     record = {"started": "2026-01-01T00:00:00+0000", "status": "done", "planned": [], "notebooks": {}}
     (tmp_path / name / "run.json").write_text(json.dumps(record))
     lines = tables.runs_text(tmp_path).split("\n")
     assert len(lines) == 2 and all(line.isprintable() for line in lines)
+    (tmp_path / "empty\udcff").mkdir()
+    assert tables.runs_text(tmp_path / "empty\udcff").endswith("empty\\udcff")

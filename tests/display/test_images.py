@@ -1,4 +1,4 @@
-"""Figures of images and data: right way up, one window, right numbers."""
+"""Figures of images and data: orientation, windows and numbers."""
 
 import io
 
@@ -16,8 +16,7 @@ from mrilib.data import annotations as analysis
 from mrilib.data import splits
 from mrilib.data.annotations import Annotations, Box
 from mrilib.data.dataset import FastMRIDataset
-from mrilib.display import images as images_module
-from mrilib.display import style
+from mrilib.display import images, style
 from mrilib.evaluation.reconstructions import Comparison
 from mrilib.metrics import methods
 from mrilib.model import baselines
@@ -25,7 +24,7 @@ from mrilib.physics import coils, fourier
 
 
 @pytest.fixture(scope="module")
-def one(phantom_dir):
+def sample(phantom_dir):
     config = DataParameters.create({"data_dir": str(phantom_dir), "img_size": 64, "num_coils": 3})
     return FastMRIDataset(splits.index_volumes(phantom_dir), config, splits.load_annotations(config), acceleration=4)[1]
 
@@ -43,61 +42,56 @@ def panels(figure: Figure) -> dict[str, tuple[np.ndarray, tuple[float, float]]]:
     }
 
 
-def test_display_image_turns_rows_and_nothing_else():
+def test_display_image_flips_the_rows_only():
     image = np.arange(15.0).reshape(3, 5)
-    assert np.array_equal(images_module.display_image(image), image[::-1])
-    assert np.array_equal(images_module.display_image(torch.from_numpy(image)), image[::-1])
-    assert images_module.display_image(np.zeros((2, 3, 5))).shape == (2, 3, 5)
+    assert np.array_equal(images.display_image(image), image[::-1])
+    assert np.array_equal(images.display_image(torch.from_numpy(image)), image[::-1])
+    assert images.display_image(np.zeros((2, 3, 5))).shape == (2, 3, 5)
 
 
 def test_display_box_lands_on_the_same_pixels():
     image = np.zeros((11, 7))
     box = Box(x=2, y=1, width=3, height=4, label="Mass")
     image[1:5, 2:5] = 1  # array coordinates
-    x, y, width, height = (int(value) for value in images_module.display_box(box, 11))
-    shown = images_module.display_image(image)
+    x, y, width, height = (int(value) for value in images.display_box(box, 11))
+    shown = images.display_image(image)
     assert shown[y : y + height, x : x + width].all()
     assert shown.sum() == width * height
 
 
 def test_display_box_undoes_the_flip_of_fastmri_plus():
-    """The CSV's y counts on the flipped image, and so does the display: there and back is the CSV's number."""
+    """The CSV and the display both count y on the flipped image."""
     annotations = Annotations(frozenset({"f"}), {("f", 0): (Box(3, 4, 5, 6, "Mass"),)}, {})
     (box,) = annotations.boxes("f", 0, 40)
-    assert images_module.display_box(box, 40) == (3, 4, 5, 6)
+    assert images.display_box(box, 40) == (3, 4, 5, 6)
 
 
 def test_montage_with_an_odd_number():
-    images = np.arange(5)[:, None, None] * np.ones((5, 2, 3))
-    whole = images_module.montage(images, 2)
+    whole = images.montage(np.arange(5)[:, None, None] * np.ones((5, 2, 3)), 2)
     assert whole.shape == (6, 6)
     assert whole[2:4, 3:6].mean() == 3 and whole[4:, :3].mean() == 4 and whole[4:, 3:].max() == 0
-    assert (
-        images_module.montage_columns(1) == 1
-        and images_module.montage_columns(16) == 4
-        and images_module.montage_columns(5) == 3
-    )
+    assert [images.montage_columns(count) for count in (1, 5, 16)] == [1, 3, 4]
 
 
-def test_slice_parts(one):
-    parts = images_module.slice_parts(one)
-    assert parts.zero_filled.shape == parts.target.shape == tuple(one.recon)
-    assert parts.maps.shape == parts.coil_images.shape == (one.kspace.shape[0], *one.recon)
-    expected = fourier.rss(fourier.center_crop_or_pad(fourier.ifft2c(one.kspace), one.recon)) * one.scale
+def test_slice_parts(sample):
+    parts = images.slice_parts(sample)
+    assert parts.zero_filled.shape == parts.target.shape == tuple(sample.image_shape)
+    assert parts.maps.shape == parts.coil_images.shape == (sample.kspace.shape[0], *sample.image_shape)
+    expected = fourier.rss(fourier.center_crop_or_pad(fourier.ifft2c(sample.kspace), sample.image_shape)) * sample.scale
     assert np.allclose(parts.zero_filled, expected.numpy()[::-1])
-    assert np.allclose(baselines.zero_filled_image(one).numpy()[::-1], parts.zero_filled)
+    assert np.allclose(baselines.zero_filled_image(sample).numpy()[::-1], parts.zero_filled)
     assert np.allclose(np.sqrt((parts.maps**2).sum(0)), 1, atol=1e-4)
-    lines = images_module.log_kspace(one, 0)
+    lines = images.log_kspace(sample, 0)
     assert lines.max() == 0 and lines.min() >= -4
-    assert (lines[:, ~one.mask.numpy()] == -4).all()
+    assert (lines[:, ~sample.mask.numpy()] == -4).all()
 
 
-def test_slice_overview(one):
+def test_slice_overview(sample):
     box = Box(10, 5, 4, 6, "Mass")
-    figure = images_module.slice_overview(one, [box])
+    figure = images.slice_overview(sample, [box])
     shown = panels(figure)
     target, window = shown["target (RSS, fully sampled)"]
-    assert np.array_equal(target, one.target.numpy()[::-1])
+    assert np.array_equal(target, sample.target.numpy()[::-1])
     zero_filled = next(title for title in shown if title.startswith("zero-filled, SSIM"))
     assert shown[zero_filled][1] == window
     error, error_window = shown["|zero-filled − target| ×5"]
@@ -105,50 +99,48 @@ def test_slice_overview(one):
     assert np.allclose(error, np.abs(shown[zero_filled][0] - target))
     axis = next(axis for axis in figure.axes if axis.get_title().startswith("target"))
     rectangle = axis.patches[0]
-    assert (rectangle.get_x() + 0.5, rectangle.get_y() + 0.5) == (10, one.recon[0] - 5 - 6)
+    assert (rectangle.get_x() + 0.5, rectangle.get_y() + 0.5) == (10, sample.image_shape[0] - 5 - 6)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["Mass"]
 
 
-def test_slice_overview_without_target(one):
-    figure = images_module.slice_overview(one._replace(target=None))
+def test_slice_overview_without_target(sample):
+    figure = images.slice_overview(sample._replace(target=None))
     assert any("no target" in axis.get_title() for axis in figure.axes)
 
 
-@pytest.mark.parametrize("beside", [True, False, None])
-def test_reconstruction_comparison_has_one_window_a_row(beside):
+@pytest.mark.parametrize("errors_right", [True, False, None])
+def test_reconstruction_comparison_has_one_window_per_row(errors_right):
     rng = np.random.default_rng(0)
     target = rng.random((20, 15)) * 1e-4
     rows = [
         Comparison(unit * target, {"zero_filled": unit * target * 0.5, "model": unit * target * 0.999}, 2e-4 * unit)
         for unit in (1.0, 3.0)
     ]
-    figure = images_module.reconstruction_comparison(rows, error_scale=4, beside=beside)
+    figure = images.reconstruction_comparison(rows, errors_right=errors_right)
     windows = [axis.get_images()[0].get_clim()[1] for axis in figure.axes if axis.get_images()]
-    high = [images_module.display_window(row.target) for row in rows]
-    expected = sorted([*3 * high, *(2 * [value / 4 for value in high])])
+    high = [images.display_window(row.target) for row in rows]
+    expected = sorted([*3 * high, *(2 * [value / 5 for value in high])])
     assert sorted(windows) == pytest.approx(expected)
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles.count("zero-filled\n|error| ×4") == 2
+    assert titles.count("zero-filled\n|error| ×5") == 2
     scored = [title for title in titles if title.startswith("two-stage model\nSSIM")]
-    assert len(scored) == 2 and len(set(scored)) == 1  # both are the same but for their units
+    assert len(scored) == 2 and len(set(scored)) == 1  # they differ in units only
     assert np.array_equal(images_of(figure)[0], rows[0].target[::-1])
 
 
 def test_reconstruction_comparison_shows_given_scores():
     image = np.ones((16, 16))
     row = Comparison(image, {"model": image}, 1.0, scores={"model": {"ssim": 0.1234, "psnr": 20.06}})
-    titles = [axis.get_title() for axis in images_module.reconstruction_comparison(row, zoom=(0.9, 0.1, 0.5)).axes]
+    titles = [axis.get_title() for axis in images.reconstruction_comparison(row).axes]
     assert "two-stage model\nSSIM 0.123, 20.1 dB" in titles
 
 
-def test_reconstruction_comparison_refuses_what_does_not_fit():
+def test_reconstruction_comparison_refuses_other_shapes_and_methods():
     image = np.ones((16, 16))
-    with pytest.raises(ValueError, match=r"model is \(16, 15\), its target \(16, 16\)"):
-        images_module.reconstruction_comparison(Comparison(image, {"model": image[:, :15]}, 1.0))
+    with pytest.raises(ValueError, match=r"model has shape \(16, 15\), its target \(16, 16\)"):
+        images.reconstruction_comparison(Comparison(image, {"model": image[:, :15]}, 1.0))
     with pytest.raises(ValueError, match="same methods"):
-        images_module.reconstruction_comparison(
-            [Comparison(image, {"a": image}, 1.0), Comparison(image, {"b": image}, 1.0)]
-        )
+        images.reconstruction_comparison([Comparison(image, {"a": image}, 1.0), Comparison(image, {"b": image}, 1.0)])
 
 
 def test_slice_scores_are_the_official_ones():
@@ -156,13 +148,13 @@ def test_slice_scores_are_the_official_ones():
 
     rng = np.random.default_rng(1)
     target, image = rng.random((24, 17)), rng.random((24, 17))
-    scores = images_module.slice_scores(target, torch.from_numpy(image), 1.5)
+    scores = images.slice_scores(target, torch.from_numpy(image), 1.5)
     assert scores["psnr"] == pytest.approx(10 * np.log10(1.5**2 / np.mean((target - image) ** 2)))
     assert scores["ssim"] == pytest.approx(float(official.ssim(target[None], image[None], maxval=1.5)[0]))
 
 
-def test_mask_gallery_tells_the_sampled_fraction():
-    figure = images_module.mask_gallery(101, [(0.08, 4), (0.04, 8)], seed=3, padding=(2, 99))
+def test_mask_gallery_shows_the_sampled_fraction():
+    figure = images.mask_gallery(101, [(0.08, 4), (0.04, 8)], seed=3, padding=(2, 99))
     assert len(figure.axes) == 2
     texts = [text.get_text() for text in figure.axes[1].texts]
     assert len(texts) == len(MASK_TYPES)
@@ -172,43 +164,42 @@ def test_mask_gallery_tells_the_sampled_fraction():
     assert texts[0].startswith(f"{mask.mean():.1%} = 1/")
 
 
-def test_kept_energy_is_what_compression_keeps():
+def test_retained_energy_is_that_of_compression():
     rng = np.random.default_rng(2)
     samples = torch.from_numpy(rng.normal(size=(5, 9, 7)) + 1j * rng.normal(size=(5, 9, 7))).to(torch.complex64)
-    kept = images_module.retained_energy(samples)
-    assert kept.shape == (5,) and np.all(np.diff(kept) > 0) and kept[-1] == pytest.approx(1)
+    energy = images.retained_energy(samples)
+    assert energy.shape == (5,) and np.all(np.diff(energy) > 0) and energy[-1] == pytest.approx(1)
     compressed = coils.compress_coils(samples, 3)
-    assert kept[2] == pytest.approx(float(compressed.abs().square().sum() / samples.abs().square().sum()), rel=1e-5)
-    figure = images_module.coil_compression_curve(
-        {"a": kept, "one coil": images_module.retained_energy(samples[:1])}, 3
-    )
-    assert np.allclose(figure.axes[0].lines[0].get_ydata(), 1 - kept[:-1])
+    assert energy[2] == pytest.approx(float(compressed.abs().square().sum() / samples.abs().square().sum()), rel=1e-5)
+    figure = images.coil_compression_curve({"a": energy, "one coil": images.retained_energy(samples[:1])}, 3)
+    assert np.allclose(figure.axes[0].lines[0].get_ydata(), 1 - energy[:-1])
 
 
 def test_dataset_summary_counts(phantom_dir, volumes):
     split = {"train": volumes[:8], "val": volumes[8:]}
     annotations = analysis.read_annotations(phantom_dir / "brain.csv", phantom_dir / "brain_file_list.csv")
-    figure = images_module.dataset_summary(split, annotations)
+    figure = images.dataset_summary(split, annotations)
     heights: dict[float, float] = {}
     for patch in figure.axes[0].patches:
         heights[round(patch.get_x(), 3)] = heights.get(round(patch.get_x(), 3), 0) + patch.get_height()
     assert list(heights.values()) == [8, 4]
     slices = sum(
-        len({box.label for box in annotations.boxes(volume.file, number, volume.recon[0])})
+        len({box.label for box in annotations.boxes(volume.file, number, volume.image_shape[0])})
         for volume in volumes
         for number in range(volume.slices)
     )
     assert sum(patch.get_width() for patch in figure.axes[3].patches) == slices
-    unknown = images_module.dataset_summary(split, None).axes[3]
+    unknown = images.dataset_summary(split, None).axes[3]
     assert "unknown" in unknown.texts[0].get_text()
 
 
-def test_figures_show_as_small_png_and_leave_nothing_behind(one):
+def test_notebooks_show_figures_as_small_png_and_leave_no_pyplot_figure(sample):
     before = pyplot.get_fignums()
-    figure = images_module.slice_overview(one)
-    shown, told = DisplayFormatter().format(figure)  # as a notebook shows it
+    figure = images.slice_overview(sample)
+    shown, metadata = DisplayFormatter().format(figure)  # as in a notebook
     png = shown["image/png"]
-    assert told["image/png"]["alt"].startswith(f"{one.file}, slice {one.slice_num}, {one.acceleration}x; measured")
+    title = f"{sample.file}, slice {sample.slice_num}, {sample.acceleration}x"
+    assert metadata["image/png"]["alt"].startswith(f"{title}; measured")
     assert pyplot.get_fignums() == before
     image = Image.open(io.BytesIO(png))
     assert image.mode == "P" and image.width <= 1000
@@ -221,7 +212,7 @@ def test_figures_show_as_small_png_and_leave_nothing_behind(one):
 def test_palette_keeps_greys_errors_and_colours():
     greys = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     back = np.asarray(style.to_palette(greys).convert("RGB")).astype(int)
-    assert np.abs(back - greys).max() <= 3  # steps of 255/79, and near-greys of the other maps
+    assert np.abs(back - greys).max() <= 3  # 138 greys of 256
     pure = np.array([[[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in style.COLORS]], np.uint8)
     assert np.array_equal(np.asarray(style.to_palette(pure).convert("RGB")), pure)
 

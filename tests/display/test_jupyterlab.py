@@ -1,6 +1,6 @@
-"""The notebooks in JupyterLab, in a real browser: cells run, sliders move pictures, the console stays clean.
+"""The notebooks in JupyterLab in a real browser: cells run, sliders change pictures, the console has no errors.
 
-Screenshots go to tests/screenshots. Without Chromium and its driver the tests are skipped, and say so.
+Screenshots go to tests/screenshots. The tests are skipped without Chromium and its driver.
 """
 
 import functools
@@ -21,7 +21,7 @@ from mrilib.model.decoders import build_decoder
 from mrilib.training import loop, setup, stages
 
 pytestmark = pytest.mark.skipif(bool(lab.ABSENT), reason=f"the notebooks were not tried in a browser: {lab.ABSENT}")
-READ = (".widget-slider .widget-label", ".widget-slider .widget-readout", ".widget-html-content [role=status]")
+TEXTS = (".widget-slider .widget-label", ".widget-slider .widget-readout", ".widget-html-content [role=status]")
 COMMON = (
     *("data_dir", "val_fraction", "test_fraction", "split_seed", "num_coils", "img_size"),
     *("config_path", "backbone_path", "device"),
@@ -30,7 +30,7 @@ SCREENSHOTS = Path(__file__).parents[1] / "screenshots"
 
 
 def put_notebook(folder: Path, stem: str, values: dict[str, Any]) -> str:
-    """A copy of a notebook with a cell of other values after its parameters, as papermill makes it."""
+    """Copy a notebook and inject a cell with other parameter values, as papermill does."""
     notebook = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text())
     place = next(i for i, c in enumerate(notebook["cells"]) if "parameters" in c["metadata"].get("tags", []))
     source = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
@@ -84,27 +84,27 @@ def window(tmp_path_factory):
         server.close()
 
 
-def differs(window: Any, before: Any) -> bool:
-    """Whether there is a picture, and another one."""
+def has_other_picture(window: Any, before: Any) -> bool:
+    """Whether the page shows a picture other than the one before."""
     return window.picture() not in (None, before)
 
 
 def try_notebook(window: Any, folder: Path, stem: str, values: dict[str, Any], sliders: tuple[str, ...]) -> None:
-    """Run all cells, move each slider by one step, and look at it in both themes."""
+    """Run all cells, move each slider by one step, and check both themes."""
     window.open(put_notebook(Path(window.server.folder), stem, {**values, "output_dir": str(folder / "run")}))
     window.run_all(300)
     for label in sliders:
         handle = window.slider(label)
         lab.until(window.picture, 20, "no picture")
-        before, seen = window.picture(), handle.get_attribute("aria-valuenow")
+        before, value = window.picture(), handle.get_attribute("aria-valuenow")
         window.press(handle)
-        changed = functools.partial(differs, window, before)
+        changed = functools.partial(has_other_picture, window, before)
         lab.until(changed, 10, f"'{label}' does not change the picture")
-        assert handle.get_attribute("aria-valuenow") != seen
-        assert window.picture()[1:] == before[1:], "the picture must not jump in size"
+        assert handle.get_attribute("aria-valuenow") != value
+        assert window.picture()[1:] == before[1:], "the picture must keep its size"
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
         window.theme(theme)
-        for css in READ:
+        for css in TEXTS:
             assert window.contrast(css) >= 4.5, f"{css} in {theme}"
         window.screenshot(SCREENSHOTS / f"{stem}_{theme.rsplit(' ', 1)[-1].lower()}.png")
     window.theme("JupyterLab Light")
@@ -127,28 +127,27 @@ def test_evaluate_in_the_browser(window, trained, tmp_path):
         ("03_train_stage2", systems.DECODER, ".jp-OutputArea-child:not(:first-child) .widget-image"),
     ],
 )
-def test_training_is_seen_while_it_happens(window, trained, tmp_path, stem, own, example):
-    given = COMMON if stem == "02_train_stage1" else (*COMMON, "stage1_checkpoint")
-    values = {**{name: trained[name] for name in given}, **own}
-    some = {"epochs": 3, "batch_size": 3, "max_train_slices": 9, "max_val_slices": 3, "train_control": False}
-    window.open(put_notebook(Path(window.server.folder), stem, {**values, **some, "output_dir": str(tmp_path)}))
-    seen = set()
+def test_the_training_is_shown_live(window, trained, tmp_path, stem, own, example):
+    names = COMMON if stem == "02_train_stage1" else (*COMMON, "stage1_checkpoint")
+    values = {**{name: trained[name] for name in names}, **own}
+    short = {"epochs": 3, "batch_size": 3, "max_train_slices": 9, "max_val_slices": 3, "train_control": False}
+    window.open(put_notebook(Path(window.server.folder), stem, {**values, **short, "output_dir": str(tmp_path)}))
+    pictures = set()
 
-    def look() -> None:
+    def record_picture() -> None:
         if window.show_widgets():
-            seen.add(str(window.picture()))
+            pictures.add(str(window.picture()))
 
-    window.run_all(600, look)
-    assert len(seen - {"None"}) >= 2, "the curves do not grow"
+    window.run_all(600, record_picture)
+    assert len(pictures - {"None"}) >= 2, "the curves do not grow"
     window.show_widgets()
     curve, bar, examples = (window.tops(css) for css in (".widget-image", ".widget-hprogress", example))
-    assert curve[0] < bar[-1] < examples[-1], "the bar belongs between curves and examples"
+    assert curve[0] < bar[-1] < examples[-1], "the progress bar must be between curves and examples"
     window.screenshot(SCREENSHOTS / f"{stem}.png")
     assert window.errors() == []
 
 
-def test_an_error_in_a_cell_is_seen(window, phantom_dir, tmp_path):
-    """The test of the tests: a notebook that fails must not pass."""
+def test_an_error_in_a_cell_fails_the_test(window, phantom_dir, tmp_path):
     values = {"data_dir": str(phantom_dir), "volume": "nothing", "output_dir": str(tmp_path / "run")}
     window.open(put_notebook(Path(window.server.folder), "01_explore_data", values))
     with pytest.raises(AssertionError, match="ParameterError: volume: 'nothing' is not in"):

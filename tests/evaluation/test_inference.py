@@ -1,4 +1,4 @@
-"""What is not known is null and said in words: nothing reviewed, one patient, a contrast that is not in the list."""
+"""Unknown scores are null and explained in words: nothing reviewed, one patient, an unlisted contrast."""
 
 import json
 import shutil
@@ -21,10 +21,11 @@ from mrilib.metrics import image, text_scores
 from mrilib.runs.record import Run
 
 MASS = Finding("Mass", "left", "central")
+FINDING_KEYS = ("finding_f1", "finding_precision", "finding_recall", "any_finding_accuracy")
 
 
-def rows_of(truth, guess=None, patients="ab", **others):
-    """What `Evaluator.run` has of slices whose texts, and the control's, say `guess`."""
+def text_rows(truth, predicted=None, patients="ab", **others):
+    """Rows of `Evaluator.run` in which the model's text and the constant prefix's have the facts `predicted`."""
     return [
         {
             "patient": patient,
@@ -33,12 +34,12 @@ def rows_of(truth, guess=None, patients="ab", **others):
             "tokens": 3,
             "nats_own": 1.0,
             "correct_own": 2,
-            "generated": findings.answer(told),
-            "generated_without_kspace": findings.answer(told),
+            "generated": findings.answer(guess),
+            "generated_without_kspace": findings.answer(guess),
             "nats_without_kspace": 2.0,
             **others,
         }
-        for facts, told, patient in zip(truth, guess or truth, patients, strict=True)
+        for facts, guess, patient in zip(truth, predicted or truth, patients, strict=True)
     ]
 
 
@@ -49,24 +50,20 @@ def texts_of(figure):
 # ------------------------------------------------------------------------------------------------- nothing reviewed
 
 
-FINDING_KEYS = ("finding_f1", "finding_precision", "finding_recall", "any_finding_accuracy")
-
-
-def test_findings_that_nobody_reviewed_have_no_score(tmp_path):
+def test_unreviewed_findings_have_no_score(tmp_path):
     unknown = [Facts("T1", "lower"), Facts("T2", "upper")]
-    claimed = [Facts("T1", "lower", (MASS,)), Facts("T2", "upper", ())]
-    scores = inference.score_texts(rows_of(unknown, claimed), unknown)
+    predicted = [Facts("T1", "lower", (MASS,)), Facts("T2", "upper", ())]
     folder = tmp_path / "one"
-    Run(folder, []).update_metrics(analysis=scores)
-    strict = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)["analysis"]
-    assert strict["reviewed_samples"] == 0
+    Run(folder, []).update_metrics(analysis=inference.score_texts(text_rows(unknown, predicted), unknown))
+    analysis = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)["analysis"]
+    assert analysis["reviewed_samples"] == 0
     for name in (*FINDING_KEYS, "finding_f1_without_kspace", "finding_f1_best_constant"):
-        assert name in strict and strict[name] is None, name
+        assert name in analysis and analysis[name] is None, name
 
-    table = tables.analysis_table({"analysis": strict})
+    table = tables.analysis_table({"analysis": analysis})
     assert set(table.iloc[3, 1:]) == {"–"}
-    assert "no test sample was reviewed for findings" in tables.text_conclusion(strict)
-    figure = curves.analysis_comparison(strict)
+    assert "no test sample was reviewed for findings" in tables.text_conclusion(analysis)
+    figure = curves.analysis_comparison(analysis)
     assert not figure.axes[2].patches
     assert "no test sample\nwas reviewed\nfor findings" in texts_of(figure)
     (folder / "run.json").write_text(json.dumps({"status": "done", "started": "", "notebooks": {}, "planned": []}))
@@ -74,19 +71,19 @@ def test_findings_that_nobody_reviewed_have_no_score(tmp_path):
     assert tables.runs_table(tmp_path)["finding F1"].tolist() == ["–"]
 
 
-def test_nothing_over_nothing_is_no_score():
+def test_without_true_and_predicted_findings_there_is_no_f1():
     clean = [Facts("T1", "lower", ())]
     scores = text_scores.finding_scores(clean, clean)
     assert [scores[name] for name in ("f1", "precision", "recall")] == [None] * 3
     assert scores["any_finding_accuracy"] == 1 and scores["samples"] == 1
-    told = inference.score_texts(rows_of(clean * 2), clean)
-    assert "nothing to find" in tables.text_conclusion(told)
+    analysis = inference.score_texts(text_rows(clean * 2), clean)
+    assert "nothing to find" in tables.text_conclusion(analysis)
 
 
 # ------------------------------------------------------------------------------------------------- one patient
 
 
-def test_one_patient_has_no_interval_and_no_verdict(tmp_path):
+def test_one_patient_has_no_interval_and_no_verdict():
     own, other = ([score("a", ssim), score("a", ssim + 0.1)] for ssim in (0.8, 0.7))
     summary = image.summarize(own, 100)
     assert summary["ssim"] == pytest.approx(0.85) and summary["patients"] == 1
@@ -103,35 +100,35 @@ def test_one_patient_has_no_interval_and_no_verdict(tmp_path):
     curves.metrics_bars({"4": {"model": summary}})._repr_png_()
 
 
-def test_the_commonest_contrast_of_one_patient_has_no_error():
-    one, two = ([Facts("T1", "lower"), Facts("T1", "upper")] for _ in range(2))
-    scores = inference.score_texts(rows_of(one, patients="aa"), one)
+def test_contrast_floor_of_one_patient_has_no_error():
+    truth = [Facts("T1", "lower"), Facts("T1", "upper")]
+    scores = inference.score_texts(text_rows(truth, patients="aa"), truth)
     assert scores["contrast_commonest"] == 1 and scores["contrast_commonest_se"] is None
     assert "±" not in tables.text_conclusion(scores)
-    curves.analysis_comparison(scores, (scores["contrast_commonest"], scores["contrast_commonest_se"]))._repr_png_()
-    assert inference.score_texts(rows_of(two, patients="ab"), two)["contrast_commonest_se"] is not None
+    curves.analysis_comparison(scores)._repr_png_()
+    assert inference.score_texts(text_rows(truth, patients="ab"), truth)["contrast_commonest_se"] is not None
 
 
 def test_samples_without_another_patient_are_left_out_and_counted():
-    known = [Facts("T1", "lower", ()), Facts("T2", "upper", ())]
-    rows = rows_of(known, nats_other_patient=3.0, correct_other_patient=1)
-    rows += rows_of(known[:1], patients="c")  # alone at its acceleration: nobody to swap with
+    truth = [Facts("T1", "lower", ()), Facts("T2", "upper", ())]
+    rows = text_rows(truth, nats_other_patient=3.0, correct_other_patient=1)
+    rows += text_rows(truth[:1], patients="c")  # the only patient at its acceleration
     rows[-1] |= {"nats_own": 10.0, "nats_without_kspace": 11.0, "acceleration": 6}
-    scores = inference.score_texts(rows, known)
+    scores = inference.score_texts(rows, truth)
     assert scores["cross_entropy"] == pytest.approx(12 / 9)
     assert scores["cross_entropy_other_patient"] == pytest.approx(1.0)
-    assert scores["cross_entropy_gain_over_other_patient"] == pytest.approx(2 / 3)  # to the same samples' own
+    assert scores["cross_entropy_gain_over_other_patient"] == pytest.approx(2 / 3)  # on the same samples
     assert scores["other_patient_samples"] == 2
     assert "1 of 3 samples" in tables.text_conclusion(scores)
 
-    alone = inference.score_texts(rows_of(known[:1], patients="c"), known)
-    assert alone["cross_entropy_other_patient"] is None and alone["other_patient_samples"] == 0
-    assert "no other patient" in tables.text_conclusion(alone)
-    assert tables.analysis_table({"analysis": alone})["another patient's tokens"].tolist() == ["–"] * 4
-    curves.analysis_comparison(alone)._repr_png_()
+    without = inference.score_texts(text_rows(truth[:1], patients="c"), truth)
+    assert without["cross_entropy_other_patient"] is None and without["other_patient_samples"] == 0
+    assert "no other patient" in tables.text_conclusion(without)
+    assert tables.analysis_table({"analysis": without})["shuffled tokens"].tolist() == ["–"] * 4
+    curves.analysis_comparison(without)._repr_png_()
 
 
-def test_the_token_swap_has_a_gap_where_there_is_no_other_patient():
+def test_token_swap_figure_has_a_gap_without_another_patient():
     own, other = volume_scores(0.8), volume_scores(0.79)
     variants = {"4": {"own tokens": own, "another patient's": other, "none": other}}
     figure = curves.token_swap({**variants, "6": {"own tokens": own[:2], "none": other[:2]}})
@@ -143,7 +140,7 @@ def test_the_token_swap_has_a_gap_where_there_is_no_other_patient():
 # ------------------------------------------------------------------------------------------------- an unlisted contrast
 
 
-def as_contrast(volume, folder, acquisition="AXT2STAR"):
+def copy_with_acquisition(volume, folder, acquisition="AXT2STAR"):
     path = folder / volume.path.name
     shutil.copy(volume.path, path)
     with h5py.File(path, "r+") as h5:
@@ -151,77 +148,83 @@ def as_contrast(volume, folder, acquisition="AXT2STAR"):
     return path
 
 
-def test_a_contrast_that_is_not_in_the_list_is_a_warning(volumes, tmp_path, capsys):
-    path = as_contrast(volumes[0], tmp_path)
+def test_an_unlisted_contrast_is_a_warning(volumes, tmp_path, capsys):
+    path = copy_with_acquisition(volumes[0], tmp_path)
     assert main(["check", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "1 usable" in told and "warning: unknown acquisition 'AXT2STAR'; did you mean 'AXT2'?" in told
-    assert "contrasts: AXT2STAR (1)" in told
+    output = capsys.readouterr().out
+    assert "1 usable" in output and "warning: unknown acquisition 'AXT2STAR'; did you mean 'AXT2'?" in output
+    assert "contrasts: AXT2STAR (1)" in output
     assert read_volume(path).acquisition == "AXT2STAR"
 
 
-def test_a_knee_is_no_brain(volumes, tmp_path, capsys):
-    as_contrast(volumes[0], tmp_path, "CORPD_FBK")
+def test_a_knee_is_refused(volumes, tmp_path, capsys):
+    copy_with_acquisition(volumes[0], tmp_path, "CORPD_FBK")
     assert main(["check", str(tmp_path)]) == 1
     assert "knee" in capsys.readouterr().out
 
 
-def test_the_text_of_an_unlisted_contrast_leaves_it_out(volumes, tmp_path, phantom_dir, backbone_dir):
-    volume = read_volume(as_contrast(volumes[0], tmp_path))
+def test_text_leaves_an_unlisted_contrast_out(volumes, tmp_path, phantom_dir, backbone_dir):
+    volume = read_volume(copy_with_acquisition(volumes[0], tmp_path))
     config = systems.stage1_config(phantom_dir, backbone_dir)
     one = FastMRIDataset([volume], config, training=True)[0]
-    same = FastMRIDataset(volumes[:1], config, training=True)[0]
-    assert torch.equal(one.kspace, same.kspace)  # images do not need the label
+    assert torch.equal(one.kspace, FastMRIDataset(volumes[:1], config, training=True)[0].kspace)
     text = findings.answer(one.facts)
     assert one.facts.contrast is None and text == "Axial image, lower third of the brain."
     assert findings.parse(text) == one.facts
     system = systems.build(config)
-    texts = system.tokenize([one])  # what stage 1 learns to say
-    assert "T2" not in system.tokenizer.decode(texts.ids[0])
+    assert "T2" not in system.tokenizer.decode(system.tokenize([one]).ids[0])
 
 
 def test_an_unlisted_contrast_is_not_scored():
     truth = [Facts(None, "lower", ()), Facts("T1", "lower", ()), Facts("T2", "upper", ())]
-    guess = [Facts("T2", "lower", ()), Facts("T1", "lower", ()), Facts(None, "upper", ())]
-    scores = inference.score_texts(rows_of(truth, guess, "abc"), truth)
+    predicted = [Facts("T2", "lower", ()), Facts("T1", "lower", ()), Facts(None, "upper", ())]
+    scores = inference.score_texts(text_rows(truth, predicted, "abc"), truth)
     assert scores["contrast_accuracy"] == scores["contrast_commonest"] == 0.5 and scores["contrast_samples"] == 2
     assert scores["level_accuracy"] == 1 and scores["samples"] == 3
     assert "of 2 slices" in tables.text_conclusion(scores)
 
-    unknown = inference.score_texts(rows_of(truth[:1] * 2, guess[:1] * 2), truth)
+    unknown = inference.score_texts(text_rows(truth[:1] * 2, predicted[:1] * 2), truth)
     names = ("contrast_accuracy", "contrast_accuracy_se", "contrast_commonest", "contrast_accuracy_without_kspace")
     assert [unknown[name] for name in names] == [None] * len(names) and unknown["contrast_samples"] == 0
     assert "no test sample has a contrast that is in the list" in tables.text_conclusion(unknown)
     assert tables.analysis_table({"analysis": unknown}).iloc[1, 1:].tolist() == ["–"] * 4
-    figure = curves.analysis_comparison(unknown, (unknown["contrast_commonest"], unknown["contrast_commonest_se"]))
+    figure = curves.analysis_comparison(unknown)
     assert "no test sample has\na listed contrast" in texts_of(figure)
 
 
 @pytest.mark.parametrize(
-    ("true", "generated", "wanted"),
+    ("true", "generated", "marked"),
     [
-        (
-            "Axial image, lower third of the brain.",
-            "Axial T1 image, lower third of the brain.",
-            "Axial T1 image, lower",
-        ),
-        ("Axial T1 image, lower third of the brain.", "Axial image, lower third of the brain.", "Axial image, lower"),
-        (
-            "Axial image, lower third of the brain.",
-            "Axial image, upper third of the brain.",
-            "image, <b>upper</b> third",
-        ),
+        ("Axial image, lower third", "Axial T1 image, lower third", "Axial T1 image, lower"),
+        ("Axial T1 image, lower third", "Axial image, lower third", "Axial image, lower"),
+        ("Axial image, lower third", "Axial image, upper third", "image, <b>upper</b> third"),
     ],
 )
-def test_texts_side_by_side_without_a_contrast(true, generated, wanted):
-    assert wanted in tables.marked_text(true, generated)
+def test_marked_text_without_a_contrast(true, generated, marked):
+    parts = (f"{text} of the brain." for text in (true, generated))
+    assert marked in tables.marked_text(*parts)
 
 
-def test_examples_of_an_unlisted_contrast_say_so(volumes, tmp_path, phantom_dir, backbone_dir):
-    volume = read_volume(as_contrast(volumes[0], tmp_path))
+def test_examples_and_previews_of_an_unlisted_contrast(volumes, tmp_path, phantom_dir, backbone_dir):
+    volume = read_volume(copy_with_acquisition(volumes[0], tmp_path))
     config = systems.stage1_config(phantom_dir, backbone_dir)
     data = FastMRIDataset([volume], config)
     system = systems.build(config)
     assert len(inference.example_texts(system, data, 2, max_new_tokens=2)) == 2
-    shown = inference.preview(system, data, 1, lambda batch: batch.target)
-    assert shown[0].title.startswith("contrast unknown, slice")
+    comparisons = inference.preview(system, data, 1, lambda batch: batch.target)
+    assert comparisons[0].title.startswith("contrast unknown, slice")
+
+
+# ------------------------------------------------------------------------------------------------- other patients
+
+
+def test_drawn_slices_are_of_other_patients(volumes, phantom_dir, backbone_dir):
+    config = systems.stage1_config(phantom_dir, backbone_dir)
+    data = FastMRIDataset(volumes[:6], config)
+    patients = {volume.file: volume.patient for volume in volumes}
+    drawn = inference.draw_other_patients(data, seed=0)
+    assert len(drawn) == len(data)
+    for (file, _), index in drawn.items():
+        assert patients[file] != patients[data.volumes[data.samples[index][0]].file]
+    assert drawn == inference.draw_other_patients(data, seed=0) != inference.draw_other_patients(data, seed=1)
+    assert inference.draw_other_patients(FastMRIDataset(volumes[:1], config), seed=0) == {}

@@ -1,4 +1,4 @@
-"""Lesion contrast: what is kept, what is lost, what is left out."""
+"""Contrast retention of lesions: measurement, lost lesions, lesions that are left out."""
 
 import h5py
 import numpy as np
@@ -15,7 +15,7 @@ OTHER = Box(x=39, y=24, width=5, height=6, label="Edema")
 
 @pytest.fixture
 def scene():
-    """A head of 1 with a lesion of 1.5 and one of 0.6 beside it; scalp of 3, air of 0."""
+    """A head of 1 with neighbouring lesions of 1.5 and 0.6, scalp of 3, air of 0."""
     y, x = np.mgrid[:64, :64] - 32.0
     radius = np.hypot(x, y)
     image = np.where(radius < 28, 1.0, 0.0) + np.where((radius > 26) & (radius < 28), 2.0, 0.0)
@@ -24,22 +24,22 @@ def scene():
     return image, head_mask(image[None])[0]
 
 
-@pytest.mark.parametrize("kept", [1.0, 0.4, 0.0, -0.5])
-def test_ratio_is_the_contrast_that_is_left(scene, kept):
+@pytest.mark.parametrize("retention", [1.0, 0.4, 0.0, -0.5])
+def test_contrast_is_measured_in_target_and_image(scene, retention):
     target, head = scene
-    image = np.where((target > 0.5) & (target < 2), 1 + kept * (target - 1), target)
-    found = lesions.measure(target, image, [BOX, OTHER], head)
-    assert [box for box, _, _ in found] == [BOX, OTHER]
-    for (_, own, left), wanted in zip(found, (0.5, -0.4), strict=True):
-        assert own == pytest.approx(wanted) and left == pytest.approx(kept * wanted)
+    image = np.where((target > 0.5) & (target < 2), 1 + retention * (target - 1), target)
+    measured = lesions.measure(target, image, [BOX, OTHER], head)
+    assert [box for box, _, _ in measured] == [BOX, OTHER]
+    for (_, in_target, in_image), expected in zip(measured, (0.5, -0.4), strict=True):
+        assert in_target == pytest.approx(expected) and in_image == pytest.approx(retention * expected)
 
 
-def test_outliers_and_a_common_factor_or_offset_do_not_decide(scene):
+def test_contrast_is_robust_to_outliers_and_an_offset(scene):
     target, head = scene
     image = 0.9 * target + 0.2
     image[26, 32] = image[22, 28] = 50
-    (_, own, left), _ = lesions.measure(target, image, [BOX, OTHER], head)
-    assert left == pytest.approx(0.9 * own)
+    (_, in_target, in_image), _ = lesions.measure(target, image, [BOX, OTHER], head)
+    assert in_image == pytest.approx(0.9 * in_target)
 
 
 def test_ring_is_in_the_head_and_in_no_box(scene):
@@ -54,7 +54,7 @@ def test_ring_is_in_the_head_and_in_no_box(scene):
     assert lesions.regions(edge, [edge], head)[1].sum() < lesions.regions(BOX, [BOX], head)[1].sum()
 
 
-def test_what_the_target_does_not_show_is_left_out(scene):
+def test_lesions_that_the_target_does_not_show_are_left_out(scene):
     target, head = scene
     faint = np.where(target == 1.5, 1.09, target)
     assert [box for box, _, _ in lesions.measure(faint, target, [BOX, OTHER], head)] == [OTHER]
@@ -62,7 +62,7 @@ def test_what_the_target_does_not_show_is_left_out(scene):
     assert lesions.measure(target, target, [outside], head) == []
 
 
-def test_phantom_lesions(phantom_dir, volumes, tmp_path):
+def test_lesions_of_the_phantom_are_retained_or_lost(phantom_dir, volumes, tmp_path):
     annotations = read_annotations(phantom_dir / "brain.csv", phantom_dir / "brain_file_list.csv")
     for volume in volumes:
         with h5py.File(volume.path) as h5:
@@ -72,13 +72,13 @@ def test_phantom_lesions(phantom_dir, volumes, tmp_path):
     same, left_out = lesions.volume_lesions(volumes, annotations, tmp_path / "same")
     flat, also_left_out = lesions.volume_lesions(volumes, annotations, tmp_path / "flat")
     total = sum(
-        len(annotations.boxes(volume.file, number, volume.recon[0]))
+        len(annotations.boxes(volume.file, number, volume.image_shape[0]))
         for volume in volumes
         for number in range(volume.slices)
         if annotations.reviewed(volume.file)
     )
     assert len(same) + left_out == total and left_out == also_left_out and len(same) > 5
-    assert {one.ratio for one in same} == {1.0} and {one.ratio for one in flat} == {0.0}
+    assert {one.retention for one in same} == {1.0} and {one.retention for one in flat} == {0.0}
     table = lesions.lesion_table({"4": {"model": same, "zero_filled": flat}})
     everything = table[table["lesions"] == "all"]
     assert everything["lost"].tolist() == [0, len(flat)] and everything["number"].tolist() == [len(same)] * 2

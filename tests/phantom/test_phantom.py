@@ -1,4 +1,4 @@
-"""The phantom's files, its physics, its annotations, and that nothing but the image tells the contrast."""
+"""Phantom: files, scanner, anatomy and annotations; only the image depends on the contrast."""
 
 import csv
 import xml.etree.ElementTree as ElementTree
@@ -35,7 +35,7 @@ def by_patient(dataset: Path) -> dict[str, dict[str, Path]]:
     return patients
 
 
-def test_the_files_are_those_asked_for(dataset: Path) -> None:
+def test_files_and_patients(dataset: Path) -> None:
     patients = by_patient(dataset)
     assert sorted(len(contrasts) for contrasts in patients.values()) == [1, 3, 3, 3, 3]
     names = [path.name for path in dataset.glob("*.h5")]
@@ -49,7 +49,7 @@ def test_the_files_are_those_asked_for(dataset: Path) -> None:
 
 
 def test_fastmri_reads_the_files(dataset: Path, tmp_path: Path) -> None:
-    for path in dataset.glob("*.h5"):  # SliceDataset opens every file of a folder, the CSVs too
+    for path in dataset.glob("*.h5"):  # SliceDataset opens all files of a folder, including the CSV files
         (tmp_path / path.name).symlink_to(path)
     mask_func = create_mask_for_mask_type("equispaced_fraction", [0.08], [4])
     samples = SliceDataset(tmp_path, "multicoil", VarNetDataTransform(mask_func))
@@ -62,7 +62,7 @@ def test_fastmri_reads_the_files(dataset: Path, tmp_path: Path) -> None:
         assert sample.mask.any()
 
 
-def test_reconstruction_padding_and_attributes(dataset: Path) -> None:
+def test_target_padding_and_attributes(dataset: Path) -> None:
     paddings = set()
     for path in dataset.glob("*.h5"):
         with h5py.File(path) as file:
@@ -89,10 +89,10 @@ def test_reconstruction_padding_and_attributes(dataset: Path) -> None:
     assert (0, 0) in paddings and len(paddings) > 1
 
 
-def test_same_seed_same_data(dataset: Path, tmp_path: Path) -> None:
+def test_seed_determines_the_data(dataset: Path, tmp_path: Path) -> None:
     fewer = phantom.make_dataset(tmp_path / "fewer", **{**PARAMETERS, "volumes": 4})
     other = phantom.make_dataset(tmp_path / "other", **{**PARAMETERS, "volumes": 1, "seed": 4})
-    for path in fewer.glob("*.h5"):  # a smaller set is the beginning of a larger one
+    for path in fewer.glob("*.h5"):  # a smaller set is a subset of a larger one
         if (dataset / path.name).exists():
             with h5py.File(path) as one, h5py.File(dataset / path.name) as two:
                 np.testing.assert_array_equal(one["kspace"][()], two["kspace"][()])
@@ -100,34 +100,34 @@ def test_same_seed_same_data(dataset: Path, tmp_path: Path) -> None:
     assert not {path.name for path in other.glob("*.h5")} & {path.name for path in dataset.glob("*.h5")}
 
 
-def test_an_interrupted_call_is_taken_up(tmp_path: Path) -> None:
+def test_interrupted_call_resumes(tmp_path: Path) -> None:
     parameters = {**PARAMETERS, "volumes": 3}
     folder = phantom.make_dataset(tmp_path, **parameters)
     annotations = (folder / "brain.csv").read_bytes()
-    lost, kept, _ = sorted(folder.glob("*.h5"))
-    stamp = kept.stat().st_mtime_ns
-    with h5py.File(lost) as file:
+    deleted, present, _ = sorted(folder.glob("*.h5"))
+    stamp = present.stat().st_mtime_ns
+    with h5py.File(deleted) as file:
         before = file["kspace"][()]
-    lost.unlink()
+    deleted.unlink()
     (folder / "brain.csv").unlink()
     phantom.make_dataset(tmp_path, **parameters)
-    with h5py.File(lost) as file:
+    with h5py.File(deleted) as file:
         np.testing.assert_array_equal(file["kspace"][()], before)
-    assert kept.stat().st_mtime_ns == stamp
+    assert present.stat().st_mtime_ns == stamp
     assert (folder / "brain.csv").read_bytes() == annotations
 
 
 def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
     foreign = tmp_path / "file_brain_AXT1_200_6000000.h5"
-    foreign.write_bytes(b"someone's data")
+    foreign.write_bytes(b"a user's data")
     with pytest.raises(FileExistsError, match=r"did not write.*empty directory"):
         phantom.make_dataset(tmp_path, **PARAMETERS)
-    assert foreign.read_bytes() == b"someone's data"
+    assert foreign.read_bytes() == b"a user's data"
     foreign.unlink()
     phantom.make_dataset(tmp_path, **{**PARAMETERS, "volumes": 1})
     with pytest.raises(FileExistsError, match=r"'seed': 21.*another directory"):
         phantom.make_dataset(tmp_path, **{**PARAMETERS, "volumes": 1, "seed": 5})
-    foreign.write_bytes(b"someone's data")
+    foreign.write_bytes(b"a user's data")
     with pytest.raises(FileExistsError, match="file_brain_AXT1_200_6000000"):
         phantom.make_dataset(tmp_path, **{**PARAMETERS, "volumes": 1})
 
@@ -135,13 +135,13 @@ def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("volumes", 0), ("img_size", 49), ("coils", 1), ("slices", 0), ("seed", -1)]
 )
-def test_bad_parameters_are_named(tmp_path: Path, name: str, value: int) -> None:
+def test_bad_parameters(tmp_path: Path, name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         phantom.make_dataset(tmp_path / "new", **{**PARAMETERS, name: value})
     assert not (tmp_path / "new").exists()
 
 
-def test_nothing_but_the_image_tells_the_contrast(dataset: Path) -> None:
+def test_contrasts_of_a_patient_share_all_but_the_image(dataset: Path) -> None:
     for contrasts in by_patient(dataset).values():
         if len(contrasts) < 3:
             continue
@@ -152,7 +152,7 @@ def test_nothing_but_the_image_tells_the_contrast(dataset: Path) -> None:
                 norms.append(file.attrs["norm"])
                 root = ElementTree.fromstring(file["ismrmrd_header"][()])
             shapes.add(tuple(kspace.shape))
-            # Readout oversampling leaves rows beyond the field of view: nothing but noise.
+            # Readout oversampling adds rows outside the field of view, which hold only noise.
             noise.append(float(ifft2c(kspace)[..., : SIZE // 2, :].abs().square().mean().sqrt()))
             encoding = root.find("{http://www.ismrm.org/ISMRMRD}encoding")
             headers.add(ElementTree.tostring(encoding))
@@ -162,20 +162,20 @@ def test_nothing_but_the_image_tells_the_contrast(dataset: Path) -> None:
 
 
 def test_scale_does_not_order_the_contrasts() -> None:
-    """The maximum is not an input, yet its spread over patients hides the contrasts' own difference."""
+    """The maximum varies more between patients than between contrasts."""
     exams = [phantom.draw_exam(number, 3, 2, 32, 8, 0) for number in range(40)]
-    maxima = np.log([[phantom.image_exam(e, c, 32, 0)[0].max() for c in phantom.CONTRASTS] for e in exams[:12]])
+    maxima = np.log([[phantom.image_exam(e, c, 32, 0)[0].max() for c in scanner.CONTRASTS] for e in exams[:12]])
     assert np.ptp(maxima.mean(0)) < maxima.std(0).mean()
     assert len({exam.coils for exam in exams}) >= 3 and len({exam.width for exam in exams}) >= 4
     assert any(exam.width % 2 for exam in exams)
     assert np.std([np.log(exam.level) for exam in exams]) > 0.6
     first = [exam.contrasts[0] for exam in exams]
-    assert min(first.count(contrast) for contrast in phantom.CONTRASTS) >= 6
+    assert min(first.count(contrast) for contrast in scanner.CONTRASTS) >= 6
     assert 0 < sum(not exam.reviewed for exam in exams) < 8
     assert 0.15 < np.mean([not exam.patient.lesions for exam in exams]) < 0.5
 
 
-def test_annotations_are_on_the_flipped_image_and_shared_by_contrasts(dataset: Path) -> None:
+def test_annotations_refer_to_the_flipped_image(dataset: Path) -> None:
     reviewed = (dataset / "brain_file_list.csv").read_text().split()
     with (dataset / "brain.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -196,20 +196,20 @@ def test_annotations_are_on_the_flipped_image_and_shared_by_contrasts(dataset: P
     assert any(row["study_level"] == "No" for row in rows)
 
 
-def test_a_box_holds_the_lesion_and_nothing_else_changes() -> None:
-    """Images with and without lesions differ inside the boxes, in every contrast."""
-    seen: dict[str, int] = defaultdict(int)
+def test_boxes_hold_the_lesions() -> None:
+    """Images with and without a lesion differ inside its boxes, in every contrast."""
+    counts: dict[str, int] = defaultdict(int)
     for number in range(12):
         exam = phantom.draw_exam(number, 3, 3, 96, 4, 1)
         bare = exam._replace(patient=replace(exam.patient, lesions=()))
         for lesion in exam.patient.lesions:
-            if lesion.label == "Edema" or seen[lesion.label] >= 6:
+            if lesion.label == "Edema" or counts[lesion.label] >= 6:
                 continue
-            alone = exam._replace(patient=replace(exam.patient, lesions=(lesion,)))
-            for contrast in phantom.CONTRASTS:
-                with_lesion, boxes = phantom.image_exam(alone, contrast, 96, 1)
-                without, none = phantom.image_exam(bare, contrast, 96, 1)
-                assert not none
+            single = exam._replace(patient=replace(exam.patient, lesions=(lesion,)))
+            for contrast in scanner.CONTRASTS:
+                with_lesion, boxes = phantom.image_exam(single, contrast, 96, 1)
+                without, no_boxes = phantom.image_exam(bare, contrast, 96, 1)
+                assert not no_boxes
                 without = without * np.median(with_lesion[without > 0] / without[without > 0])  # rms scales differ
                 change = np.abs(with_lesion - without)
                 for box in boxes:
@@ -221,15 +221,15 @@ def test_a_box_holds_the_lesion_and_nothing_else_changes() -> None:
                     typical = np.median(without[box.slice][without[box.slice] > exam.level / 2])
                     assert strongest > 0.1 * typical, (lesion.label, contrast)
                     assert on_slice[~inside].max() < 0.35 * strongest + 0.02 * typical, (lesion.label, contrast)
-                    seen[lesion.label] += 1
-    assert {"Nonspecific white matter lesion", "Lacunar infarct", "Mass", "Encephalomalacia"} == set(seen)
+                    counts[lesion.label] += 1
+    assert {"Nonspecific white matter lesion", "Lacunar infarct", "Mass", "Encephalomalacia"} == set(counts)
 
 
-def test_right_is_left_and_anterior_is_up_after_the_flip() -> None:
+def test_orientation_of_the_flipped_image() -> None:
     exam = phantom.draw_exam(0, 3, 1, 64, 4, 0)
     place = {"centre": np.array((30.0, 40.0, exam.slice_positions[0])), "radii": np.full(3, 12.0), "axes": np.eye(3)}
     lesion = anatomy.Lesion("Mass", texture_shift=np.zeros(3), tissue_scale=(1.0, 1.0), **place)
-    patient = replace(exam.patient, lesions=(lesion,))  # to the right, in front
+    patient = replace(exam.patient, lesions=(lesion,))  # right anterior
     _, (box,) = phantom.image_exam(exam._replace(patient=patient), "AXT2", 64, 0)
     flipped_row = 64 - box.y - box.height
     assert box.x + box.width < 34 and flipped_row + box.height < 34
@@ -248,7 +248,7 @@ def test_contrasts_share_the_anatomy() -> None:
     assert same > other + 0.1
 
 
-def test_tissues_look_as_in_the_textbook() -> None:
+def test_tissue_contrasts() -> None:
     def signal(contrast: str) -> dict[str, float]:
         return {k: scanner.spin_echo_signal(v, scanner.SEQUENCES[contrast]) for k, v in anatomy.TISSUES.items()}
 
@@ -271,20 +271,20 @@ def test_simulate_volume(shape: tuple[int, int, int], coils: int, padding: tuple
     image = np.zeros(shape)
     image[:, 8:-8, 8:-8] = 2.0
     arguments = {"snr": 20.0, "padding": padding, "voxel_size": (5.0, 5.0)}
-    kspace = phantom.simulate_volume(image, coils, np.random.default_rng(0), **arguments)
+    kspace = scanner.simulate_volume(image, coils, np.random.default_rng(0), **arguments)
     assert kspace.shape == (slices, coils, 2 * height, width) and kspace.dtype == np.complex64
     acquired = np.arange(width)[padding[0] : width - padding[1]]
     assert (np.abs(kspace).sum((0, 1, 2)) > 0).nonzero()[0].tolist() == acquired.tolist()
     beyond = ifft2c(torch.from_numpy(kspace))[..., : height // 4, :]
     per_part = float(beyond.abs().square().mean().sqrt()) / np.sqrt(2 * len(acquired) / width)
     assert per_part == pytest.approx(2.0 / 20.0, rel=0.1)
-    again = phantom.simulate_volume(image * 1j, coils, np.random.default_rng(0), **arguments)
+    again = scanner.simulate_volume(image * 1j, coils, np.random.default_rng(0), **arguments)
     np.testing.assert_allclose(
         rss(ifft2c(torch.from_numpy(again))).mean(), rss(ifft2c(torch.from_numpy(kspace))).mean(), rtol=0.05
     )
     path = tmp_path / "file.h5"
     size = (height - height % 2, width)
-    phantom.write_h5(path, kspace, size, "AXT2", "someone", sequence=scanner.SEQUENCES["AXT2"], padding=padding)
+    scanner.write_h5(path, kspace, size, "AXT2", "someone", sequence=scanner.SEQUENCES["AXT2"], padding=padding)
     with h5py.File(path) as file:
         assert file["reconstruction_rss"].shape == (slices, *size)
         middle = file["reconstruction_rss"][:, size[0] // 2 - 2 : size[0] // 2 + 2, width // 2 - 2 : width // 2 + 2]
@@ -294,29 +294,29 @@ def test_simulate_volume(shape: tuple[int, int, int], coils: int, padding: tuple
 def test_simulate_and_write_refuse_bad_input(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"image\[None\]"):
-        phantom.simulate_volume(np.ones((8, 8)), 2, rng)
+        scanner.simulate_volume(np.ones((8, 8)), 2, rng)
     with pytest.raises(ValueError, match="zero everywhere"):
-        phantom.simulate_volume(np.zeros((1, 8, 8)), 2, rng)
+        scanner.simulate_volume(np.zeros((1, 8, 8)), 2, rng)
     with pytest.raises(ValueError, match="padding"):
-        phantom.simulate_volume(np.ones((1, 8, 8)), 2, rng, padding=(4, 4))
-    kspace = phantom.simulate_volume(np.ones((1, 8, 8)), 2, rng)
+        scanner.simulate_volume(np.ones((1, 8, 8)), 2, rng, padding=(4, 4))
+    kspace = scanner.simulate_volume(np.ones((1, 8, 8)), 2, rng)
     arguments = {"acquisition": "AXT1", "patient_id": "x", "sequence": scanner.SEQUENCES["AXT1"]}
     with pytest.raises(ValueError, match=r"x\.h5.*padding"):
-        phantom.write_h5(tmp_path / "x.h5", kspace, (8, 8), padding=(1, 0), **arguments)
-    with pytest.raises(ValueError, match=r"x\.h5.*recon_size"):
-        phantom.write_h5(tmp_path / "x.h5", kspace, (8, 9), **arguments)
+        scanner.write_h5(tmp_path / "x.h5", kspace, (8, 8), padding=(1, 0), **arguments)
+    with pytest.raises(ValueError, match=r"x\.h5.*image_shape"):
+        scanner.write_h5(tmp_path / "x.h5", kspace, (8, 9), **arguments)
     with pytest.raises(ValueError, match=r"x\.h5.*shape"):
-        phantom.write_h5(tmp_path / "x.h5", kspace[0], (8, 8), **arguments)
+        scanner.write_h5(tmp_path / "x.h5", kspace[0], (8, 8), **arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_coils_see_what_is_near_them() -> None:
-    maps = phantom.coil_maps(6, (32, 28), (7.0, 7.0), [0.0, 20.0], np.random.default_rng(1))
+def test_coils_are_sensitive_near_their_loop() -> None:
+    maps = scanner.coil_maps(6, (32, 28), (7.0, 7.0), [0.0, 20.0], np.random.default_rng(1))
     assert maps.shape == (2, 6, 32, 28) and maps.dtype == np.complex64
     brightest = {np.unravel_index(np.abs(one).argmax(), one.shape) for one in maps[0]}
-    assert len(brightest) == 6  # each coil at a place of its own
+    assert len(brightest) == 6
     for row, column in brightest:
-        assert min(row, 31 - row, column, 27 - column) <= 3  # at the rim
+        assert min(row, 31 - row, column, 27 - column) <= 3
     assert np.sqrt((np.abs(maps[:, :, 12:20, 10:18]) ** 2).sum(1)).mean() == pytest.approx(1, rel=0.15)
 
 

@@ -1,4 +1,4 @@
-"""Laws of the physics: unitarity, adjointness, fastMRI's own results, coil compression, finite gradients."""
+"""Physics: agreement with fastMRI, unitarity, adjointness, coil compression, SENSE, finite gradients."""
 
 import fastmri
 import numpy as np
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mrilib.config import MASK_TYPES
-from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier, masks, sense
+from mrilib.physics.coils import center_coil_maps, combine, compress_coils, expand, remove_background_phase
 
 sizes = st.integers(1, 19)
 seeds = st.integers(0, 2**31)
@@ -31,7 +31,7 @@ def dot(a: Tensor, b: Tensor) -> complex:
 
 @quick
 @given(sizes, sizes, seeds)
-def test_fft_is_fastmris_unitary_and_inverted(height: int, width: int, seed: int) -> None:
+def test_fft2c_equals_fastmri_and_is_unitary(height: int, width: int, seed: int) -> None:
     image = noise(3, height, width, seed=seed)
     spectrum = fourier.fft2c(image)
     expected = torch.view_as_complex(fastmri.fft2c(torch.view_as_real(image)))
@@ -42,7 +42,7 @@ def test_fft_is_fastmris_unitary_and_inverted(height: int, width: int, seed: int
     assert dot(fourier.fft2c(image), other) == pytest.approx(dot(image, fourier.ifft2c(other)), abs=1e-3)
 
 
-def test_the_centre_of_kspace_is_the_mean() -> None:
+def test_centre_of_kspace_is_the_mean() -> None:
     for shape in ((8, 6), (7, 5), (1, 9)):
         spectrum = fourier.fft2c(torch.ones(*shape, dtype=torch.complex64))
         assert spectrum[shape[0] // 2, shape[1] // 2].real == pytest.approx((shape[0] * shape[1]) ** 0.5)
@@ -58,7 +58,7 @@ def test_fft_stays_in_float32_under_autocast() -> None:
     torch.testing.assert_close(back, image)
 
 
-def test_rss_is_fastmris_with_a_finite_gradient_at_zero() -> None:
+def test_rss_equals_fastmri_and_has_a_finite_gradient_at_zero() -> None:
     images = noise(2, 5, 7, 4)
     torch.testing.assert_close(fourier.rss(images), fastmri.rss_complex(torch.view_as_real(images), dim=1))
     images[:, :, 3, 2] = 0
@@ -75,7 +75,7 @@ def test_rss_is_fastmris_with_a_finite_gradient_at_zero() -> None:
 
 @quick
 @given(sizes, sizes, sizes, sizes)
-def test_crop_is_fastmris_and_undoes_padding(height: int, width: int, new_height: int, new_width: int) -> None:
+def test_crop_equals_fastmri_and_inverts_padding(height: int, width: int, new_height: int, new_width: int) -> None:
     image = torch.arange(2 * height * width).reshape(2, height, width)
     changed = fourier.center_crop_or_pad(image, (new_height, new_width))
     assert changed.shape == (2, new_height, new_width)
@@ -100,7 +100,7 @@ def test_readout_oversampling_is_cropped_in_image_space(height: int, width: int,
     torch.testing.assert_close(fourier.ifft2c(cropped), fourier.center_crop_or_pad(image, (readout, width)))
 
 
-def test_phase_encoding_lines_stay_independent_when_the_readout_is_cropped() -> None:
+def test_readout_crop_treats_lines_independently() -> None:
     full = noise(2, 12, 9)
     other = full.clone()
     other[..., 4] = torch.nan
@@ -116,7 +116,7 @@ def test_phase_encoding_lines_stay_independent_when_the_readout_is_cropped() -> 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
 @pytest.mark.parametrize("width", [96, 61])
-def test_masks_are_fastmris_bit_for_bit(mask_type: str, width: int) -> None:
+def test_masks_equal_fastmri(mask_type: str, width: int) -> None:
     ours, theirs = (masks.make_mask_func(mask_type, [0.08, 0.04], [4, 8]) for _ in range(2))
     data = torch.view_as_real(noise(2, 6, width))
     drawn = set()
@@ -134,7 +134,7 @@ def test_masks_are_fastmris_bit_for_bit(mask_type: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("mask_type", ["random", "equispaced_fraction", "magic_fraction"])
-def test_the_reported_acceleration_is_the_drawn_one(mask_type: str) -> None:
+def test_reported_acceleration_is_the_drawn_one(mask_type: str) -> None:
     func = masks.make_mask_func(mask_type, [0.08, 0.04], [4, 8])
     width = 320
     shares: dict[int, list[float]] = {4: [], 8: []}
@@ -142,14 +142,14 @@ def test_the_reported_acceleration_is_the_drawn_one(mask_type: str) -> None:
         mask, acceleration = masks.sample_mask(func, width, seed, (0, width))
         shares[acceleration].append(mask.float().mean().item())
         start, stop = masks.center_lines(mask)
-        # 0.08 and 0.04 of 320 are 26 and 13 lines; neighbours may lengthen the block
+        # 0.08 and 0.04 of 320 are 26 and 13 lines; sampled neighbours can lengthen the block
         assert stop - start >= (25 if acceleration == 4 else 13)
     assert np.mean(shares[4]) == pytest.approx(1 / 4, rel=0.1)
     assert np.mean(shares[8]) == pytest.approx(1 / 8, rel=0.1)
 
 
 @pytest.mark.parametrize("mask_type", MASK_TYPES)
-def test_masks_that_cannot_be_made_are_named_and_no_others(mask_type: str) -> None:
+def test_check_mask_refuses_exactly_the_impossible_masks(mask_type: str) -> None:
     for width in (61, 96, 260, 396):
         for acceleration in (1, 4, 16):
             for product in (0.3, 0.9, 1.0, 1.1):
@@ -166,43 +166,25 @@ def test_masks_that_cannot_be_made_are_named_and_no_others(mask_type: str) -> No
                     masks.check_mask(mask_type, *pair, width)
 
 
-def test_sampling_a_mask_leaves_the_generator_as_it_was() -> None:
+def test_sample_mask_preserves_the_random_state() -> None:
     func = masks.make_mask_func("random", [0.1], [3])
     before = func.rng.get_state()[1].copy()
     masks.sample_mask(func, 50, 3, (0, 50))
     assert np.array_equal(before, func.rng.get_state()[1])
 
 
-def test_an_unknown_mask_is_refused_with_the_known_ones() -> None:
+def test_unknown_mask_type_is_refused() -> None:
     with pytest.raises(ValueError, match="'poisson' is not one of fastMRI's: random, equispaced"):
         masks.make_mask_func("poisson", [0.08], [4])
 
 
-def test_training_seeds_differ_in_every_part_and_repeat() -> None:
+def test_training_seed_depends_on_every_argument() -> None:
     base = (0, "file_brain_1", 2, 3)
     others = [(1, *base[1:]), (0, "file_brain_2", 2, 3), (0, "file_brain_1", 3, 2), (0, "file_brain_1", 2, 4)]
     assert masks.training_seed(*base) == masks.training_seed(*base)
     assert len({masks.training_seed(*one) for one in [base, *others]}) == 5
     assert all(0 <= masks.training_seed(*one) < 2**32 for one in others)
     assert masks.validation_seed("ab.h5") == (97, 98, 46, 104, 53)
-
-
-@pytest.mark.parametrize(
-    ("mask", "lines"),
-    [
-        ("0011100", (2, 5)),
-        ("0011110", (2, 5)),  # width 7, centre line 3: symmetric about it
-        ("01110", (1, 4)),
-        ("111111", (1, 6)),  # centre line 3 of 6 has two lines to its right
-        ("101", (1, 1)),
-        ("1", (0, 1)),
-        ("010", (1, 2)),
-        ("100011", (3, 3)),
-        ("000100", (3, 4)),
-    ],
-)
-def test_center_lines(mask: str, lines: tuple[int, int]) -> None:
-    assert masks.center_lines(torch.tensor([c == "1" for c in mask])) == lines
 
 
 @quick
@@ -220,21 +202,21 @@ def test_center_lines_are_sampled_symmetric_and_longest(sampled: list[bool]) -> 
 # ------------------------------------------------------------------------------------------------- coils
 
 
-def test_coil_maps_have_unit_rss_and_know_the_centre_alone() -> None:
+def test_coil_maps_have_unit_rss_and_use_centre_lines_only() -> None:
     full = fourier.fft2c(noise(2, 5, 12, 15))
     mask = torch.zeros(2, 15, dtype=torch.bool)
     mask[0, 5:10] = mask[1, 7] = True
-    mask[:, 1] = mask[0, 4] = True  # line 4 has no counterpart at 10: outside of the symmetric block
+    mask[:, 1] = mask[0, 4] = True  # line 4 lies outside the symmetric block
     masked = torch.where(mask[:, None, None], full, 0)
-    maps = coils_module.center_coil_maps(masked, mask)
+    maps = center_coil_maps(masked, mask)
     assert maps.shape == full.shape and maps.dtype == torch.complex64
     torch.testing.assert_close(fourier.rss(maps), torch.ones(2, 12, 15))
-    masked[..., 1] = 7  # lines outside of the centre block
+    masked[..., 1] = 7  # outside the centre block
     masked[0, ..., 4] = 7
-    assert torch.equal(coils_module.center_coil_maps(masked, mask), maps)
+    assert torch.equal(center_coil_maps(masked, mask), maps)
 
 
-def test_coil_maps_of_smooth_coils_are_the_coils() -> None:
+def test_coil_maps_recover_smooth_sensitivities() -> None:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 48), torch.linspace(-1, 1, 45), indexing="ij")
     true = torch.stack(
         [torch.exp(1j * a) * (1 + 0.4 * torch.cos(b + x + 0.5 * y)) for a, b in [(x, 0), (y, 1), (x, 2)]]
@@ -242,16 +224,16 @@ def test_coil_maps_of_smooth_coils_are_the_coils() -> None:
     true = true / fourier.rss(true)
     image = (torch.exp(-3 * (x**2 + y**2)) + 0.1).to(torch.complex64)
     mask = (torch.arange(45) - 22).abs() <= 6
-    maps = coils_module.center_coil_maps((fourier.fft2c(true * image) * mask)[None], mask[None])[0]
-    # up to one phase a pixel that all coils share
+    maps = center_coil_maps((fourier.fft2c(true * image) * mask)[None], mask[None])[0]
+    # up to a phase common to all coils
     agreement = (maps.conj() * true).sum(0).abs()
     assert agreement[6:-6, 6:-6].min() > 0.99
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_nothing_measured_gives_zero_maps_without_nan(sampled: bool) -> None:
+def test_coil_maps_of_zeros_are_zero(sampled: bool) -> None:
     zeros, mask = torch.zeros(1, 3, 6, 7, dtype=torch.complex64), torch.full((1, 7), sampled)
-    maps = coils_module.center_coil_maps(zeros, mask)
+    maps = center_coil_maps(zeros, mask)
     assert torch.equal(maps, zeros)
     images = sense.data_consistency(torch.zeros(1, 6, 7, dtype=torch.complex64), maps, zeros, mask)
     assert torch.equal(images, zeros)
@@ -263,23 +245,23 @@ def test_combine_is_the_adjoint_of_expand(height: int, width: int, seed: int) ->
     maps, coil_images = noise(3, height, width, seed=seed), noise(3, height, width, seed=seed + 1)
     image = noise(height, width, seed=seed + 2)
     left, right = (
-        dot(coils_module.expand(image, maps), coil_images),
-        dot(image, coils_module.combine(coil_images, maps)),
+        dot(expand(image, maps), coil_images),
+        dot(image, combine(coil_images, maps)),
     )
     assert left == pytest.approx(right, rel=1e-3, abs=1e-3)
 
 
-def test_data_consistency_keeps_measured_lines_and_the_image_elsewhere() -> None:
+def test_data_consistency_combines_measured_and_predicted_lines() -> None:
     maps, measured, image = noise(2, 3, 8, 9), noise(2, 3, 8, 9, seed=1), noise(2, 8, 9, seed=2)
     mask = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.4
     result = fourier.fft2c(sense.data_consistency(image, maps, measured, mask))
-    predicted = fourier.fft2c(coils_module.expand(image, maps))
+    predicted = fourier.fft2c(expand(image, maps))
     for one in range(2):
         torch.testing.assert_close(result[one][..., mask[one]], measured[one][..., mask[one]])
         torch.testing.assert_close(result[one][..., ~mask[one]], predicted[one][..., ~mask[one]])
 
 
-def test_lines_that_no_scan_has_stay_zero() -> None:
+def test_data_consistency_keeps_unacquired_lines_zero() -> None:
     maps, measured, image = noise(2, 3, 8, 9), noise(2, 3, 8, 9, seed=1), noise(2, 8, 9, seed=2)
     acquired = torch.ones(2, 9, dtype=torch.bool)
     acquired[0, :2] = acquired[0, 8:] = acquired[1, 0] = False
@@ -293,7 +275,7 @@ def test_lines_that_no_scan_has_stay_zero() -> None:
 @quick
 @given(st.integers(2, 7), st.integers(2, 9), st.integers(1, 4), seeds)
 def test_sense_solves_its_least_squares_problem(height: int, width: int, coils: int, seed: int) -> None:
-    """Against the problem written out as a matrix and solved by LAPACK; odd sizes, with a prior and without."""
+    """Compare with a dense solution by LAPACK, with and without a prior."""
     maps = noise(2, coils, height, width, seed=seed)
     maps = maps / fourier.rss(maps).unsqueeze(-3)
     mask = torch.rand(2, width, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -301,19 +283,19 @@ def test_sense_solves_its_least_squares_problem(height: int, width: int, coils: 
     prior, weight = noise(2, height, width, seed=seed + 2), 0.2
     for one in range(2):
         unit = torch.eye(height * width, dtype=torch.complex64).reshape(-1, height, width)
-        columns = fourier.fft2c(coils_module.expand(unit, maps[one])) * mask[one]
+        columns = fourier.fft2c(expand(unit, maps[one])) * mask[one]
         matrix = columns.reshape(height * width, -1).T.to(torch.complex128)
         right = matrix.mH @ measured[one].reshape(-1).to(torch.complex128)
         left = matrix.mH @ matrix + weight * torch.eye(height * width, dtype=torch.complex128)
-        for given_prior in (None, prior):
-            added = 0 if given_prior is None else weight * prior[one].reshape(-1)
+        for chosen in (None, prior):
+            added = 0 if chosen is None else weight * prior[one].reshape(-1)
             exact = torch.linalg.solve(left, right + added).reshape(height, width).to(torch.complex64)
-            found = sense.sense(measured, mask, maps, weight, 40, given_prior)[one]
-            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+            image = sense.sense(measured, mask, maps, weight, 40, chosen)[one]
+            torch.testing.assert_close(image, exact, rtol=1e-3, atol=1e-3)
 
 
-def test_the_gradient_of_sense_is_its_minimisers() -> None:
-    """weight (A + weight)⁻¹, against the problem written out as a matrix."""
+def test_sense_gradient_is_that_of_the_minimiser() -> None:
+    """Compare with the dense derivative weight (A + weight)⁻¹."""
     maps = noise(1, 3, 5, 6)
     maps = maps / fourier.rss(maps).unsqueeze(-3)
     mask, weight = torch.tensor([[True, False, True, True, False, False]]), 0.3
@@ -323,24 +305,15 @@ def test_the_gradient_of_sense_is_its_minimisers() -> None:
     image = sense.sense(measured, mask, maps, weight, 40, prior)
     (image * wanted.conj()).real.sum().backward()
     unit = torch.eye(30, dtype=torch.complex64).reshape(-1, 5, 6)
-    matrix = (fourier.fft2c(coils_module.expand(unit, maps[0])) * mask[0]).reshape(30, -1).T
+    matrix = (fourier.fft2c(expand(unit, maps[0])) * mask[0]).reshape(30, -1).T
     exact = weight * torch.linalg.solve(matrix.mH @ matrix + weight * torch.eye(30), wanted.reshape(-1))
     assert prior.grad is not None
     torch.testing.assert_close(prior.grad.reshape(-1), exact, rtol=1e-3, atol=1e-4)
 
 
-def test_sense_needs_one_step_where_everything_is_measured() -> None:
-    maps = noise(1, 4, 6, 9)
-    maps = maps / fourier.rss(maps).unsqueeze(-3)
-    image, mask = noise(1, 6, 9, seed=1), torch.ones(1, 9, dtype=torch.bool)
-    measured = fourier.fft2c(coils_module.expand(image, maps))
-    torch.testing.assert_close(sense.sense(measured, mask, maps, 0.0, 1), image)
-    torch.testing.assert_close(sense.sense(measured, mask, maps, 0.3, 4, prior=image), image)
-
-
-def test_sense_of_nothing_is_its_prior_without_nan() -> None:
+def test_sense_of_zeros_is_the_prior() -> None:
     zeros, mask = torch.zeros(1, 2, 6, 7, dtype=torch.complex64), torch.zeros(1, 7, dtype=torch.bool)
-    maps = coils_module.center_coil_maps(zeros, mask)
+    maps = center_coil_maps(zeros, mask)
     assert not sense.sense(zeros, mask, maps).abs().any()
     prior = noise(1, 6, 7).requires_grad_()
     image = sense.sense(zeros, mask, maps, 0.1, 3, prior)
@@ -349,27 +322,14 @@ def test_sense_of_nothing_is_its_prior_without_nan() -> None:
     assert prior.grad is not None and torch.view_as_real(prior.grad).isfinite().all()
 
 
-def test_sense_takes_folding_off() -> None:
-    """Half of the lines and two coils that see different halves: zero-filled folds, SENSE does not."""
-    image = torch.zeros(1, 8, 8, dtype=torch.complex64)
-    image[0, 2:6, 1:4] = 1
-    side = (torch.arange(8) < 4).float()
-    maps = torch.stack([side, 1 - side])[None, :, None].expand(1, 2, 8, 8).to(torch.complex64)
-    mask = (torch.arange(8) % 2 == 0)[None]
-    measured = fourier.fft2c(coils_module.expand(image, maps)) * mask[:, None, None]
-    folded = coils_module.combine(fourier.ifft2c(measured), maps)
-    assert (folded - image).abs().max() > 0.4
-    torch.testing.assert_close(sense.sense(measured, mask, maps, 0.0, 20), image, rtol=1e-4, atol=1e-4)
-
-
 def smooth_coils(coils: int, rank: int, seed: int = 0) -> Tensor:
     return (noise(coils, rank, seed=seed) @ noise(rank, 10 * 13, seed=seed + 1)).reshape(coils, 10, 13)
 
 
 @pytest.mark.parametrize(("coils", "rank", "num_coils"), [(9, 4, 4), (9, 3, 5), (20, 7, 16), (3, 1, 1)])
-def test_compression_is_exact_up_to_the_rank(coils: int, rank: int, num_coils: int) -> None:
+def test_compression_is_exact_for_low_rank_data(coils: int, rank: int, num_coils: int) -> None:
     data = smooth_coils(coils, rank)
-    compressed = coils_module.compress_coils(data, num_coils)
+    compressed = compress_coils(data, num_coils)
     assert compressed.shape == (num_coils, 10, 13) and compressed.dtype == torch.complex64
     torch.testing.assert_close(
         fourier.rss(fourier.ifft2c(compressed)), fourier.rss(fourier.ifft2c(data)), rtol=1e-4, atol=1e-4
@@ -378,84 +338,68 @@ def test_compression_is_exact_up_to_the_rank(coils: int, rank: int, num_coils: i
 
 @quick
 @given(st.integers(2, 12), st.integers(1, 12), seeds)
-def test_compression_keeps_the_strongest_directions(coils: int, num_coils: int, seed: int) -> None:
+def test_compression_keeps_the_largest_singular_values(coils: int, num_coils: int, seed: int) -> None:
     data = noise(coils, 5, 7, seed=seed)
-    compressed = coils_module.compress_coils(data, num_coils)
+    compressed = compress_coils(data, num_coils)
     if num_coils >= coils:
         assert compressed is data
         return
     values = torch.linalg.svdvals(data.reshape(coils, -1))
     virtual = compressed.reshape(num_coils, -1)
-    # unitary: the virtual coils are orthogonal, with the largest singular values; no other projection keeps more energy
+    # The virtual coils are orthogonal and have the largest singular values.
     gram = virtual @ virtual.mH
     torch.testing.assert_close(gram, torch.diag(values[:num_coils] ** 2).to(gram.dtype), rtol=1e-3, atol=1e-3)
-    # what the RSS loses at any sample is at most what was discarded, sqrt(sum of the discarded squared singular values)
+    # The RSS loses at most the root of the sum of the discarded squared singular values.
     lost = fourier.rss(data) - fourier.rss(compressed)
     assert lost.min() > -1e-4 and lost.max() <= values[num_coils:].square().sum().sqrt() + 1e-4
 
 
-def test_compression_uses_every_coil_and_repeats() -> None:
+def test_compression_is_deterministic_and_uses_all_coils() -> None:
     data = smooth_coils(6, 2)
-    assert torch.equal(coils_module.compress_coils(data, 3), coils_module.compress_coils(data.clone(), 3))
-    shuffled = coils_module.compress_coils(data.flip(0), 2)
+    assert torch.equal(compress_coils(data, 3), compress_coils(data.clone(), 3))
+    shuffled = compress_coils(data.flip(0), 2)
     torch.testing.assert_close(fourier.rss(shuffled), fourier.rss(data), rtol=1e-4, atol=1e-4)
-    last_alone = torch.zeros(6, 4, 5, dtype=torch.complex64)
-    last_alone[-1] = noise(4, 5)
-    torch.testing.assert_close(fourier.rss(coils_module.compress_coils(last_alone, 2)), last_alone[-1].abs())
+    single = torch.zeros(6, 4, 5, dtype=torch.complex64)
+    single[-1] = noise(4, 5)
+    torch.testing.assert_close(fourier.rss(compress_coils(single, 2)), single[-1].abs())
 
 
 def test_the_phase_of_virtual_coils_is_fixed() -> None:
     data = noise(6, 9, 8)
-    weights = coils_module.compress_coils(data, 3).reshape(3, -1) @ torch.linalg.pinv(data.reshape(6, -1))
+    weights = compress_coils(data, 3).reshape(3, -1) @ torch.linalg.pinv(data.reshape(6, -1))
     largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))
     torch.testing.assert_close(largest, largest.abs().to(largest.dtype), rtol=1e-3, atol=1e-4)
-
-
-def test_compression_of_nothing_is_nothing() -> None:
-    assert torch.equal(
-        coils_module.compress_coils(torch.zeros(5, 4, 3, dtype=torch.complex64), 2), torch.zeros(2, 4, 3)
-    )
 
 
 # ------------------------------------------------------------------------------------------------- phase
 
 
 @pytest.mark.parametrize("shape", [(24, 31), (40, 40), (7, 64), (5, 5)])
-def test_background_phase_goes_and_magnitude_stays(shape: tuple[int, int]) -> None:
+def test_background_phase_is_removed_and_magnitude_kept(shape: tuple[int, int]) -> None:
     image = noise(2, *shape)
-    result = coils_module.remove_background_phase(image)
+    result = remove_background_phase(image)
     torch.testing.assert_close(result.abs(), image.abs())
     y, x = torch.meshgrid(torch.linspace(-1, 1, shape[0]), torch.linspace(-1, 1, shape[1]), indexing="ij")
     anatomy = 1 + 0.3 * torch.cos(3 * x * y)
-    flat = coils_module.remove_background_phase(anatomy * torch.exp(1j * (0.8 + 1.2 * x - 0.7 * y)))
-    if min(shape) >= 24:  # smaller ones have no room for a low pass
+    flat = remove_background_phase(anatomy * torch.exp(1j * (0.8 + 1.2 * x - 0.7 * y)))
+    if min(shape) >= 24:  # room for a low-pass filter
         assert (flat.real / anatomy)[4:-4, 4:-4].min() > 0.95
-    turned = coils_module.remove_background_phase(image * np.exp(1.3j))
-    torch.testing.assert_close(turned, result, atol=1e-5, rtol=1e-4)
+    rotated = remove_background_phase(image * np.exp(1.3j))
+    torch.testing.assert_close(rotated, result, atol=1e-5, rtol=1e-4)
 
 
-def test_background_phase_of_another_image_leaves_the_difference() -> None:
+def test_background_phase_of_another_image() -> None:
     image, other = noise(2, 24, 31), noise(2, 24, 31)
-    assert torch.equal(
-        coils_module.remove_background_phase(image, like=image), coils_module.remove_background_phase(image)
-    )
-    result = coils_module.remove_background_phase(image, like=other)
-    torch.testing.assert_close(coils_module.remove_background_phase(-image, like=other), -result)
-    turned = [x * np.exp(1.3j) for x in (image, other)]
-    torch.testing.assert_close(coils_module.remove_background_phase(*turned), result, atol=1e-5, rtol=1e-4)
+    assert torch.equal(remove_background_phase(image, like=image), remove_background_phase(image))
+    result = remove_background_phase(image, like=other)
+    torch.testing.assert_close(remove_background_phase(-image, like=other), -result)
+    rotated = [x * np.exp(1.3j) for x in (image, other)]
+    torch.testing.assert_close(remove_background_phase(*rotated), result, atol=1e-5, rtol=1e-4)
 
 
-def test_background_phase_taken_off_and_put_back_is_the_image() -> None:
-    image, other = noise(2, 24, 31), noise(2, 24, 31)
-    phase = coils_module.background_phase(other)
-    torch.testing.assert_close(phase.abs(), torch.ones(2, 24, 31))
-    torch.testing.assert_close(coils_module.remove_background_phase(image, like=other) * phase, image)
-    assert not coils_module.background_phase(torch.zeros(1, 9, 8, dtype=torch.complex64)).any()
-
-
-def test_background_phase_of_zeros_is_zero_with_a_finite_gradient() -> None:
+def test_background_phase_of_zeros_has_a_finite_gradient() -> None:
     image = torch.zeros(1, 9, 8, dtype=torch.complex64, requires_grad=True)
-    result = coils_module.remove_background_phase(image)
+    result = remove_background_phase(image)
     assert torch.equal(result, torch.zeros_like(result))
     torch.view_as_real(result).sum().backward()
     assert image.grad is not None and torch.view_as_real(image.grad).isfinite().all()

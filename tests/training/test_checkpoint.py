@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, refused by name when they do not fit."""
+"""Checkpoints: atomic writing, reading without running code, and refusal of files that do not fit."""
 
 import pickle
 from pathlib import Path
@@ -14,11 +14,10 @@ from mrilib.training.checkpoint import (
     ENTRIES,
     CheckpointError,
     load_checkpoint,
-    load_weights,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
 )
+from mrilib.training.device import rng_state, set_rng_state
+from mrilib.training.load_state import load_weights
 
 
 def content() -> dict[str, Any]:
@@ -44,7 +43,7 @@ def content() -> dict[str, Any]:
     }
 
 
-def test_what_is_saved_is_loaded_with_weights_only(tmp_path: Path) -> None:
+def test_checkpoint_round_trip_with_weights_only(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.pt"
     saved = content()
     save_checkpoint(path, saved)
@@ -58,7 +57,7 @@ def test_what_is_saved_is_loaded_with_weights_only(tmp_path: Path) -> None:
     torch.optim.AdamW(model.parameters()).load_state_dict(loaded["optimizer"])
 
 
-def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.pt"
     save_checkpoint(path, content())
     before = path.read_bytes()
@@ -83,7 +82,7 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch
 
 
 class RunsCode:
-    """A pickle that would make a file when it is read."""
+    """A pickle that creates a file when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,47 +92,47 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("writer", ["torch", "legacy", "pickle"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path, writer: str) -> None:
+def test_pickle_with_code_is_refused_and_not_run(tmp_path: Path, writer: str) -> None:
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     evil = {"format": 1, "stage": "stage1", "weights": RunsCode(trace)}
     if writer == "pickle":
         path.write_bytes(pickle.dumps(evil))
     else:
         torch.save(evil, path, _use_new_zipfile_serialization=writer == "torch")
-    told = r"evil.pt' is a .*pickle.* may run code when it is opened: it was not opened, and must not be"
-    with pytest.raises(CheckpointError, match=told) as caught:
+    words = r"evil.pt' .*may run code when it is opened: it was not opened"
+    with pytest.raises(CheckpointError, match=words) as caught:
         load_checkpoint(path, "stage1")
-    for advice in ("weights_only", "safe_globals", "torch.load"):  # none to run it after all
+    for advice in ("weights_only", "safe_globals", "torch.load"):  # advice to run it anyway
         assert advice not in str(caught.value)
     assert not trace.exists()
     if writer == "pickle":
         pickle.loads(path.read_bytes())
-        assert trace.exists()  # it would have
+        assert trace.exists()  # an ordinary reader runs it
 
 
 def test_numpy_scalars_are_refused_when_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a.pt", {"stage": "stage1", "loss": np.float64(0.5)})
-    with pytest.raises(CheckpointError, match="is a pickle of other things than plain tensors"):
+    with pytest.raises(CheckpointError, match="holds more than plain tensors"):
         load_checkpoint(tmp_path / "a.pt", "stage1")
 
 
-def test_truncated_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
+def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
     whole = tmp_path / "whole.pt"
     save_checkpoint(whole, content())
     data = whole.read_bytes()
     damaged = [data[: len(data) * part // 16] for part in range(16)]
     pickled = pickle.dumps({"format": 1, "stage": "stage1"})
     damaged += [pickled[:length] for length in range(len(pickled))]
-    damaged += [b"\x80\x02J\x01"]  # a number of four bytes that ends after one
+    damaged += [b"\x80\x02J\x01"]  # an integer of four bytes, cut after one
     damaged += [b"plain text, no pickle", bytes(range(256)), b"PK\x03\x04 no zip", data[:64] + bytes(64) + data[128:]]
     path = tmp_path / "damaged.pt"
-    for one in damaged:
-        path.write_bytes(one)
+    for content_bytes in damaged:
+        path.write_bytes(content_bytes)
         with pytest.raises(CheckpointError, match=r"'.*damaged.pt' is "):
             load_checkpoint(path, "stage1")
 
 
-def test_what_is_no_checkpoint_of_this_project_or_stage_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_project_or_stage_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with pytest.raises(CheckpointError, match=r"checkpoint '.*a.pt' does not exist"):
         load_checkpoint(path, "stage1")
@@ -142,11 +141,11 @@ def test_what_is_no_checkpoint_of_this_project_or_stage_is_refused(tmp_path: Pat
         with pytest.raises(CheckpointError, match=r"'.*a.pt' is not a checkpoint of this project"):
             load_checkpoint(path, "stage1")
     save_checkpoint(path, content())
-    with pytest.raises(CheckpointError, match=r"a.pt' is of stage1; stage2 is wanted here"):
+    with pytest.raises(CheckpointError, match=r"a.pt' is of stage1; give one of stage2"):
         load_checkpoint(path, "stage2")
 
 
-def test_a_strangers_checkpoint_of_wrong_content_is_refused_by_name(tmp_path: Path) -> None:
+def test_checkpoint_with_wrong_content_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     saved = content()
     del saved["backbone"], saved["optimizer"]
@@ -154,15 +153,13 @@ def test_a_strangers_checkpoint_of_wrong_content_is_refused_by_name(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"a.pt' lacks optimizer, backbone$"):
         load_checkpoint(path, "stage1")
     save_checkpoint(path, {**content(), "weights": [1, 2]})
-    with pytest.raises(
-        CheckpointError, match=r"a.pt' does not hold what it must: weights: a tensor for each name is wanted$"
-    ):
+    with pytest.raises(CheckpointError, match=r"a.pt' has wrong entries: weights: expected a tensor for each name$"):
         load_checkpoint(path, "stage1")
-    with pytest.raises(CheckpointError, match=r"weight is a str, \(2, 3\) is wanted"):
+    with pytest.raises(CheckpointError, match=r"weight is a str, expected \(2, 3\)"):
         load_weights(nn.Linear(3, 2), {"weight": "text", "bias": torch.zeros(2)}, "a.pt")  # type: ignore[dict-item]
 
 
-def test_names_and_shapes_that_differ_are_listed_and_nothing_is_loaded() -> None:
+def test_wrong_names_and_shapes_are_listed_and_nothing_is_loaded() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     state = {name: value + 1 for name, value in model.state_dict().items()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -171,16 +168,16 @@ def test_names_and_shapes_that_differ_are_listed_and_nothing_is_loaded() -> None
     with pytest.raises(CheckpointError) as caught:
         load_weights(model, state, "a.pt")
     assert str(caught.value) == (
-        "a.pt does not fit the model: missing 1.bias; unknown extra; 0.weight is (2, 4), (2, 3) is wanted"
+        "a.pt does not fit the model: missing 1.bias; unknown extra; 0.weight is (2, 4), expected (2, 3)"
     )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(CheckpointError, match=r"missing 0.weight.* and 8 more$"):
         load_weights(nn.Sequential(*(nn.Linear(1, 1) for _ in range(10))), {}, "a.pt")
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+def test_random_numbers_continue_after_loading(tmp_path: Path) -> None:
     def draw() -> tuple[list[float], list[float]]:
-        # an odd number of normal deviates leaves a cached one
+        # an odd number of normal deviates leaves one cached
         return torch.rand(3).tolist(), np.random.standard_normal(3).tolist()  # noqa: NPY002
 
     torch.manual_seed(1)

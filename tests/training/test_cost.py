@@ -1,4 +1,4 @@
-"""What trainings cost is measured in turn, for the same parameters that they are trained with."""
+"""Costs of trainings, measured in turn with the parameters of the trainings."""
 
 import pytest
 import systems
@@ -11,7 +11,7 @@ from mrilib.training import cost
 
 @pytest.fixture
 def folder(phantom_dir, backbone_dir, tmp_path):
-    """A params folder with two methods."""
+    """A params folder with two files in methods/."""
     stage1 = systems.stage1_config(phantom_dir, backbone_dir, train_control=False, epochs=1)
     stage2 = systems.stage2_config(phantom_dir, backbone_dir, tmp_path / "stage1.yaml", max_steps=3)
     (tmp_path / "methods").mkdir()
@@ -23,11 +23,11 @@ def folder(phantom_dir, backbone_dir, tmp_path):
     return tmp_path
 
 
-def test_a_methods_file_is_read_over_stage_2(folder):
+def test_methods_file_overrides_stage2(folder):
     assert isinstance(cost.read_params(folder / "stage1.yaml"), Stage1Parameters)
-    plain, method = cost.read_params(folder / "stage2.yaml"), cost.read_params(folder / "methods" / "unet.yaml")
-    assert isinstance(plain, Stage2Parameters) and plain.decoder == "unet_dc" and method.decoder == "fastmri_unet"
-    differ = {name for name, value in method.to_dict().items() if plain.to_dict()[name] != value}
+    stage2, method = cost.read_params(folder / "stage2.yaml"), cost.read_params(folder / "methods" / "unet.yaml")
+    assert isinstance(stage2, Stage2Parameters) and stage2.decoder == "unet_dc" and method.decoder == "fastmri_unet"
+    differ = {name for name, value in method.to_dict().items() if stage2.to_dict()[name] != value}
     assert differ == {"decoder", "baseline_chans", "baseline_pools", "max_steps"}
 
 
@@ -38,9 +38,9 @@ def test_trainings_are_measured_in_turn(folder, monkeypatch):
     names = ["stage1.yaml", "stage2.yaml", "methods/unet.yaml", "methods/wide_unet.yaml"]
     costs = cost.measure([folder / name for name in names], rounds=2, steps=1)
     assert order[:4] == order[4:] and len(set(order)) == 4
-    assert [one.steps for one in costs][1:] == [3, 5, 5] and all(len(one.rounds) == 2 for one in costs)
+    assert [c.steps for c in costs][1:] == [3, 5, 5] and all(len(c.rounds) == 2 for c in costs)
     narrow, wide = costs[2:]
-    assert 4 * narrow.flops < wide.flops < 17 * narrow.flops and all(one.seconds > 0 for one in costs)
+    assert 4 * narrow.flops < wide.flops < 17 * narrow.flops and all(c.seconds > 0 for c in costs)
     assert costs[0].flops > 0 and costs[1].parameters > 1000
 
 
@@ -55,9 +55,9 @@ def test_steps_at_equal_compute():
         cost.table([first, second], 3)
 
 
-def test_the_command(folder, capsys):
-    given = [str(folder / "methods" / "unet.yaml"), "--rounds", "1", "--steps", "1"]
-    assert main(["cost", *given]) == 0
+def test_cost_command(folder, capsys):
+    arguments = [str(folder / "methods" / "unet.yaml"), "--rounds", "1", "--steps", "1"]
+    assert main(["cost", *arguments]) == 0
     assert "steps of equal FLOPs" in capsys.readouterr().out
     assert main(["cost", str(folder / "nowhere.yaml")]) == 1
     assert "nowhere.yaml' does not exist" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The dry run: what it says is what a run then takes, and it leaves nothing behind."""
+"""The dry run predicts the cost of a training and leaves no files."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def stage1(phantom_dir, tmp_path_factory):
     return config, backbone, directory
 
 
-def test_it_tells_what_a_run_takes_and_leaves_nothing(stage1, tmp_path):
+def test_report_equals_the_cost_of_a_training(stage1, tmp_path):
     config, _, directory = stage1
     report = dry_run.report(config)
     assert list(directory.iterdir()) == []
@@ -45,7 +45,7 @@ def test_it_tells_what_a_run_takes_and_leaves_nothing(stage1, tmp_path):
         assert fact in report.text()
 
 
-def test_stage2_with_its_token_cache(stage1, phantom_dir, tmp_path):
+def test_report_of_stage2_with_token_cache(stage1, phantom_dir, tmp_path):
     config, backbone, _ = stage1
     dry_run.report(config, keep=tmp_path / "stage1")
     checkpoint = tmp_path / "stage1" / "stage1_checkpoints" / "stage1_final_model.pt"
@@ -61,7 +61,7 @@ def test_stage2_with_its_token_cache(stage1, phantom_dir, tmp_path):
     assert report.token_cache_seconds > 0 and "token cache" in report.text()
 
 
-def test_the_largest_batch_is_taken(stage1):
+def test_only_the_largest_shape_is_kept(stage1):
     config, _, _ = stage1
     loader = setup.make_loaders(config).train
     dataset = loader.dataset
@@ -72,17 +72,17 @@ def test_the_largest_batch_is_taken(stage1):
     assert {dataset[index].kspace.numel() for index in range(6)} == {max(sizes)}
 
 
-def test_the_command(stage1, capsys, tmp_path):
+def test_dry_run_command(stage1, capsys, tmp_path):
     config, _, _ = stage1
     params = tmp_path / "stage1.yaml"
     params.write_text(yaml.safe_dump(config.to_dict()))
     assert main(["train", str(params), "--stage", "1", "--dry-run", "-p", "batch_size=2"]) == 0
-    told = capsys.readouterr().out
-    assert "peak memory" in told and "2 slices" in told
+    output = capsys.readouterr().out
+    assert "peak memory" in output and "2 slices" in output
     assert list(Path(config.output_dir).iterdir()) == []
 
 
-def test_random_weights_fit_their_configuration(tmp_path):
+def test_random_backbone_loads_and_is_finite(tmp_path):
     settings = tmp_path / "config.json"
     values = json.loads((ROOT / "models/nirvana_1_3B.json").read_text())
     values |= {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2, "concept_dim": 8, "logit_dim": 4}
@@ -93,15 +93,15 @@ def test_random_weights_fit_their_configuration(tmp_path):
     assert torch.isfinite(backbone(torch.arange(9)[None]).logits).all()
 
 
-def test_a_full_size_measurement_is_remembered_with_its_parameters(tmp_path, monkeypatch):
+def test_full_size_measurements_are_stored_by_parameters(tmp_path, monkeypatch):
     report = dry_run.Report(
         "stage1", "cpu", (4, 16, 320, 320), 10**10, 167.0, 0.5, 60.0, 9, 1500.0, 100, 9 * 10**8, 3, 0, 0.0, 10**11
     )
     measured = []
 
-    def measure(**others):
-        measured.append(others)
-        return [dataclasses.replace(report, device=others["device"])]
+    def measure(**options):
+        measured.append(options)
+        return [dataclasses.replace(report, device=options["device"])]
 
     monkeypatch.setattr(full_size, "measure", measure)
     path = tmp_path / "full_size.json"

@@ -1,4 +1,4 @@
-"""Killed, stopped, refused: whatever happens to a training, it ends as if nothing had."""
+"""Training killed at random moments ends with the same files, bit for bit, as uninterrupted training."""
 
 import multiprocessing
 import random
@@ -8,66 +8,55 @@ from pathlib import Path
 from typing import Any
 
 import systems
-import torch
+from equality import assert_equal
 
 from mrilib.config import Stage1Parameters, Stage2Parameters
 from mrilib.files import read_json_lines
 from mrilib.training.checkpoint import load_checkpoint
 from mrilib.training.history import read_epochs
 
-KILLS = 5  # a stage: 10 in all
-
+KILLS = 5  # for each stage
 
 Config = Stage1Parameters | Stage2Parameters
 
 
-def stage1(phantom_dir: Path, backbone_dir: Path, **others: Any) -> Stage1Parameters:
-    values = {"epochs": 2, "resume": True, "checkpoint_minutes": 0, "gradient_accumulation_steps": 2, **others}
-    return systems.stage1_config(phantom_dir, backbone_dir, **values)
-
-
-def processes() -> Any:
-    """Processes that are ready at once: forked from one that has imported everything and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mrilib.runs.train", "mrilib.pretrain.tiny_nirvana"])
-    return context
-
-
 def start(config: Config, directory: Path) -> tuple[Any, float]:
-    """A training in a process of its own, once it has begun, and the time of that."""
+    """Start a training process; return it and the time at which training began."""
     known = set(directory.glob("logs/*.log"))
-    process = processes().Process(target=systems.train_in, args=(directory, config))
+    context = multiprocessing.get_context("forkserver")  # forks from a process with all imports, so it starts fast
+    context.set_forkserver_preload(["mrilib.runs.train", "mrilib.pretrain.tiny_nirvana"])
+    process = context.Process(target=systems.train_in, args=(directory, config))
     process.start()
     while process.is_alive() and set(directory.glob("logs/*.log")) == known:
         time.sleep(0.01)
     return process, time.monotonic()
 
 
-def train_apart(config: Config, directory: Path) -> float:
-    """Train in a process of its own, to the end; seconds."""
-    process, begun = start(config, directory)
+def train_whole(config: Config, directory: Path) -> float:
+    """Train to the end in another process; return the seconds."""
+    process, begin = start(config, directory)
     process.join()
     assert process.exitcode == 0
-    return time.monotonic() - begun
+    return time.monotonic() - begin
 
 
 def train_with_kills(config: Config, directory: Path, seconds: float, rng: random.Random) -> list[str]:
-    """The same, killed at random moments and gone on with; what was under way each time.
+    """Train, kill at random moments and resume; return for each kill whether a checkpoint was being written.
 
-    Whenever it gets to its end, the next training starts, in another folder.
+    When a training ends before it is killed, the next one starts in another folder.
     """
     moments: list[str] = []
     copies = 1
     while len(moments) < KILLS:
         copy = directory.with_name(f"{directory.name}-{copies}")
         process, _ = start(config, copy)
-        if len(moments) % 2:  # in the middle of writing a checkpoint
+        if len(moments) % 2:  # while a checkpoint is written
             writes = rng.randrange(1, 4)
-            before = True
+            was_writing = True
             while process.is_alive() and writes:
-                now = bool(list(copy.glob("*_checkpoints/*.part")))
-                writes -= now and not before
-                before = now
+                is_writing = bool(list(copy.glob("*_checkpoints/*.part")))
+                writes -= is_writing and not was_writing
+                was_writing = is_writing
         else:
             process.join(rng.uniform(0.05, 0.4) * seconds)
         process.kill()
@@ -76,47 +65,30 @@ def train_with_kills(config: Config, directory: Path, seconds: float, rng: rando
             copies += 1
         else:
             moments.append("writing" if list(copy.glob("*_checkpoints/*.part")) else "between")
-    train_apart(config, copy)
+    train_whole(config, copy)
     return moments
 
 
 def contents(directory: Path) -> dict[str, dict[str, Any]]:
-    """All checkpoints of a run folder, but what they cost."""
-    found = {}
+    """All checkpoints of a run folder, without times and paths."""
+    checkpoints = {}
     for path in sorted(directory.glob("*_checkpoints/*.pt")):
-        found[path.name] = load_checkpoint(path, re.sub("_(best|final|epoch|resume).*", "", path.stem))
-        del found[path.name]["cost"]
-        del found[path.name]["config"]["output_dir"]
-        for epoch in found[path.name]["history"]["epochs"]:
+        content = load_checkpoint(path, re.sub("_(best|final|epoch|resume).*", "", path.stem))
+        del content["cost"], content["config"]["output_dir"]
+        for epoch in content["history"]["epochs"]:
             del epoch["seconds"]
-    return found
-
-
-def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    """Bit for bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for number, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{where}/{number}")
-    else:
-        assert a == b, where
+        checkpoints[path.name] = content
+    return checkpoints
 
 
 def logged(directory: Path) -> dict[str, list[dict[str, float]]]:
-    """Step and epoch logs, but their times."""
+    """Step and epoch logs without times."""
     logs = {path.name: read_json_lines(path) for path in sorted((directory / "logs").glob("*.jsonl"))}
     logs |= {path.name: read_epochs(path) for path in sorted((directory / "logs").glob("*.csv"))}
-    return {name: [{k: v for k, v in one.items() if k != "seconds"} for one in log] for name, log in logs.items()}
+    return {name: [{k: v for k, v in entry.items() if k != "seconds"} for entry in log] for name, log in logs.items()}
 
 
-def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(phantom_dir, backbone_dir, tmp_path):
+def test_killed_training_ends_with_the_same_files(phantom_dir, backbone_dir, tmp_path):
     rng = random.Random(5)
     values = {"epochs": 2, "resume": True, "checkpoint_minutes": 0, "save_interval": 1, "max_train_slices": 9}
     values["train_control"] = True
@@ -125,7 +97,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(pha
     for names in (("stage1", "constant_prefix"), ("stage2", "no_token_decoder")):
         whole, killed = tmp_path / names[0] / "whole", tmp_path / names[0] / "killed"
         killed.mkdir(parents=True)
-        seconds = train_apart(config, whole)
+        seconds = train_whole(config, whole)
         moments += train_with_kills(config, killed, seconds, rng)
         expected = contents(whole)
         kinds = ("best_model", "final_model", "epoch_2")

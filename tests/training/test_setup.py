@@ -1,4 +1,4 @@
-"""Loaders, stages and trained models are built in one place, for notebooks and commands alike."""
+"""Loaders, stages and trained models: the same for notebooks and commands."""
 
 import json
 from types import SimpleNamespace
@@ -21,17 +21,17 @@ TINY = {"baseline_cascades": 1, "baseline_chans": 2, "baseline_pools": 2}
 
 
 def batches_of(epochs: int, loader) -> list:
-    """What a training with some loader sees of its slices, in order."""
-    seen = []
+    """Slices of a loader over some epochs, in order."""
+    batches = []
     for epoch in range(epochs):
         loader.dataset.epoch = epoch
         for batch in loader:
-            seen.append([(one.file, one.slice_num, one.mirrored) for one in batch.slices])
-    return seen
+            batches.append([(item.file, item.slice_num, item.mirrored) for item in batch.slices])
+    return batches
 
 
 class RecordedTraining:
-    """Stands in for the module `training`: `fit` notes the batches of each stage and trains nothing."""
+    """A replacement for the module `loop`: `fit` records the batches of each stage and does not train."""
 
     def __init__(self):
         self.batches: dict[str, list] = {}
@@ -45,24 +45,24 @@ class RecordedTraining:
 
 
 def run_notebook_cells(config: Stage1Parameters, recorded: RecordedTraining, directory) -> None:
-    """The cells of notebook 02 that make loaders and stages and train them."""
+    """Run the cells of notebook 02 that build loaders and stages and train them."""
     notebook = json.loads((ROOT / "notebooks" / "02_train_stage1.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     run = SimpleNamespace(directory=directory, note=lambda *_, **__: None)
     watch = SimpleNamespace(
-        Watch=lambda *_: SimpleNamespace(step=None, epoch=None), text_progress=None, texts_in=lambda _: None
+        Monitor=lambda *_: SimpleNamespace(step=None, epoch=None), text_progress=None, text_store=lambda _: None
     )
     names = {"config": config, "setup": setup, "loop": recorded, "run": run, "live": watch, "two_stage": two_stage}
     names |= {"display": lambda _: None, "tables": tables, "device": setup.prepare(config)}
-    for start in ("loaders = ", "stage = ", "watch = ", "control_history = "):
+    for start in ("loaders = ", "stage = ", "monitor = ", "baseline_history = "):
         (cell,) = (cell for cell in cells if cell.startswith(start))
-        exec(cell.split("watch.finish")[0], names)
+        exec(cell.split("monitor.finish")[0], names)
 
 
 def test_notebook_02_and_the_train_command_train_the_control_on_the_same_batches(
     phantom_dir, backbone_dir, tmp_path, monkeypatch
 ):
-    """The same slices in the same order, flipped alike, and the same as those of the stage itself."""
+    """Slices, order and flips are also those of stage 1."""
     config = systems.stage1_config(phantom_dir, backbone_dir, **FAST)
     command, notebook = RecordedTraining(), RecordedTraining()
     monkeypatch.setattr(train, "loop", command)
@@ -73,7 +73,7 @@ def test_notebook_02_and_the_train_command_train_the_control_on_the_same_batches
     assert command.batches == notebook.batches == {"stage1": control, "constant_prefix": control}
 
 
-def test_stage_1s_control_reads_no_kspace(phantom_dir, backbone_dir, monkeypatch):
+def test_constant_prefix_reads_no_kspace(phantom_dir, backbone_dir, monkeypatch):
     config = systems.stage1_config(phantom_dir, backbone_dir, **FAST)
     stage = setup.build_stage(config, setup.prepare(config))
     loaders = setup.make_loaders(config)
@@ -86,7 +86,7 @@ def test_stage_1s_control_reads_no_kspace(phantom_dir, backbone_dir, monkeypatch
 
 @pytest.fixture(scope="module")
 def stage2(phantom_dir, backbone_dir) -> Stage2Parameters:
-    """Parameters of a decoder without tokens; the checkpoint is not there."""
+    """Parameters without a stage-1 checkpoint."""
     return systems.stage2_config(phantom_dir, backbone_dir, "", epochs=1, train_control=False, **TINY)
 
 
@@ -107,18 +107,18 @@ def test_decoders_without_tokens_train_without_stage_1(stage2, name, tmp_path, m
         assert torch.equal(again(batch), stage.model(batch))
 
 
-def test_a_decoder_with_tokens_needs_stage_1(stage2):
+def test_decoder_with_tokens_needs_stage_1(stage2):
     with pytest.raises(ParameterError, match=r"stage1_checkpoint: '' does not exist\. Run stage 1 first"):
         setup.prepare(stage2)
 
 
-def test_an_unknown_decoder_is_refused_with_the_nearest(stage2):
+def test_unknown_decoder_is_refused_with_a_hint(stage2):
     for name, hint in (("varnett", "did you mean 'varnet'"), ("x", "there are unet_dc, no_token_decoder")):
         with pytest.raises(ParameterError, match=f"decoder: '{name}' is not known; {hint}"):
             setup.prepare(stage2.model_copy(update={"decoder": name}))
 
 
-def test_a_decoder_of_ones_own_is_an_entry(stage2, tmp_path, monkeypatch):
+def test_custom_decoder_is_an_entry_of_decoders(stage2, tmp_path, monkeypatch):
     entry = DECODERS["fastmri_unet"]
     monkeypatch.setitem(DECODERS, "mine", DecoderEntry("mine", False, lambda config, _: entry.build(config, 0)))
     config = stage2.model_copy(update={"decoder": "mine", "max_steps": 1})
@@ -127,13 +127,13 @@ def test_a_decoder_of_ones_own_is_an_entry(stage2, tmp_path, monkeypatch):
     assert len(loop.fit(stage, config, loaders.train, loaders.val, tmp_path).steps) == 1
 
 
-@pytest.mark.parametrize(("given", "epochs"), [(0, 2), (0.5, 1), (1.5, 2), (99, 2)])
-def test_max_steps_ends_a_training_and_it_resumes(stage2, tmp_path, given, epochs):
-    """Also within an epoch, which is then judged where it ends; 0 and what is beyond the epochs end nothing."""
+@pytest.mark.parametrize(("share", "epochs"), [(0, 2), (0.5, 1), (1.5, 2), (99, 2)])
+def test_max_steps_ends_a_training_and_it_resumes(stage2, tmp_path, share, epochs):
+    """`max_steps` may end within an epoch, which is then validated; 0 and large values have no effect."""
     config = stage2.model_copy(update={"decoder": "fastmri_unet", "epochs": 2, "batch_size": 2})
     loaders = setup.make_loaders(config)
     each = len(loaders.train)
-    limit = int(given * each)
+    limit = int(share * each)
     config = config.model_copy(update={"max_steps": limit, "checkpoint_minutes": 0})
 
     def trained(folder, stop_after=0, **changes):
@@ -144,8 +144,8 @@ def test_max_steps_ends_a_training_and_it_resumes(stage2, tmp_path, given, epoch
                 raise KeyboardInterrupt
 
         changed = config.model_copy(update=changes)
-        one = Trainer(stage, changed, loaders.train, loaders.val, folder, on_step=on_step)
-        return one.run(), stage
+        trainer = Trainer(stage, changed, loaders.train, loaders.val, folder, on_step=on_step)
+        return trainer.run(), stage
 
     history, stage = trained(tmp_path / "a")
     total = limit if 0 < limit < 2 * each else 2 * each

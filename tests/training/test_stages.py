@@ -1,4 +1,4 @@
-"""The loop: learning, freezing, checkpoints, logs, accumulation, errors."""
+"""Both stages in the training loop: learning, frozen modules, checkpoints, logs, accumulation."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def stage1(phantom_dir, backbone_dir, tmp_path_factory):
     return config, directory, system, history
 
 
-def test_stage1_learns_and_writes_what_it_should(stage1):
+def test_stage1_learns_and_writes_checkpoints_and_logs(stage1):
     config, directory, _, history = stage1
     assert history.epochs[-1]["val_loss"] < history.epochs[0]["val_loss"]
     names = {path.name for path in (directory / "stage1_checkpoints").iterdir()}
@@ -65,7 +65,7 @@ def test_best_checkpoint_is_the_epoch_with_the_lowest_validation_loss(stage1):
     assert best["epoch"] == history.best_epoch == 1 + losses.index(min(losses))
 
 
-def test_learning_rate_warms_up_and_falls(stage1):
+def test_learning_rate_schedule(stage1):
     config, _, _, history = stage1
     rates = [step["learning_rate"] for step in history.steps]
     peak = rates.index(max(rates))
@@ -74,7 +74,7 @@ def test_learning_rate_warms_up_and_falls(stage1):
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-def test_backbone_is_the_same_bit_by_bit(stage1):
+def test_backbone_is_unchanged(stage1):
     config, _, system, _ = stage1
     fresh, tokenizer = two_stage.build_backbone(config, "cpu")
     assert two_stage.fingerprint(system) == two_stage.fingerprint(two_stage.TwoStageModel(None, fresh, tokenizer))
@@ -107,7 +107,7 @@ def test_checkpoint_of_another_backbone_is_refused(stage1):
         setup.load_stage1(directory / "stage1_checkpoints" / "stage1_best_model.pt", backbone, tokenizer)
 
 
-def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir, backbone_dir, tmp_path):
+def test_stage2_trains_the_decoder_alone_and_lowers_its_loss(stage1, phantom_dir, backbone_dir, tmp_path):
     _, directory, _, _ = stage1
     checkpoint = directory / "stage1_checkpoints" / "stage1_best_model.pt"
     config = systems.stage2_config(phantom_dir, backbone_dir, checkpoint, epochs=4, learning_rate=5e-3)
@@ -127,7 +127,6 @@ def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir
     assert {"reconstruction_mean", "reconstruction_max", "target_mean"} <= set(history.steps[0])
     config_back = setup.load_stage2(tmp_path / "stage2_checkpoints" / "stage2_final_model.pt", system)
     assert config_back == config
-    # The decoder belongs to this encoder's tokens.
     with torch.no_grad():
         system.encoder.start.add_(1)
     with pytest.raises(CheckpointError, match="another stage-1"):
@@ -135,7 +134,7 @@ def test_stage2_trains_the_decoder_alone_and_beats_its_start(stage1, phantom_dir
 
 
 def test_accumulated_batches_give_the_gradient_of_the_whole(stage1):
-    """Cross-entropy is normalised over the tokens of the whole effective batch, not batch by batch."""
+    """Cross-entropy is normalised over the tokens of the whole effective batch."""
     config, _, system, _ = stage1
     batches = list(loaders(config)[1])[:3]
     stage = stages.AnalysisStage(system, "stage1", 0.1)
@@ -153,24 +152,14 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(stage1):
     system.zero_grad(set_to_none=True)
 
 
-def test_a_loss_that_is_not_finite_stops_with_names(stage1, tmp_path, monkeypatch):
-    config, _, _, _ = stage1
-    system = systems.build(config)
-    stage = stages.AnalysisStage(system)
-    real = stage.loss
-    monkeypatch.setattr(stage, "loss", lambda batch: real(batch)._replace(total=real(batch).total * float("nan")))
-    with pytest.raises(FloatingPointError, match=r"epoch 1, step 1.*file_brain_AX.* slice \d"):
-        loop.fit(stage, config, *loaders(config), tmp_path)
-
-
 def test_early_stopping(stage1, tmp_path, monkeypatch):
     config, _, _, _ = stage1
-    patient = config.model_copy(update={"epochs": 6, "early_stopping_patience": 1})
+    config = config.model_copy(update={"epochs": 6, "early_stopping_patience": 1})
     system = systems.build(config)
     stage = stages.AnalysisStage(system)
     losses = iter([3.0, 2.0, 2.5, 1.0, 1.0, 1.0])
     monkeypatch.setattr(stage, "metrics", lambda scores: {"loss": next(losses)})
-    history = loop.fit(stage, patient, *loaders(config), tmp_path)
+    history = loop.fit(stage, config, *loaders(config), tmp_path)
     assert len(history.epochs) == 3 and history.best_epoch == 2
 
 
@@ -188,7 +177,7 @@ def test_bf16_autocast_trains_both_stages_close_to_float32(stage1, phantom_dir, 
     assert 0 < history2.epochs[0]["val_ssim"] < 1
 
 
-def test_a_backbone_kept_in_bfloat16_has_a_checkpoint_of_its_own(stage1, backbone_dir):
+def test_checkpoint_of_another_backbone_dtype_is_refused(stage1):
     config, directory, _, _ = stage1
     backbone, tokenizer = two_stage.build_backbone(config.model_copy(update={"backbone_dtype": "bfloat16"}), "cpu")
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.bfloat16}
@@ -207,5 +196,5 @@ def test_activation_checkpointing_reaches_the_frozen_backbone(stage1):
         system.analysis_loss(batch).loss.backward()
         hook.remove()
         gradients.append(system.encoder.projection.weight.grad)
-    assert calls.count(False) == 1 and calls.count(True) == 2  # once more in the backward pass
+    assert calls.count(False) == 1 and calls.count(True) == 2  # again in the backward pass
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)

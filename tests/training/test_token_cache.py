@@ -1,4 +1,4 @@
-"""The token cache: the same numbers as without, never a stale or damaged entry, whatever happens to the process."""
+"""The token cache: the same numbers as without it, no stale or damaged entries, and safe with killed processes."""
 
 import contextlib
 import hashlib
@@ -24,9 +24,10 @@ from mrilib.data.sampler import make_loader
 from mrilib.data.splits import split_volumes
 from mrilib.model import two_stage
 from mrilib.model.decoders import build_decoder
-from mrilib.training import checkpoint, device, loop, setup, stages, token_cache
+from mrilib.training import checkpoint, device, loop, setup, stages, token_cache, token_key
 from mrilib.training.distributed import TrainingStopped
-from mrilib.training.token_cache import TokenCache, read_entry
+from mrilib.training.token_cache import TokenCache
+from mrilib.training.token_shards import read_entry
 
 
 def config_of(data: Path, backbone: Path, directory: Path, **others) -> Stage2Parameters:
@@ -55,7 +56,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def filled(phantom_dir, backbone_dir, tmp_path_factory):
-    """A filled cache. Tests that change its files copy it."""
+    """A filled cache. Tests that change its files use a copy."""
     config = config_of(phantom_dir, backbone_dir, tmp_path_factory.mktemp("cache"))
     system = system_of(config)
     cache = TokenCache(system, config)
@@ -63,7 +64,7 @@ def filled(phantom_dir, backbone_dir, tmp_path_factory):
 
 
 def copy_of(filled, directory: Path):
-    """The same cache in another folder."""
+    """Copy the cache to another folder."""
     config, system, _, _ = filled
     shutil.copytree(config.token_cache_dir, directory)
     config = config.model_copy(update={"token_cache_dir": str(directory)})
@@ -71,28 +72,27 @@ def copy_of(filled, directory: Path):
     return config, cache, cache.hold(*datasets(config))
 
 
-def refuse_to_compute(monkeypatch):
+def forbid_computing(monkeypatch):
     monkeypatch.setattr(TokenCache, "_compute", lambda *_: pytest.fail("computed again"))
 
 
-def test_entries_are_the_slices_bit_for_bit_under_every_mask(filled):
+def test_entries_equal_the_slices_under_every_mask(filled):
     config, system, _, (train, val) = filled
-    for plain, cached in zip(datasets(config), (train, val), strict=True):
+    for direct, cached in zip(datasets(config), (train, val), strict=True):
         for epoch in (0, 1, 2):
-            plain.epoch = cached.epoch = epoch
-            for index in (0, len(plain) // 2, len(plain) - 1):
-                a, b = plain[index], cached[index]
+            direct.epoch = cached.epoch = epoch
+            for index in (0, len(direct) // 2, len(direct) - 1):
+                a, b = direct[index], cached[index]
                 for name in ("kspace", "mask", "target"):
                     assert torch.equal(getattr(a, name), getattr(b, name)), name
-                rest = ("scale", "maximum", "recon", "acceleration", "file", "slice_num", "patient", "report")
-                assert all(getattr(a, name) == getattr(b, name) for name in rest)
+                names = ("scale", "maximum", "image_shape", "acceleration", "file", "slice_num", "patient", "report")
+                assert all(getattr(a, name) == getattr(b, name) for name in names)
                 with torch.no_grad():
                     tokens = system.image_tokens(systems.collate([a]))[0]
                 torch.testing.assert_close(b.tokens.float(), tokens, rtol=1e-4, atol=1e-4)
-        assert plain.epoch == 2
 
 
-def test_random_numbers_do_not_depend_on_what_is_in_the_cache(filled, tmp_path):
+def test_random_numbers_do_not_depend_on_the_cache(filled, tmp_path):
     config, system, _, _ = filled
     config = config.model_copy(update={"token_cache_dir": str(tmp_path)})
     states = []
@@ -103,9 +103,9 @@ def test_random_numbers_do_not_depend_on_what_is_in_the_cache(filled, tmp_path):
     assert torch.equal(*states)
 
 
-def test_a_resumed_training_with_the_cache_equals_one_that_was_not_stopped(filled, tmp_path, monkeypatch):
-    """Uninterrupted with an empty cache; stopped after two steps and resumed, both times with a filled one."""
-    ended = []
+def test_resumed_training_with_the_cache_equals_uninterrupted_training(filled, tmp_path):
+    """Compare a run with an empty cache with one that is stopped after two steps and uses a filled cache."""
+    final = []
     for name, stops in (("whole", (False,)), ("resumed", (True, False))):
         for stopped in stops:
             config = filled[0].model_copy(
@@ -125,29 +125,30 @@ def test_a_resumed_training_with_the_cache_equals_one_that_was_not_stopped(fille
                 loop.fit(stage, config, loaders.train, loaders.val, tmp_path / name, on_step=stop)
             processes.cancel_stop(tmp_path / name)
         path = tmp_path / name / "stage2_checkpoints" / "stage2_final_model.pt"
-        ended.append(checkpoint.load_checkpoint(path, "stage2"))
-    whole, resumed = ended
+        final.append(checkpoint.load_checkpoint(path, "stage2"))
+    whole, resumed = final
     assert whole["step"] == resumed["step"] > 2
     assert all(torch.equal(value, resumed["weights"][name]) for name, value in whole["weights"].items())
     assert torch.equal(whole["rng"][0]["torch"], resumed["rng"][0]["torch"])
 
 
-def test_tokens_of_another_delta_rule_are_not_taken(filled, monkeypatch):
+def test_key_depends_on_the_delta_rule_implementation(filled, monkeypatch):
     config, system, cache, _ = filled
     key = cache.key
+    monkeypatch.setattr(kernels, "_choice", "plain")  # the same implementation as auto on a CPU
+    assert TokenCache(system, config).key == key
     fused = {"path": "fused", "package": "flash-linear-attention 0.5.0", "errors": {"o": 1e-3}}
     monkeypatch.setattr(kernels, "path", lambda *_: fused)
     keys = {key, TokenCache(system, config).key}
-    fused["errors"] = {"o": 2e-3}  # measured, and no part of what was computed
+    fused["errors"] = {"o": 2e-3}  # a measurement without influence on tokens
     keys.add(TokenCache(system, config).key)
     fused["package"] = "flash-linear-attention 0.6.0"
     keys.add(TokenCache(system, config).key)
     assert len(keys) == 3
 
 
-def test_all_code_that_computes_tokens_is_in_the_key():
-    """Every module that the passes of encoder and backbone go through."""
-    names = {module.__name__ for module in token_cache.COMPUTING_CODE}
+def test_key_depends_on_all_code_that_computes_tokens():
+    names = {module.__name__ for module in token_key.COMPUTING_CODE}
     assert {"mrilib.model.finding_maps", "mrilib.model.unet"} <= names
     assert {
         "mrilib.backbone.cache",
@@ -158,21 +159,8 @@ def test_all_code_that_computes_tokens_is_in_the_key():
     } <= names
 
 
-def test_masks_take_turns_and_validation_keeps_its_own(filled):
-    _, _, _, (train, val) = filled
-    masks = []
-    for epoch in range(4):
-        train.epoch = val.epoch = epoch
-        masks.append(torch.stack([train[i].mask for i in range(3)]))
-    assert torch.equal(masks[0], masks[2]) and torch.equal(masks[1], masks[3])
-    assert not torch.equal(masks[0], masks[1])
-    with_cache = val[0]
-    val.epoch = 0
-    assert torch.equal(with_cache.mask, val[0].mask)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_has_the_same_losses_as_without(filled, tmp_path, monkeypatch, workers):
+def test_training_has_the_same_losses_with_and_without_the_cache(filled, tmp_path, monkeypatch, workers):
     config = filled[0].model_copy(update={"num_workers": workers})
     histories = []
     for cached in (False, True):
@@ -181,21 +169,21 @@ def test_training_has_the_same_losses_as_without(filled, tmp_path, monkeypatch, 
         pair = datasets(config)
         stage = stages.ReconstructionStage(system)
         if cached:
-            refuse_to_compute(monkeypatch)
+            forbid_computing(monkeypatch)
             cache = TokenCache(system, config)
             pair, stage.image_tokens = cache.hold(*pair), cache.image_tokens
             monkeypatch.setattr(two_stage.TwoStageModel, "image_tokens", lambda *_: pytest.fail("the backbone ran"))
         loaders = make_loader(pair[0], config.batch_size, 0, shuffle=True), make_loader(pair[1], config.batch_size)
         histories.append(loop.fit(stage, config, *loaders, tmp_path / str(cached)))
-    plain, cached = histories
-    assert [s["loss"] for s in cached.steps] == pytest.approx([s["loss"] for s in plain.steps], rel=1e-5)
-    for a, b in zip(plain.epochs, cached.epochs, strict=True):
+    direct, cached = histories
+    assert [s["loss"] for s in cached.steps] == pytest.approx([s["loss"] for s in direct.steps], rel=1e-5)
+    for a, b in zip(direct.epochs, cached.epochs, strict=True):
         assert {k: v for k, v in b.items() if k != "seconds"} == pytest.approx(
             {k: v for k, v in a.items() if k != "seconds"}, rel=1e-4
         )
 
 
-def test_bf16_tokens_are_kept_as_they_are(filled, tmp_path):
+def test_bf16_tokens_are_stored_in_bf16(filled, tmp_path):
     config, _, _, _ = filled
     half = config.model_copy(
         update={"mixed_precision": "bf16", "backbone_dtype": "bfloat16", "token_cache_dir": str(tmp_path), "epochs": 1}
@@ -213,23 +201,23 @@ def test_bf16_tokens_are_kept_as_they_are(filled, tmp_path):
     torch.testing.assert_close(cache.image_tokens(batch), direct, rtol=0.05, atol=0.05)
 
 
-def test_size_is_said_beforehand_and_refused_when_the_disk_is_too_small(filled, tmp_path, monkeypatch):
+def test_size_is_known_beforehand_and_must_fit_on_the_disk(filled, tmp_path, monkeypatch):
     config, system, cache, _ = filled
     actual = sum(map(len, files(Path(config.token_cache_dir)).values()))
     assert cache.facts["bytes_to_write"] == pytest.approx(actual, rel=0.02)
-    refuse_to_compute(monkeypatch)
+    forbid_computing(monkeypatch)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=token_cache.SPARE_BYTES + actual // 2))
     small = config.model_copy(update={"token_cache_dir": str(tmp_path)})
     with pytest.raises(ParameterError, match=r"token_cache_dir: .* GB to be written to .*masks_per_slice"):
         TokenCache(system, small).hold(*datasets(small))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
-    TokenCache(system, config).hold(*datasets(config))  # a cache that is there needs no room
+    TokenCache(system, config).hold(*datasets(config))  # an existing cache needs no room
 
 
-def test_a_cache_that_is_there_is_taken(filled, monkeypatch):
+def test_existing_shards_are_used(filled, monkeypatch):
     config, system, _, _ = filled
-    refuse_to_compute(monkeypatch)
+    forbid_computing(monkeypatch)
     for changed in ({"masks_per_slice": 1}, {"batch_size": 2}, {"learning_rate": 1e-3}, {"epochs": 9}):
         other = config.model_copy(update=changed)
         again = TokenCache(system, other)
@@ -242,16 +230,16 @@ def test_a_cache_that_is_there_is_taken(filled, monkeypatch):
     [{"seed": 1}, {"center_fractions": [0.08, 0.05]}, {"accelerations": [4, 6]}, {"num_coils": 5},
      {"mask_type": "random"}, {"mixed_precision": "bf16"}, {"crop": "image"}],
 )  # fmt: skip
-def test_other_masks_or_settings_are_another_cache(filled, changed):
+def test_key_depends_on_masks_and_settings(filled, changed):
     config, system, cache, _ = filled
     other = config.model_copy(update=changed)
     train, _ = datasets(other)
-    digests = token_cache.file_digests([v.path for v in train.volumes], Path(config.token_cache_dir) / "files.json")
-    before = {shard.key for shard in cache._shards(datasets(config)[0], digests)}
-    assert before.isdisjoint({shard.key for shard in TokenCache(system, other)._shards(train, digests)})
+    digests = token_key.file_digests([v.path for v in train.volumes], Path(config.token_cache_dir) / "files.json")
+    before = {shard.key for shard in cache.shards(datasets(config)[0], digests)}
+    assert before.isdisjoint({shard.key for shard in TokenCache(system, other).shards(train, digests)})
 
 
-def test_one_bit_of_a_weight_or_a_head_count_is_another_cache(filled):
+def test_key_depends_on_every_bit_of_the_weights_and_on_the_head_count(filled):
     config, _, cache, _ = filled
     for part in ("encoder", "backbone"):
         system = system_of(config)
@@ -261,11 +249,11 @@ def test_one_bit_of_a_weight_or_a_head_count_is_another_cache(filled):
         flat[-1] ^= 1
         assert TokenCache(system, config).key != cache.key
     system = system_of(config)
-    system.encoder.vit.config.num_attention_heads = 4  # the weights' shapes do not tell it
+    system.encoder.vit.config.num_attention_heads = 4  # weight shapes do not depend on it
     assert TokenCache(system, config).key != cache.key
 
 
-def test_a_changed_byte_of_a_data_file_is_computed_anew_and_nothing_else(filled, tmp_path):
+def test_changed_byte_of_a_data_file_recomputes_this_file_alone(filled, tmp_path):
     config, system, _, _ = filled
     data, directory = tmp_path / "data", tmp_path / "cache"
     shutil.copytree(config.data_dir, data)
@@ -273,13 +261,13 @@ def test_a_changed_byte_of_a_data_file_is_computed_anew_and_nothing_else(filled,
     moved = config.model_copy(update={"data_dir": str(data), "token_cache_dir": str(directory)})
     cache = TokenCache(system, moved)
     train, _ = cache.hold(*datasets(moved))
-    assert cache.facts["bytes_to_write"] == 0  # the same bytes in another place
+    assert cache.facts["bytes_to_write"] == 0  # the same bytes in another folder
     volume = train.volumes[0]
     with h5py.File(volume.path) as h5:
         stored = h5["kspace"]
         place = stored.id.get_chunk_info(0).byte_offset if stored.chunks else stored.id.get_offset()
     state = volume.path.stat()
-    with open(volume.path, "r+b") as file:  # in place, of the same size, its time of writing put back
+    with open(volume.path, "r+b") as file:  # same size, same modification time
         file.seek(place + 100)
         byte = file.read(1)[0]
         file.seek(place + 100)
@@ -291,7 +279,7 @@ def test_a_changed_byte_of_a_data_file_is_computed_anew_and_nothing_else(filled,
     assert len(new) == 2 and all(name.startswith(volume.file) for name in new)  # under both masks
 
 
-def test_a_damaged_entry_is_noticed_whichever_byte_it_is(filled, tmp_path):
+def test_damage_to_any_byte_of_an_entry_is_detected(filled, tmp_path):
     _, _, _, (train, _) = filled
     shard, row = train.place(0)
     whole = shard.path.read_bytes()
@@ -299,18 +287,18 @@ def test_a_damaged_entry_is_noticed_whichever_byte_it_is(filled, tmp_path):
     broken = shard._replace(path=tmp_path / "broken.safetensors")
     rng = np.random.default_rng(0)
     header = 8 + int.from_bytes(whole[:8], "little")
-    noticed = 0
+    detected = 0
     for offset in [*rng.integers(0, header, 150), *rng.integers(header, len(whole), 150)]:
         content = bytearray(whole)
         content[offset] ^= 1 << rng.integers(8)
         broken.path.write_bytes(content)
         entry = read_entry(broken, row)
         if entry is None:
-            noticed += 1
-        else:  # another slice's bytes, or a space of the header
+            detected += 1
+        else:  # a byte of another slice or a space in the header
             assert entry[1] == facts
             assert all(torch.equal(entry[0][name], tensor) for name, tensor in tensors.items())
-    assert noticed > 100
+    assert detected > 100
     for cut in (0, 7, header - 1, header, len(whole) // 2, len(whole) - 1):
         broken.path.write_bytes(whole[:cut])
         assert read_entry(broken, row) is None
@@ -319,33 +307,33 @@ def test_a_damaged_entry_is_noticed_whichever_byte_it_is(filled, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_entry_is_computed_again_as_it_was(filled, tmp_path, caplog, workers):
+def test_damaged_and_missing_shards_are_computed_again(filled, tmp_path, caplog, workers):
     config, cache, (train, _) = copy_of(filled, tmp_path / "cache")
     train.config = config.model_copy(update={"num_workers": workers})
-    wanted = [cache.image_tokens(batch) for batch in make_loader(train, config.batch_size)]
+    expected = [cache.image_tokens(batch) for batch in make_loader(train, config.batch_size)]
     before = files(tmp_path / "cache")
     shard, _ = train.place(4)
-    gone, _ = train.place(0)
+    missing, _ = train.place(0)
     content = bytearray(shard.path.read_bytes())
     content[-100] ^= 8
     shard.path.write_bytes(content)
-    gone.path.unlink()
+    missing.path.unlink()
     with caplog.at_level("WARNING", logger="mrilib"):
         token_cache.logger.propagate = True
         again = [cache.image_tokens(batch) for batch in make_loader(train, config.batch_size)]
-    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
     assert files(tmp_path / "cache") == before
-    assert shard.path.name in caplog.text and gone.path.name in caplog.text
+    assert shard.path.name in caplog.text and missing.path.name in caplog.text
 
 
-def test_a_shard_of_other_slices_under_its_name_is_not_believed(filled, tmp_path):
+def test_shard_of_other_slices_under_its_name_is_refused(filled, tmp_path):
     _, _, (train, _) = copy_of(filled, tmp_path / "cache")
     (a, row), (b, _) = train.place(0), train.place(len(train) - 1)
     shutil.copy(b.path, a.path)
     assert read_entry(a, row) is None
 
 
-def test_a_disk_that_cannot_be_written_is_named(filled, tmp_path, monkeypatch):
+def test_write_error_names_the_file(filled, tmp_path, monkeypatch):
     config, system, _, _ = filled
     elsewhere = config.model_copy(update={"token_cache_dir": str(tmp_path)})
     real = Path.write_bytes
@@ -363,18 +351,18 @@ def test_a_disk_that_cannot_be_written_is_named(filled, tmp_path, monkeypatch):
 
 
 def fill(config: Stage2Parameters) -> None:
-    """What a process of its own does."""
+    """Fill a cache; at the top level, for other processes."""
     TokenCache(system_of(config), config).hold(*datasets(config))
 
 
-def test_killed_processes_leave_a_usable_cache_and_two_at_once_do_not_harm_it(filled, tmp_path):
+def test_killed_and_concurrent_processes_leave_a_correct_cache(filled, tmp_path):
     config = filled[0]
-    wanted = files(Path(config.token_cache_dir))
+    expected = files(Path(config.token_cache_dir))
     elsewhere = config.model_copy(update={"token_cache_dir": str(tmp_path)})
-    # not forks of this process: they would share the progress bar's lock, which a killed one may hold for ever
+    # Forks of this process would share the progress bar's lock, which a killed one may hold forever.
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload([__name__])
-    for count in (2, 4, 6):  # killed when so many shards are there
+    for count in (2, 4, 6):  # shards at the time of the kill
         process = fork.Process(target=fill, args=(elsewhere,))
         process.start()
         deadline = time.monotonic() + 120
@@ -383,33 +371,33 @@ def test_killed_processes_leave_a_usable_cache_and_two_at_once_do_not_harm_it(fi
             time.sleep(0.001)
         process.kill()
         process.join()
-    there = files(tmp_path)
-    assert 6 <= len(there) < len(wanted)
-    assert all(wanted[name] == content for name, content in there.items())
+    existing = files(tmp_path)
+    assert 6 <= len(existing) < len(expected)
+    assert all(expected[name] == content for name, content in existing.items())
     both = [fork.Process(target=fill, args=(elsewhere,)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(300)
         assert process.exitcode == 0
-    assert files(tmp_path) == wanted
+    assert files(tmp_path) == expected
 
 
-def test_the_cache_needs_masks(phantom_dir, backbone_dir, tmp_path):
+def test_cache_needs_masks_per_slice(phantom_dir, backbone_dir, tmp_path):
     with pytest.raises(ParameterError, match="masks_per_slice 0 every epoch has new masks"):
         config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0)
     assert config_of(phantom_dir, backbone_dir, tmp_path, masks_per_slice=0, token_cache_dir="").masks_per_slice == 0
 
 
 def test_raw_hidden_states_are_stored(filled):
-    """Before the decoder's LayerNorm and in the backbone's type, so that any decoder can be trained on them."""
+    """Stored before the decoder's LayerNorm and in the backbone's type, so that any decoder can train on them."""
     _, system, _, (train, _) = filled
     train.epoch = 0
     shard, _ = train.place(0)
     with safe_open(shard.path, "pt") as file:
         stored = torch.stack([file.get_tensor(f"{row}.tokens") for row in range(len(shard.indices))])
-    plain = token_cache._uncached(train, 0)
-    batch = systems.collate([plain[i] for i in shard.indices])
+    direct = token_cache.uncached(train, 0)
+    batch = systems.collate([direct[i] for i in shard.indices])
     with torch.no_grad():
         raw = system.backbone.base_model(inputs_embeds=system.encoder(batch.kspace, batch.mask)).last_hidden_state
     assert torch.equal(stored, raw[:, 1:-1])
@@ -417,8 +405,8 @@ def test_raw_hidden_states_are_stored(filled):
 
 @pytest.mark.fullsize
 @pytest.mark.skipif(not (ROOT / "data/demo").exists(), reason="needs data/demo: run `make demo` once")
-def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(capsys):
-    """Against the decoder's own steps on batches in memory; the encoder is untrained, which costs the same."""
+def test_cached_epoch_of_the_demo_is_fast(capsys):
+    """Compare with the decoder's steps on batches in memory; the encoder is untrained, which costs the same."""
     stage1 = Stage1Parameters.from_yaml(ROOT / "params/demo/stage1.yaml")
     config = Stage2Parameters.from_yaml(
         ROOT / "params/demo/stage2.yaml", {"stage1_checkpoint": stage1.backbone_path, "masks_per_slice": 1}
@@ -430,7 +418,7 @@ def test_an_epoch_of_the_demo_is_fast_from_the_second_pass_on(capsys):
     assert times.saved >= 10
 
 
-def test_a_stop_while_it_is_filled_keeps_what_is_computed(filled, tmp_path):
+def test_stop_while_filling_keeps_computed_shards(filled, tmp_path):
     config, system, _, _ = filled
     config = config.model_copy(update={"token_cache_dir": str(tmp_path / "cache"), "epochs": 1})
     cache = TokenCache(system, config)
@@ -445,11 +433,11 @@ def test_a_stop_while_it_is_filled_keeps_what_is_computed(filled, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"/data/a.h5": {"sta', b"[1]", b"\xff\x00", b'{"x": 1}'])
-def test_a_damaged_list_of_digests_is_made_again(tmp_path, content):
+def test_damaged_manifest_is_written_again(tmp_path, content):
     path = tmp_path / "a.h5"
     path.write_bytes(b"slices")
     os.utime(path, (0, 0))
     manifest = tmp_path / "files.json"
     manifest.write_bytes(content)
     expected = {path: hashlib.sha256(b"slices").hexdigest()}
-    assert token_cache.file_digests([path], manifest) == expected
+    assert token_key.file_digests([path], manifest) == expected
