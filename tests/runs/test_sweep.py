@@ -90,7 +90,7 @@ def test_a_failed_run_does_not_stop_the_sweep_and_the_comparison_ends_it(params,
     states = records[tmp_path / "s-sweep"]["notebooks"]["compare"]["states"]
     assert states[done.name] == "done"
     assert states[failed.name].startswith("failed in 02_train_stage1: ValueError: varnet_weights: ")
-    assert "reconstructions; 04_evaluate makes them" in (tmp_path / "s-sweep" / "05_compare_runs.ipynb").read_text()
+    assert "reconstructions; 04_evaluate writes them" in (tmp_path / "s-sweep" / "05_compare_runs.ipynb").read_text()
 
     assert main(command) == 1
     assert "not finished" in capfd.readouterr().err, "a failed run is not repeated without --resume"
