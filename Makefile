@@ -25,7 +25,7 @@ test-transformers: $(BIN)/installed  ## the backbone's tests with the oldest and
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target .venv/newest $(NEWEST)
 	for version in oldest newest; do \
 		PYTHONPATH=.:.venv/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q \
-			tests/backbone/test_nirvana.py tests/backbone/test_huggingface.py $(ARGS) || exit 1; \
+			tests/backbone/test_nirvana.py tests/backbone/test_loading.py tests/backbone/test_huggingface.py $(ARGS) || exit 1; \
 	done
 
 lab: $(BIN)/installed  ## JupyterLab on notebooks/

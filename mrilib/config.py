@@ -1,8 +1,8 @@
 """Every parameter of every notebook: name, type, default, description with unit, and limits.
 
 One pydantic class per notebook. Its fields are exactly the notebook's parameters cell and the keys of its params
-files; a test ensures it. YAML's ``1e-4`` and ``papermill -p x false`` arrive as strings, which are converted to numbers
-and truth values. Anything else of a wrong type and every unknown name is an error (`parameters.Parameters`).
+files; a test compares them. YAML's ``1e-4`` and papermill's ``false`` arrive as strings and are converted to float and
+bool. Anything else of a wrong type and every unknown name is an error (`parameters.Parameters`).
 
 After a change, ``python -m mrilib.runs.parameter_reference`` updates docs/parameters.md and the parameters cells.
 """
@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, field_validator, model_validator
 
-# Imported from here with the parameters by the other packages.
+# Re-exported: other packages import these from mrilib.config.
 from mrilib.errors import ParameterError as ParameterError
 from mrilib.errors import printable as printable
 from mrilib.files import ROOT as ROOT
@@ -23,7 +23,7 @@ from mrilib.parameters import HINTS, Parameters, parameter
 from mrilib.plain_yaml import read_yaml as read_yaml
 
 MASK_TYPES = ("random", "equispaced", "equispaced_fraction", "magic", "magic_fraction")
-MAX_NETWORK_PARAMETERS = 2 * 10**9  # of a network built from sizes given here; the full-size encoder has 10**8
+MAX_NETWORK_PARAMETERS = 2 * 10**9  # of any network whose sizes are parameters; the full-size encoder has about 10**8
 
 
 class OutputParameters(Parameters):
@@ -42,8 +42,12 @@ class DataParameters(OutputParameters):
     data_dir: str = parameter("data/demo", "folder of fastMRI brain multicoil h5 files for training", min_length=1)
     val_dir: str = parameter("", "folder of validation files; empty: part of data_dir, split by patient")
     test_dir: str = parameter("", "folder of test files; empty: part of data_dir, split by patient")
-    val_fraction: float = parameter(0.06, "fraction of data_dir's patients for validation without val_dir", ge=0, lt=1)
-    test_fraction: float = parameter(0.12, "fraction of data_dir's patients for testing without test_dir", ge=0, lt=1)
+    val_fraction: float = parameter(
+        0.06, "fraction of data_dir's patients for validation; unused with val_dir", ge=0, lt=1
+    )
+    test_fraction: float = parameter(
+        0.12, "fraction of data_dir's patients for testing; unused with test_dir", ge=0, lt=1
+    )
     split_seed: int = parameter(0, "seed of the split by patient", ge=0, lt=2**32)
     on_bad_file: Literal["refuse", "skip"] = parameter(
         "refuse", "unusable data files: stop with an error, or skip them and list them in run.json"
@@ -51,7 +55,9 @@ class DataParameters(OutputParameters):
     annotations_dir: str = parameter(
         "", "folder of fastMRI+'s brain.csv and brain_file_list.csv; empty: those in data_dir, if any"
     )
-    reports_path: str = parameter("", "JSON Lines file of own reports (file, slice, prompt, response); empty: none")
+    reports_path: str = parameter(
+        "", "JSON Lines file of your own reports (file, slice, prompt, response); empty: none"
+    )
     num_coils: int = parameter(4, "coils after SVD compression; slices with fewer coils keep theirs", ge=1, le=1024)
     img_size: int = parameter(128, "side of the ViT's input image [pixels], a multiple of 16", ge=16, le=4096)
     crop: Literal["readout", "image"] = parameter(
@@ -297,16 +303,21 @@ class Stage2Parameters(TrainingParameters):
         min_length=1,
     )
     decoder_type: Literal["full", "lightweight", "small"] = parameter(
-        "small", "full: 160M parameters with decoder_hidden_dim 512; lightweight: 80M; small: 35M"
+        "small", "size of the U-Net; with decoder_hidden_dim 512 full has 160M parameters, lightweight 80M, small 35M"
     )
     decoder_hidden_dim: int = parameter(128, "channels of the projected image tokens", ge=16, le=4096)
     use_bilinear_upsample: bool = parameter(True, "bilinear up-sampling in the U-Net; false: transposed convolutions")
     image_skip: bool = parameter(True, "the decoder also receives the measured data; false: image tokens alone")
-    sense: bool = parameter(True, "U-Net on a SENSE image, followed by data consistency over all coils")
+    sense: bool = parameter(
+        True,
+        "the U-Net corrects a SENSE image and a second SENSE solve follows; false: it corrects the zero-filled image",
+    )
     baseline_cascades: int = parameter(12, "cascades of the VarNet baselines", ge=1, le=64)
     baseline_chans: int = parameter(18, "channels of the baselines' U-Nets", ge=1, le=512)
     baseline_pools: int = parameter(4, "down-sampling levels of the baselines' U-Nets", ge=1, le=8)
-    masks_per_slice: int = parameter(0, "masks that a training slice uses in turn; 0: always a new one", ge=0, le=10**4)
+    masks_per_slice: int = parameter(
+        0, "different masks per training slice, used in turn; 0: a new one each time", ge=0, le=10**4
+    )
     token_cache_dir: str = parameter(
         "", "folder of the token cache: image tokens and decoder inputs, shared by runs; empty: no cache"
     )

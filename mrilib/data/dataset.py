@@ -1,7 +1,7 @@
 """fastMRI brain files, slice by slice: h5 → Slice → Batch.
 
-The model's input (scale, coil compression, coil maps) comes from the masked k-space alone. Target, maximum and
-attributes are used by the loss and the metrics.
+Scale, coil compression and coil maps come from the masked k-space alone. The decoder also receives the image size and
+the acquired lines from the header. Only the loss and the metrics use target, maximum and annotations.
 """
 
 import copy
@@ -42,7 +42,7 @@ class Slice(NamedTuple):
     patient: str
     facts: Facts
     report: Report | None
-    acquired: Tensor | None = None  # bool (phase,): False on the padding of the header; None: all lines were acquired
+    acquired: Tensor | None = None  # bool (phase,): False on lines that the header marks as not acquired; None: all
     tokens: Tensor | None = None  # image tokens (N, hidden) from a token cache
     pixel: tuple[float, float] | None = None  # (readout, phase) [mm]; None if the header lacks it
     boxes: tuple[Box, ...] | None = None  # on the evaluated image, never mirrored; None: volume not reviewed
@@ -91,10 +91,11 @@ class FastMRIDataset(Dataset[Slice]):
     annotations : Annotations, optional
         fastMRI+ findings; without them the findings of all slices are unknown.
     training : bool
-        Seed masks from (seed, file, slice, mask number) instead of the file name, and mirror slices.
+        True: masks seeded by (seed, file, slice, mask number), and mirrored slices. False: fastMRI's validation masks,
+        seeded by the file name.
     masks_per_slice : int
-        Training masks of a slice, used in turn by epoch (a repeat within an epoch takes the next one); 0: a new mask
-        for each epoch and repeat.
+        Number of different training masks per slice. Epochs cycle through them, and so do repeats within an epoch.
+        0: a new mask for each epoch and repeat.
     acceleration : int, optional
         Use only this one of config.accelerations.
     max_slices : int
@@ -169,7 +170,7 @@ class FastMRIDataset(Dataset[Slice]):
 
     def uncompressed(self) -> "FastMRIDataset":
         """Copy with the same slices and masks, without coil compression."""
-        other = FastMRIDataset.__new__(FastMRIDataset)  # not the subclass: cached slices are compressed
+        other = FastMRIDataset.__new__(FastMRIDataset)  # not type(self): the cache's subclass holds compressed slices
         vars(other).update(vars(self))
         most = max(self.config.num_coils, *(volume.coils for volume in self.volumes))
         other.config = self.config.model_copy(update={"num_coils": most})
@@ -331,8 +332,8 @@ def _read_reports(path: str, volumes: Sequence[Volume]) -> dict[tuple[str, int],
 class _LineReader:
     """Reads the measured lines of a slice through one reused buffer.
 
-    The buffer holds a few coils and stays in the processor's cache. Fresh memory for a slice (26 MB) would take as
-    long as reading the file. Threads must not share a reader.
+    The buffer usually holds four coils and fits in the processor's cache. Allocating 26 MB per slice takes as long as
+    reading the file. Threads must not share a reader.
     """
 
     COILS = 4  # read at a time

@@ -2,8 +2,8 @@
 
 The facts come from the acquisition attribute, the slice number and fastMRI+ (Zhao et al., "fastMRI+, clinical pathology
 annotations for knee and brain fully sampled MRI data", Scientific Data 9, 152, 2022). `answer` writes them in one or
-two sentences, and `parse` reads such sentences, so that generated text can be scored. The prompt is a constant, so it
-gives nothing of the answer away.
+two sentences, and `parse` reads such sentences, so that generated text can be scored. The prompt is the same
+for all slices, so it contains no information about the slice.
 
 Sides and regions refer to the *displayed* image, which is the array of the h5 file flipped up/down (anterior at the
 top):
@@ -31,7 +31,7 @@ LEVELS = ("lower", "middle", "upper")
 SIDES = ("left", "midline", "right")
 REGIONS = ("anterior", "central", "posterior")
 MIDLINE_HALF_WIDTH = 0.05  # as a fraction of the image width
-#: words that have a fact token
+#: words with a token of their own in the tiny backbone's pretraining (`pretrain.corpus`)
 FACT_WORDS = (*CONTRASTS.values(), *LEVELS, *SIDES, *REGIONS, *LABELS, "Whole study")
 _LABEL_OF_TEXT = {label.lower(): label for label in LABELS}
 

@@ -104,14 +104,14 @@ class ImageDecoder(nn.Module):
         Parameters
         ----------
         tokens : Tensor, float, shape (B, (img_size/16)², token_dim), or None
-            None replaces the token map by zeros.
+            None: an all-zero token map (zero tokens). A decoder with token_dim 0 accepts only None.
         kspace : Tensor, complex64, shape (B, coil, readout, phase)
             Masked k-space divided by its root mean square.
         mask : Tensor, bool, shape (B, phase)
         scale : Tensor, float32, shape (B,) [file units]
         image_shape : (h, w) [pixels]
         acquired : Tensor, bool, shape (B, phase), optional
-            False on lines outside of the acquired k-space; by default all lines are acquired.
+            False on lines that were not acquired; default: all True.
 
         Returns
         -------
@@ -146,7 +146,7 @@ class ImageDecoder(nn.Module):
                 kspace, mask, maps, FINAL_SENSE_WEIGHT, FINAL_SENSE_ITERATIONS, prior=image, zero_filled=zero_filled
             )
         coil_images = sense_module.data_consistency(image, maps, kspace, mask, acquired, measured)
-        # The target is the RSS of noisy lines. Noise of the missing lines adds to its power; no image predicts that.
+        # The target is the RSS of noisy, fully sampled data. The U-Net predicts the noise power of the missing lines.
         power = fourier.rss(coil_images).square() + residual[:, 2] * rms[:, 0].square()
         return power.clamp_min(TINY).sqrt()
 

@@ -24,7 +24,7 @@ from mrilib.model.finding_maps import FindingEmbedding, FindingMaps
 from mrilib.model.unet import PATCH, run
 from mrilib.physics import coils, fourier
 
-INITIAL_TOKEN_SCALE = 0.01  # RMS of an untrained encoder's image tokens, relative to the backbone's word embeddings
+INITIAL_TOKEN_SCALE = 0.01  # RMS of an untrained encoder's k-space tokens, relative to the backbone's word embeddings
 
 
 class EncoderOutput(NamedTuple):
@@ -49,10 +49,10 @@ class KSpaceEncoder(nn.Module):
         Sizes of fastMRI's VarNet. The defaults have its published 29,936,966 parameters.
     map_network : bool
         True: VarNet estimates coil maps with its network. False: coil maps are the centre lines' coil images over their
-        RSS. A short training on text alone does not teach the network coils, and its changing maps change the image.
+        RSS. The text loss alone trains the map network poorly, and changing coil maps change the image.
     finding_labels : sequence of str
-        Labels of the detection maps, a U-Net on VarNet's image; each detected finding adds a vector to the token of its
-        patch. Empty: no detection maps.
+        fastMRI+ labels to detect. A U-Net on VarNet's image gives one detection map per label. Each detected finding
+        adds a vector to the token of its patch. Empty: no detection maps.
     finding_chans : int
         Width of the detection maps' U-Net.
     activation_checkpointing : bool
@@ -138,7 +138,7 @@ class KSpaceEncoder(nn.Module):
     def phase_corrected_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """Compute VarNet's image without the background phase of the cascades' initial image.
 
-        The phase that the cascades add is kept: their U-Nets can mark what they find in sign and imaginary part.
+        Phase added by the cascades is kept, since it can carry information for the ViT.
 
         Returns
         -------
@@ -183,8 +183,8 @@ class KSpaceEncoder(nn.Module):
     def pixels(self, image: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """Compute the input of ViT and detection maps, float32 (B, 2, img_size, img_size), from VarNet's image.
 
-        The channels are the real and imaginary part. Their mean square is 1 because the scale of VarNet's image depends
-        on the number of coils. The mean is kept: it has no meaning for a complex image.
+        The channels are the real and imaginary part. The image is divided by its RMS magnitude, because the scale of
+        VarNet's image depends on the number of coils. Its mean is not subtracted.
         """
         image = fourier.center_crop_or_pad(image, (self.img_size, self.img_size))
         if mirrored is not None:
@@ -206,8 +206,8 @@ class KSpaceEncoder(nn.Module):
         """Run the ViT: (B, (img_size/16)², vit_embed_dim).
 
         Patch embeddings are a linear map of the pixels, plus one of the U-Net's features (hybrid ViT, Dosovitskiy et
-        al., ICLR 2021): tissue contrast shows in folds and edges, not in a weighted sum of pixels. The text's gradient
-        does not reach the U-Net.
+        al., ICLR 2021): a linear map of pixels cannot represent local contrast at edges, U-Net features can. The
+        features are detached, so the text loss does not train the U-Net.
         """
         patches = self.vit.embeddings(pixels)
         if self.patch_features is not None:
@@ -219,10 +219,11 @@ class KSpaceEncoder(nn.Module):
         return self.vit.layernorm(patches)[:, 1:]
 
     def match_embeddings(self, rms: float) -> None:
-        """Scale projection, start and end vectors, and finding vectors to the backbone's word embeddings.
+        """Draw projection, start, end and finding vectors again, in the scale of the backbone's word embeddings.
 
-        Image tokens start as random vectors of `INITIAL_TOKEN_SCALE` times the size of word embeddings. At full size
-        this noise would disturb the frozen backbone more than an untrained encoder can inform it.
+        Start and end vectors have the RMS of the word embeddings. K-space tokens and finding vectors start at
+        `INITIAL_TOKEN_SCALE` times that RMS. Larger random tokens would dominate the backbone's hidden states before
+        the encoder has learned anything.
 
         Parameters
         ----------
@@ -262,7 +263,7 @@ class ConstantPrefix(nn.Module):
     Parameters
     ----------
     num_tokens : int
-        Number of image tokens. Start and end are added, so that the length is that of the encoder's output.
+        Number of k-space tokens. Start and end vectors are added, so the prefix is as long as the encoder's output.
     output_dim : int
         Hidden size of the backbone.
     rms : float
@@ -281,7 +282,9 @@ class ConstantPrefix(nn.Module):
 def run_cascades(
     cascades: Iterable[nn.Module], kspace: Tensor, mask: Tensor, maps: Tensor, image: Tensor, checkpointing: bool
 ) -> Tensor:
-    """Run VarNet's cascades, k ← k − η (k − y) on the measured lines − F S D(Sᴴ F⁻¹ k), up to the last combined image.
+    """Run VarNet's cascades k ← k − η M (k − y) − F S D(Sᴴ F⁻¹ k), and return the last combined image.
+
+    y: measured k-space; M: mask; S: coil maps; D: the cascade's U-Net; η: its learned data-consistency weight.
 
     `kspace` and `maps` are complex64 (B, coil, readout, phase), `mask` is bool (B, phase). `image` is the combined
     image of `kspace`, complex64 (B, readout, phase), as is the result.
@@ -297,12 +300,12 @@ def run_cascades(
 def _cascade(
     block: nn.Module, is_last: bool, refined: Tensor, image: Tensor, kspace: Tensor, lines: Tensor, maps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """K-space and combined image after a cascade; after the last one, only the image is complete."""
+    """Return k-space and combined image after a cascade; after the last, k-space lacks the U-Net's correction."""
     network: Any = block.model
     weight: Any = block.dc_weight
     change = torch.view_as_complex(network(torch.view_as_real(image)[:, None]).float().contiguous())[:, 0]
     refined = refined - torch.where(lines, weight * (refined - kspace), 0)
-    if is_last:  # saves the network's image the way to k-space and back
+    if is_last:  # Sᴴ F⁻¹ F S x = rss(S)² x, so the last correction needs no Fourier transform
         return refined, coils.combine(fourier.ifft2c(refined), maps) - fourier.rss(maps).square() * change
     refined = refined - fourier.fft2c(coils.expand(change, maps))
     return refined, coils.combine(fourier.ifft2c(refined), maps)
@@ -333,8 +336,8 @@ def initialize_coil_maps_as_identity(varnet: VarNet) -> None:
     """Initialize VarNet's map network as the identity, so that coil maps start as the centre lines' coil images.
 
     fastMRI's random initialization gives random maps, which make the coils cancel each other. A reconstruction loss
-    soon corrects this; a loss on text does not. With fewer than 4 sensitivity channels, too few to pass a complex image
-    through a leaky ReLU, the random initialization is kept.
+    soon corrects this; a loss on text does not. A complex image needs 4 channels to pass a leaky ReLU
+    unchanged. With fewer channels the random initialization is kept.
     """
     unet = varnet.sens_net.norm_unet.unet
     if unet.chans < 4:
@@ -394,12 +397,11 @@ def build_vit(img_size: int, embed_dim: int, num_layers: int, num_heads: int) ->
 def _initialize_vit(vit: ViTModel) -> None:
     """Initialize a ViT so that a narrow one learns from few images.
 
-    - Linear maps keep the scale of their input (LeCun: variance 1 / inputs; before the MLP's nonlinearity twice that
-      deviation). transformers' fixed deviation of 0.02 suits a width of 768 and long training.
+    - Linear weights have standard deviation 1/√inputs (LeCun), and 2/√inputs in the first MLP layer.
+      transformers' fixed deviation of 0.02 suits a width of 768 and long training.
     - Patch filters are random mixtures of the 4×4 lowest cosines: smooth, unlike noise and aliasing.
-    - Their biases are as large as a bright patch. Without them the LayerNorm would remove a patch's brightness.
-    - Position embeddings have the scale of the patch embeddings: a patch's brightness means little without its
-      position, and embeddings of 0.02 would not grow enough in a short training.
+    - Patch biases have standard deviation 3, comparable to a bright patch. Without them LayerNorm removes brightness.
+    - Position embeddings have standard deviation 1, like the patch embeddings; 0.02 is too small for a short training.
     """
     for layer in vit.layers:
         for name, module in layer.named_modules():

@@ -1,7 +1,8 @@
 """The two-stage model: k-space encoder, frozen backbone and image decoder; then the functions that build its parts.
 
 The sequence is: start, k-space tokens, end, prompt, analysis. Image tokens are the backbone's last hidden states at the
-k-space positions. The backbone is causal, so they depend on the scan alone, not on the prompt that follows.
+k-space positions. The backbone is causal, so they depend on the scan alone, not on the prompt that follows. A
+*prefix* is start, N = (img_size/16)² k-space tokens and end: (B, N + 2, hidden).
 """
 
 import functools
@@ -33,7 +34,7 @@ class Texts(NamedTuple):
 
     ids: Tensor  # int64 (B, T): prompt, analysis, end of sequence, padding
     attention: Tensor  # int64 (B, T): 1 at tokens, 0 at padding
-    labels: Tensor  # int64 (B, T): the id at positions that are trained, -100 elsewhere
+    labels: Tensor  # int64 (B, T): the id at positions that enter the loss, -100 elsewhere
 
 
 class TokenLoss(NamedTuple):
@@ -140,8 +141,8 @@ class TwoStageModel(nn.Module):
     def tokenize(self, slices: Sequence[Slice]) -> Texts:
         """Tokenize prompts and analyses.
 
-        Labels are masked by length, not by id: padding and end of sequence share an id, and the end is trained. It is
-        not trained for a volume that was not reviewed, because findings could follow.
+        Labels are masked by position, because padding and end of sequence share an id. The end of sequence enters the
+        loss only for reviewed volumes and reports; otherwise findings could follow.
         """
         prompts = [self._ids(prompt_of(one)) for one in slices]
         answers = [self._ids(answer_of(one)) for one in slices]
@@ -168,7 +169,7 @@ class TwoStageModel(nn.Module):
     def analysis_loss_from_prefix(
         self, prefix: Tensor, slices: Sequence[Slice], label_smoothing: float = 0.0
     ) -> TokenLoss:
-        """Compute `analysis_loss` from k-space tokens (B, N + 2, hidden), which may be those of other slices."""
+        """Compute `analysis_loss` from k-space tokens (B, N + 2, hidden), possibly of other slices."""
         texts = self.tokenize(slices)
         embeds = self.backbone.get_input_embeddings()(texts.ids)
         prefix = prefix.to(embeds.dtype)

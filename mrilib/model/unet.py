@@ -1,8 +1,8 @@
 """The U-Net of the image decoder and of the detection maps.
 
-The first layer stores each 2×2 pixel block in the channels of one position (`pixel_unshuffle`). Wide layers on a
-quarter of the positions cost far less than narrow layers at full size, and no pixel is lost. Three levels lower, at
-1/16 of the image size, lies the bottleneck. It has one position for each 16×16 patch of the ViT.
+The first layer stores each 2×2 pixel block in the channels of one position (`pixel_unshuffle`). A wide layer on a
+quarter of the positions is faster than a narrow layer at full size. The bottleneck is three levels lower, at 1/16 of
+the image size. Each of its positions corresponds to one 16×16 patch of the ViT.
 """
 
 from collections.abc import Callable
@@ -164,7 +164,7 @@ class UNet(nn.Module):
 def run(module: Callable[..., Any], *inputs: Tensor, checkpointing: bool) -> Any:
     """Call a module. With `checkpointing`, its activations are recomputed in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
-        # A reentrant checkpoint returns no gradient where the first input needs none.
+        # A reentrant checkpoint gives the parameters no gradient if no input requires one.
         return checkpoint(module, *inputs, use_reentrant=False)
     return module(*inputs)
 

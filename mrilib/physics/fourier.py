@@ -64,7 +64,7 @@ def rss(coil_images: Tensor, dim: int = -3) -> Tensor:
 
 
 def center_crop_or_pad(image: Tensor, size: Sequence[int]) -> Tensor:
-    """Crop or zero-pad the last two axes about their centre, as fastMRI's `center_crop` does.
+    """Crop or zero-pad the last two axes about their centre. Crops equal fastMRI's `center_crop`.
 
     A crop from n to m starts at (n - m) // 2. Cropping a padded image restores the image.
 
@@ -100,7 +100,8 @@ def remove_readout_oversampling(kspace: Tensor, readout: int) -> Tensor:
 
     Returns
     -------
-    Tensor, complex64, shape (..., readout, W), with the readout contiguous
+    Tensor, complex64, shape (..., readout, W)
+        The input itself if its length is `readout` already; otherwise with the readout contiguous.
 
     Raises
     ------
@@ -112,8 +113,8 @@ def remove_readout_oversampling(kspace: Tensor, readout: int) -> Tensor:
         raise ValueError(f"readout must be at most the {length} points of k-space, got {readout}")
     if readout == length:
         return kspace
-    # The transforms count from 0, which saves copying all lines for each shift. The missing shifts of k-space are a
-    # phase in the cropped image, which is 1 if both lengths are even.
+    # Uncentred FFTs save one copy of all lines per shift. The omitted shifts of k-space equal a linear phase in the
+    # cropped image. The phase is 1 if both lengths are even.
     pixels = torch.fft.ifftshift(torch.arange(readout) - readout // 2)
     sources = pixels + readout // 2 + (length - readout) // 2 - length // 2
     image = torch.fft.ifft(kspace.mT, norm="ortho").index_select(-1, (sources % length).to(kspace.device))

@@ -1,7 +1,7 @@
-"""The training loop of all stages. A killed training resumes bit for bit where it was.
+"""The training loop of both stages. A killed training resumes at the next step; on a CPU bit for bit.
 
-The order of slices is a function of (seed, epoch), and a training mask of (seed, file, slice, epoch). A resumed
-training therefore skips the batches that are done, without reading them.
+The order of slices depends on (seed, epoch) alone, a training mask on (seed, file, slice, mask number, repeat) alone. A
+resumed training can therefore skip finished batches without reading them.
 """
 
 import logging
@@ -138,7 +138,7 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- training
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
-        """For each remaining step of the epoch this process's batches; the last step may have none for it."""
+        """Yield this process's batches for each remaining step of the epoch; the list can be empty in the last step."""
         dataset = self.train_loader.dataset
         assert isinstance(dataset, FastMRIDataset)
         dataset.epoch = self.state.epoch
@@ -184,7 +184,7 @@ class Trainer:
         self.progress.show_step(entry)
 
     def _skip_or_raise(self, gradient: StepGradient) -> None:
-        """Count a step with a loss or gradient that is not finite, or stop with the state before it saved."""
+        """Skip the step, or save the state before it and stop, as `on_nan` says."""
         parts = [part for part in gradient.losses if not math.isfinite(part.total)] or gradient.losses
         slices = ", ".join(name for part in parts for name in part.slices)
         problem = f"{self._where()}: loss {gradient.loss}, gradient norm {gradient.norm}; slices: {slices}"

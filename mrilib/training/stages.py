@@ -1,6 +1,6 @@
 """The two training stages: the trained module, its loss and its validation metrics.
 
-`loop.fit` trains any `Stage`. A custom loss is a subclass of a stage that overrides `loss`.
+`loop.fit` trains any `Stage`. For a custom loss, subclass a stage, override `loss`, and build it in `setup.py`.
 """
 
 import math
@@ -206,7 +206,7 @@ class ReconstructionStage(Stage):
         return BatchLoss(losses.sum(), statistics)
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
-        """SSIM loss of each slice, and its contribution to the official metrics of its volume."""
+        """SSIM loss of each slice, and the sums from which fastMRI's metrics of its volume are computed."""
         assert batch.target is not None
         image = self.reconstruct(batch)
         losses = self.ssim_loss(image, batch.target, batch.maximum).tolist()
