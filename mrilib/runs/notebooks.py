@@ -134,7 +134,8 @@ def notebook_values(plan: Plan, name: str) -> dict[str, Any]:
         raise ParameterError(f"-p {name}.output_dir: --name sets the folder of the run; leave output_dir out")
     values = {**from_file, "output_dir": display_path(plan.directory), "interactive": False}
     for key, relative in OWN_CHECKPOINTS.get(name, {}).items():
-        if values.get(key, "x"):  # an empty value in the file leaves the checkpoint out
+        default = NOTEBOOKS[name][1].model_fields[key].default
+        if values.get(key, default):  # an empty value leaves the checkpoint out
             values[key] = display_path(plan.directory / relative)
     if not _uses_tokens(plan.params, plan.overrides):
         values |= WITHOUT_TOKENS.get(name, {})

@@ -1,0 +1,34 @@
+"""The plan of a run: what it takes from a params folder, and the baselines that it evaluates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrilib.__main__ import make_parser
+from mrilib.config import ROOT, ParameterError
+from mrilib.runs import notebooks
+
+FOLDERS = ("demo", "comparison", "full")
+
+
+def values_of(folder: str, directory: Path, *options: str) -> dict[str, dict[str, Any]]:
+    """Parameters of all notebooks of a shipped params folder in a new run."""
+    command = ["run", str(ROOT / "params" / folder), "--name", str(directory), *options]
+    plan = notebooks.make_plan(make_parser().parse_args(command))
+    return {name: notebooks.notebook_values(plan, name) for name in plan.notebooks}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_shipped_folders_evaluate_the_baselines_that_they_train(folder, tmp_path):
+    values = values_of(folder, tmp_path / "run")
+    notebooks.check_baselines(values, tmp_path / "run")
+    evaluated = values["evaluate"]
+    assert evaluated["constant_prefix_checkpoint"].endswith("run/stage1_checkpoints/constant_prefix_best_model.pt")
+    assert not evaluated.get("no_token_decoder_checkpoint")
+
+
+def test_a_baseline_that_is_not_trained_is_refused(tmp_path):
+    values = values_of("demo", tmp_path / "run", "-p", "stage1.train_control=false")
+    with pytest.raises(ParameterError, match="constant_prefix_checkpoint: stage1 does not train this baseline"):
+        notebooks.check_baselines(values, tmp_path / "run")
