@@ -25,6 +25,7 @@ from mrilib.data.fastmri_file import is_phantom
 from mrilib.files import read_json
 from mrilib.metrics.image import VolumeScore, paired_difference
 from mrilib.metrics.methods import in_order, method_label
+from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.two_stage import TwoStageModel, count_parameters
 from mrilib.runs.record import all_runs, read_record
 
@@ -314,7 +315,7 @@ def parameter_table(model: TwoStageModel) -> pd.DataFrame:
         if part is None:
             continue
         groups = {name: list(part.parameters())}
-        if hasattr(part, "varnet"):
+        if isinstance(part, KSpaceEncoder):
             modules = {"VarNet": part.varnet, "maps of findings": part.finding_maps, "ViT": part.vit}
             named = {f"{name}: {key}": list(one.parameters()) for key, one in modules.items() if one is not None}
             known = {id(parameter) for parameters in named.values() for parameter in parameters}

@@ -14,6 +14,8 @@ from mrilib.config import EvaluateParameters, Stage1Parameters, Stage2Parameters
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.splits import index_volumes
 from mrilib.display.tables import marked_text, model_card, parameter_table
+from mrilib.model.baselines import VarNetBaseline
+from mrilib.model.two_stage import TwoStageModel
 
 
 def test_each_part_of_the_encoder_has_its_own_row(phantom_dir, tmp_path):
@@ -27,6 +29,11 @@ def test_each_part_of_the_encoder_has_its_own_row(phantom_dir, tmp_path):
     assert parts.sum() == table["encoder"] == sum(p.numel() for p in with_maps.encoder.parameters())
     assert set(table.index) - set(short.index) == {"encoder: maps of findings"}
     assert short["encoder: VarNet"] == parts["encoder: VarNet"]
+
+
+def test_a_varnet_as_decoder_has_one_row():
+    table = parameter_table(TwoStageModel(decoder=VarNetBaseline(num_cascades=1, chans=2, pools=2)))
+    assert list(table.index) == ["decoder"]
 
 
 @pytest.mark.parametrize(
