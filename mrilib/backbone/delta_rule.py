@@ -275,7 +275,7 @@ def gated_delta_rule(
     if length == 1:
         o, state = _step(q, k, v, g, beta, initial_state)
         return o.to(dtype), state if output_final_state else None
-    # chunks of equal length: 150 tokens are three of 50, not two of 64 and one that is mostly padding
+    # Equal chunks need less padding: 150 tokens are three chunks of 50 instead of three of 64.
     chunks = -(-length // chunk_size)
     size = -(-length // chunks)
     q, k, v = (_to_chunks(x, chunks, size) for x in (q, k, v))

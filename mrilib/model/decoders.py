@@ -33,7 +33,7 @@ from mrilib.model.decoder import ImageDecoder
 class DecoderEntry(NamedTuple):
     """A decoder in `DECODERS`."""
 
-    label: str  # in tables and figures
+    label: str  # what the decoder is, in a few words
     uses_tokens: bool  # False: neither stage 1 nor the backbone is needed
     build: Callable[[Stage2Parameters, int], nn.Module]  # from stage 2's parameters and the width of the image tokens
 

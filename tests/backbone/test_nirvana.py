@@ -215,8 +215,8 @@ def test_checkpointing_gives_the_same_gradients():
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_checkpointing_turns_the_cache_off_with_one_warning(monkeypatch):
     """As transformers' own models do: a training loop may pass use_cache=True, or leave it to the config."""
-    told = []
-    monkeypatch.setattr(nirvana.logger, "warning", told.append)
+    warnings = []
+    monkeypatch.setattr(nirvana.logger, "warning", warnings.append)
     type(nirvana.logger).warning_once.cache_clear()
     ids = torch.randint(50, (2, 9))
     losses = []
@@ -228,7 +228,7 @@ def test_checkpointing_turns_the_cache_off_with_one_warning(monkeypatch):
         assert output.past_key_values is None
         losses.append(output.loss.item())
     assert losses[0] == losses[1] == losses[2]
-    assert len(told) == 1 and "use_cache=False" in told[0]
+    assert len(warnings) == 1 and "use_cache=False" in warnings[0]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -194,8 +194,8 @@ def test_an_unlisted_contrast_is_reconstructed_with_a_warning(run, volumes, writ
         np.testing.assert_array_equal(one["reconstruction"][()], same["reconstruction"][()])
 
 
-@pytest.mark.parametrize(("empty", "told"), [([1], "slice 1"), ([0, 1, 2], "slices 0 to 2")])
-def test_empty_kspace_gives_an_image_of_zeros_and_a_warning(run, volumes, tmp_path, capsys, empty, told):
+@pytest.mark.parametrize(("empty", "slices"), [([1], "slice 1"), ([0, 1, 2], "slices 0 to 2")])
+def test_empty_kspace_gives_an_image_of_zeros_and_a_warning(run, volumes, tmp_path, capsys, empty, slices):
     path = tmp_path / volumes[0].path.name
     shutil.copy(volumes[0].path, path)
     with h5py.File(path, "r+") as h5:
@@ -203,7 +203,7 @@ def test_empty_kspace_gives_an_image_of_zeros_and_a_warning(run, volumes, tmp_pa
             h5["kspace"][number] = 0
     assert main(["reconstruct", str(run), str(path), "--out", str(tmp_path / "out")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert lines == [f"warning: {path.name}: k-space is all zero in {told}; the image is zero there"]
+    assert lines == [f"warning: {path.name}: k-space is all zero in {slices}; the image is zero there"]
     with h5py.File(tmp_path / "out" / path.name) as h5:
         is_zero = [not image.any() for image in h5["reconstruction"]]
     assert [number for number, zero in enumerate(is_zero) if zero] == empty
