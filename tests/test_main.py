@@ -146,6 +146,8 @@ def test_wrong_options_are_refused_before_data_is_written(params, tmp_path, caps
     common = ["run", str(tmp_path / "params"), "-p", f"stage1.data_dir={tmp_path / 'data'}"]
     assert main([*common, "--name", str(tmp_path / "a"), "-p", "stage1.learnin_rate=1"]) == 1
     assert "learnin_rate" in capsys.readouterr().err
+    assert main([*common, "--name", str(tmp_path / "a"), "-p", "stage2.mask_type=poisson"]) == 1
+    assert "stage2: mask_type: 'poisson' is not known; there are random, equispaced" in capsys.readouterr().err
     assert main([*common, "--name", "../a"]) == 1
     assert "--name ../a" in capsys.readouterr().err
     assert not (tmp_path / "data").exists() and not (tmp_path / "a").exists()

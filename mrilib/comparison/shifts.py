@@ -5,7 +5,6 @@ selects one; acceleration, mask type and folder have their own parameters.
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from mrilib.config import EvaluateParameters, ParameterError, resolve
 from mrilib.data.fastmri_file import Volume, read_volume
 from mrilib.data.splits import index_volumes
-from mrilib.files import read_json
+from mrilib.files import atomic_write, read_json
 from mrilib.phantom import dataset
 from mrilib.phantom.scanner import SEQUENCES, simulate_volume, write_h5
 from mrilib.physics.fourier import center_crop_or_pad, ifft2c, rss
@@ -90,10 +89,8 @@ def fewer_coils(volume: Volume, directory: Path, coils: int) -> Volume:
 
 
 def _copy(volume: Volume, directory: Path, kspace: NDArray[np.complexfloating], target: NDArray[np.floating]) -> Volume:
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / volume.path.name
-    temporary = path.with_name(path.name + ".part")
-    with h5py.File(volume.path, "r") as source, h5py.File(temporary, "w") as copy:
+    with h5py.File(volume.path, "r") as source, atomic_write(path) as temporary, h5py.File(temporary, "w") as copy:
         copy["kspace"] = kspace.astype(np.complex64)
         copy["reconstruction_rss"] = target.astype(np.float32)
         copy["ismrmrd_header"] = source["ismrmrd_header"][()]
@@ -101,7 +98,6 @@ def _copy(volume: Volume, directory: Path, kspace: NDArray[np.complexfloating], 
             copy.attrs[name] = value
         copy.attrs["max"] = float(target.max())
         copy.attrs["norm"] = float(np.linalg.norm(target.astype(np.float64)))
-    os.replace(temporary, path)
     return read_volume(path)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mrilib.config import MASK_TYPES, DataParameters, ParameterError
+from mrilib.config import DataParameters, ParameterError
 from mrilib.data import findings
 from mrilib.data.annotations import Annotations, Box
 from mrilib.data.dataset import FastMRIDataset, Slice, Volume
@@ -42,6 +42,7 @@ from mrilib.display.images import (
 from mrilib.display.style import ERROR_MAP, SKY
 from mrilib.evaluation import reconstructions
 from mrilib.metrics.methods import method_label
+from mrilib.physics.masks import MASK_CLASSES
 
 SIDE = 320  # of a tile [screen pixels]
 CAPTION = 22  # height of the line above a tile [screen pixels]
@@ -214,7 +215,9 @@ class SliceBrowser(_Browser):
         self.volumes, self.config, self.annotations = list(volumes), config, annotations
         self.volume, self.slice = _volume_controls(self.volumes)
         self.acceleration = ipywidgets.SelectionSlider(options=config.accelerations, description="acceleration")
-        self.mask_type = ipywidgets.Dropdown(options=MASK_TYPES, value=config.mask_type, description="mask type")
+        self.mask_type = ipywidgets.Dropdown(
+            options=tuple(MASK_CLASSES), value=config.mask_type, description="mask type"
+        )
         coils = min(config.num_coils, max(volume.coils for volume in volumes))
         self.coil = ipywidgets.IntSlider(1, 1, max(2, coils), description="coil")
         # The last slices are cached for the coil slider and for moving back and forth.

@@ -21,7 +21,6 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mrilib.config import MASK_TYPES
 from mrilib.data.annotations import Annotations, Box
 from mrilib.data.dataset import Slice, Volume
 from mrilib.display.style import (
@@ -42,6 +41,7 @@ from mrilib.evaluation.reconstructions import Comparison
 from mrilib.metrics.methods import method_label
 from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier, masks
+from mrilib.physics.masks import MASK_CLASSES
 
 ERROR_SCALE = 5  # errors are shown this much brighter than anatomy
 ERROR_LABEL = f"|zero-filled − target| ×{ERROR_SCALE}"
@@ -364,10 +364,10 @@ def mask_gallery(
     padding : (left, right), optional
         Lines outside [left, right) were never acquired.
     """
-    figure = RecordFigure(WIDTH, 0.5 + 0.42 * len(MASK_TYPES) * len(configurations))
+    figure = RecordFigure(WIDTH, 0.5 + 0.42 * len(MASK_CLASSES) * len(configurations))
     axes = figure.subplots(len(configurations), 1, squeeze=False)[:, 0]
     for axis, (fraction, acceleration) in zip(axes, configurations, strict=True):
-        for row, name in enumerate(MASK_TYPES):
+        for row, name in enumerate(MASK_CLASSES):
             function = masks.make_mask_func(name, [fraction], [acceleration])
             mask, _ = masks.sample_mask(function, width, seed, padding or (0, width))
             low = round(width * fraction)  # fastMRI's own centre, which may be one line off the middle
@@ -376,8 +376,8 @@ def mask_gallery(
             color[:, start : start + low] = [int(BLUE[i : i + 2], 16) for i in (1, 3, 5)]
             axis.imshow(color, extent=(0, width, row + 0.36, row - 0.36), aspect="auto", interpolation="nearest")
             axis.text(width * 1.012, row, f"{mask.float().mean():.1%} = 1/{1 / mask.float().mean():.2f}", va="center")
-        axis.set(xlim=(0, width), ylim=(len(MASK_TYPES) - 0.5, -0.5), yticks=range(len(MASK_TYPES)))
-        axis.set_yticklabels([name.replace("_", " ") for name in MASK_TYPES])
+        axis.set(xlim=(0, width), ylim=(len(MASK_CLASSES) - 0.5, -0.5), yticks=range(len(MASK_CLASSES)))
+        axis.set_yticklabels([name.replace("_", " ") for name in MASK_CLASSES])
         axis.grid(False)
         axis.set_title(
             f"{acceleration}x nominal, centre fraction {fraction:g}; right: sampled fraction of the lines", loc="left"

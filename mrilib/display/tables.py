@@ -25,6 +25,7 @@ from mrilib.data.fastmri_file import is_phantom
 from mrilib.files import read_json
 from mrilib.metrics.image import VolumeScore, paired_difference
 from mrilib.metrics.methods import in_order, method_label
+from mrilib.model.decoders import find_decoder
 from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.two_stage import TwoStageModel, count_parameters
 from mrilib.runs.record import all_runs, read_record
@@ -412,13 +413,14 @@ def model_card(
 ) -> str:
     """Write the model card in Markdown: the model, its training data and the uses that it is not for."""
     encoder, backbone, decoder = (count_parameters(part) for part in (model.encoder, model.backbone, model.decoder))
-    parts = f"image decoder {decoder:,} parameters ({stage2.decoder}, without image tokens)"
+    label = find_decoder(stage2.decoder).label
+    parts = f"image decoder {decoder:,} parameters ({label})"
     stage1_training = ""
     if stage1 is not None:
         cascades = f"{stage1.varnet_num_cascades} cascade{'s' * (stage1.varnet_num_cascades > 1)}"
         parts = (
             f"k-space encoder {encoder:,} parameters (VarNet with {cascades}, ViT with {stage1.vit_num_layers} "
-            f"layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({stage2.decoder_type})"
+            f"layers), frozen backbone {backbone:,}, image decoder {decoder:,} ({label})"
         )
         stage1_training = f"stage 1: at most {stage1.epochs} epochs, cross-entropy on analysis tokens; "
     crop: str = config.crop

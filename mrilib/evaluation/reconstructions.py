@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mrilib.data.annotations import Box
 from mrilib.data.fastmri_file import Volume
+from mrilib.files import atomic_write
 from mrilib.metrics.image import VolumeScore, has_range, paired_difference, score_volume, summarize
 from mrilib.physics.fourier import center_crop_or_pad
 
@@ -27,12 +28,9 @@ logger = logging.getLogger("mrilib")
 
 def write_reconstruction(path: Path, volume: np.ndarray, attributes: Mapping[str, Any] | None = None) -> None:
     """Write a volume (slices, h, w) [file units] in fastMRI's submission format, with the file's attributes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with h5py.File(temporary, "w") as h5:
+    with atomic_write(path) as temporary, h5py.File(temporary, "w") as h5:
         h5.create_dataset("reconstruction", data=volume.astype(np.float32))
         h5.attrs.update(attributes or {})
-    temporary.replace(path)
 
 
 def read_slice(directory: Path, method: str, acceleration: int | str, volume: Volume, slice_num: int) -> np.ndarray:

@@ -15,7 +15,8 @@ A decoder has the arguments of `ImageDecoder.forward`, which gives their shapes 
 
     DECODERS["scaled"] = DecoderEntry("scaled zero-filled image", False, lambda config, token_dim: ScaledImage())
 
-With ``decoder: scaled``, notebook 03 and `python -m mrilib train` train it, 04 scores it and 05 compares it.
+With ``decoder: scaled``, notebook 03 and `python -m mrilib train` train it, 04 scores it and 05 compares it. A decoder
+that uses tokens is also built with a token width of 0: it is trained without tokens as the control.
 """
 
 import difflib
@@ -35,7 +36,7 @@ class DecoderEntry(NamedTuple):
 
     label: str  # what the decoder is, in a few words
     uses_tokens: bool  # False: neither stage 1 nor the backbone is needed
-    build: Callable[[Stage2Parameters, int], nn.Module]  # from stage 2's parameters and the width of the image tokens
+    build: Callable[[Stage2Parameters, int], nn.Module]  # from stage 2's parameters and the image tokens' width, or 0
 
 
 def find_decoder(name: str) -> DecoderEntry:
@@ -65,7 +66,7 @@ def build_decoder(config: Stage2Parameters, token_dim: int) -> nn.Module:
     ----------
     config : Stage2Parameters
     token_dim : int
-        Width of the image tokens, the backbone's hidden size; unused by a decoder without tokens.
+        Width of the image tokens, the backbone's hidden size; 0: no tokens.
     """
     decoder = find_decoder(config.decoder).build(config, token_dim)
     return decoder.to(memory_format=torch.channels_last)

@@ -1,25 +1,63 @@
-"""Sampling masks: fastMRI's mask classes, their seeds, and the centre lines of a mask."""
+"""Sampling masks: fastMRI's mask classes, their seeds, and the centre lines of a mask.
+
+For a mask of your own, write a subclass of fastMRI's `MaskFunc` and add it to `MASK_CLASSES`; the parameter `mask_type`
+names it. The class
+
+- overrides `calculate_acceleration_mask`, which returns the sampled lines outside the centre as W numbers, 0 or 1;
+- draws all random numbers from `self.rng`, which is seeded for each slice;
+- does not override `choose_acceleration`, which must draw the first random number;
+- raises ValueError for a mask that cannot be made; each width of the data is tried before training.
+
+fastMRI's class adds the centre lines. They must include line W // 2, as coil maps are computed from them.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
-from fastmri.data.subsample import MaskFunc, create_mask_for_mask_type, temp_seed
+from fastmri.data.subsample import (
+    EquispacedMaskFractionFunc,
+    EquiSpacedMaskFunc,
+    MagicMaskFractionFunc,
+    MagicMaskFunc,
+    MaskFunc,
+    RandomMaskFunc,
+    temp_seed,
+)
 from torch import Tensor
 
-from mrilib.config import MASK_TYPES
+from mrilib.config import ParameterError
+
+MASK_CLASSES: dict[str, type[MaskFunc]] = {  # fastMRI's names; register your own mask here
+    "random": RandomMaskFunc,
+    "equispaced": EquiSpacedMaskFunc,
+    "equispaced_fraction": EquispacedMaskFractionFunc,
+    "magic": MagicMaskFunc,
+    "magic_fraction": MagicMaskFractionFunc,
+}
 
 
-def make_mask_func(mask_type: str, center_fractions: Sequence[float], accelerations: Sequence[int]) -> MaskFunc:
-    """Create fastMRI's mask class of this name; each mask draws one pair of centre fraction and acceleration.
+def find_mask(mask_type: str) -> type[MaskFunc]:
+    """Look a mask class up by its name.
 
     Raises
     ------
-    ValueError
-        If fastMRI has no mask of this name; the message lists the known names.
+    ParameterError
+        If the name is unknown; the message lists the known names.
     """
-    if mask_type not in MASK_TYPES:
-        raise ValueError(f"mask_type '{mask_type}' is not one of fastMRI's: {', '.join(MASK_TYPES)}")
-    return create_mask_for_mask_type(mask_type, list(center_fractions), list(accelerations))
+    if mask_type not in MASK_CLASSES:
+        raise ParameterError(f"mask_type: '{mask_type}' is not known; there are {', '.join(MASK_CLASSES)}")
+    return MASK_CLASSES[mask_type]
+
+
+def make_mask_func(mask_type: str, center_fractions: Sequence[float], accelerations: Sequence[int]) -> MaskFunc:
+    """Create the mask class of this name; each mask draws one pair of centre fraction and acceleration.
+
+    Raises
+    ------
+    ParameterError
+        If there is no mask of this name.
+    """
+    return find_mask(mask_type)(list(center_fractions), list(accelerations))
 
 
 def sample_mask(
@@ -30,7 +68,7 @@ def sample_mask(
     Parameters
     ----------
     mask_func : MaskFunc
-        One of fastMRI's mask classes.
+        One of `MASK_CLASSES`.
     width : int
         Number of phase-encoding lines W.
     seed : int or tuple of int
@@ -53,19 +91,20 @@ def sample_mask(
 
 
 def check_mask(mask_type: str, center_fraction: float, acceleration: int, width: int) -> None:
-    """Refuse a mask that fastMRI cannot create at this width (it divides by zero).
+    """Refuse a mask that cannot be created at this width; fastMRI's classes divide by zero at some.
 
     Raises
     ------
     ValueError
         Names the pair and the width.
     """
+    mask_class = find_mask(mask_type)
     try:
-        make_mask_func(mask_type, [center_fraction], [acceleration])((1, width, 2), None, 0)
+        mask_class([center_fraction], [acceleration])((1, width, 2), None, 0)
     except (ArithmeticError, ValueError) as error:
         raise ValueError(
-            f"center_fractions {center_fraction:g} with accelerations {acceleration}: fastMRI cannot create a "
-            f"{mask_type} mask of {width} phase-encoding lines ({error}); lower center_fractions or the acceleration"
+            f"center_fractions {center_fraction:g} with accelerations {acceleration}: no {mask_type} mask of {width} "
+            f"phase-encoding lines can be made ({error}); lower center_fractions or the acceleration"
         ) from None
 
 

@@ -18,6 +18,7 @@ import yaml
 from mrilib.config import (
     NOTEBOOKS,
     ROOT,
+    DataParameters,
     ExploreParameters,
     ParameterError,
     Parameters,
@@ -31,6 +32,7 @@ from mrilib.errors import STOPPED
 from mrilib.files import write_text
 from mrilib.model.decoders import uses_tokens
 from mrilib.phantom import dataset
+from mrilib.physics.masks import find_mask
 from mrilib.processes import child_process_options, end_process, lock_run, stop_on_signals
 from mrilib.runs.overrides import Overrides, merge_overrides, parse_overrides, read_overrides
 from mrilib.runs.record import REFUSALS, Run, read_record
@@ -175,6 +177,8 @@ def check_values(name: str, values: dict[str, Any], directory: Path, phantom_dir
     ]
     try:
         config = NOTEBOOKS[name][1].create(values, written_later=later)
+        if isinstance(config, DataParameters):
+            find_mask(config.mask_type)
         if isinstance(config, Stage2Parameters) and uses_tokens(values) and "stage1_checkpoint" not in later:
             config.require_path("stage1_checkpoint")
         return config

@@ -46,6 +46,7 @@ from mrilib.training.load_state import load_weights
 from mrilib.training.token_cache import TokenCache
 
 StageParameters = Stage1Parameters | Stage2Parameters
+STAGES = {1: stages.AnalysisStage, 2: stages.ReconstructionStage}  # for a loss of your own, put a subclass here
 
 
 class Loaders(NamedTuple):
@@ -152,9 +153,9 @@ def build_stage(
     if isinstance(config, Stage1Parameters):
         backbone, tokenizer = build_backbone(config, device)
         model = TwoStageModel(build_encoder(config, backbone, tokenizer).to(device), backbone, tokenizer)
-        return stages.AnalysisStage(model, "stage1", config.label_smoothing, stages.MAP_WEIGHT)
+        return STAGES[1](model, "stage1", config.label_smoothing, stages.MAP_WEIGHT)
     if not find_decoder(config.decoder).uses_tokens:
-        return stages.ReconstructionStage(TwoStageModel(decoder=build_decoder(config, 0).to(device)))
+        return STAGES[2](TwoStageModel(decoder=build_decoder(config, 0).to(device)))
     backbone, tokenizer = build_backbone(config, device)
     if encoder is None:
         model, stage1_config = load_stage1(resolve(config.stage1_checkpoint), backbone, tokenizer)
@@ -162,7 +163,7 @@ def build_stage(
     else:
         model = TwoStageModel(encoder, backbone, tokenizer)
     model.decoder = build_decoder(config, hidden_size(backbone)).to(device)
-    return stages.ReconstructionStage(model)
+    return STAGES[2](model)
 
 
 def build_control_stage(config: StageParameters, stage: stages.Stage) -> stages.Stage:
@@ -172,13 +173,9 @@ def build_control_stage(config: StageParameters, stage: stages.Stage) -> stages.
     if isinstance(config, Stage1Parameters):
         prefix = build_constant_prefix(config, model.backbone).to(model.device)
         control = TwoStageModel(prefix, model.backbone, model.tokenizer)
-        return stages.AnalysisStage(control, "constant_prefix", config.label_smoothing)
-    decoder = build_decoder(_without_tokens(config), 0).to(model.device)
-    return stages.ReconstructionStage(TwoStageModel(decoder=decoder), "no_token_decoder")
-
-
-def _without_tokens(config: Stage2Parameters) -> Stage2Parameters:
-    return config.model_copy(update={"decoder": "no_token_decoder"})
+        return STAGES[1](control, "constant_prefix", config.label_smoothing)
+    decoder = build_decoder(config, 0).to(model.device)
+    return STAGES[2](TwoStageModel(decoder=decoder), "no_token_decoder")
 
 
 # -------------------------------------------------------------------------------------------- trained models
@@ -241,7 +238,7 @@ def load_stage2(path: Path, model: TwoStageModel, control: bool = False) -> Stag
     model : TwoStageModel
         Receives the decoder. A decoder that uses image tokens needs its encoder and backbone.
     control : bool
-        The checkpoint is of stage 2's control, the decoder without tokens.
+        The checkpoint is of stage 2's control, the same decoder without tokens.
 
     Raises
     ------
@@ -250,10 +247,8 @@ def load_stage2(path: Path, model: TwoStageModel, control: bool = False) -> Stag
     """
     content, name = load_checkpoint(path, "no_token_decoder" if control else "stage2"), display_path(path)
     config = _read_config(Stage2Parameters, content, path)
-    if control:
-        config = _without_tokens(config)
     token_dim = 0
-    if find_decoder(config.decoder).uses_tokens:
+    if find_decoder(config.decoder).uses_tokens and not control:
         if model.backbone is None:
             raise CheckpointError(f"{name}: decoder {config.decoder} uses tokens; give stage1_checkpoint")
         _check_backbone(content, model.backbone, path)

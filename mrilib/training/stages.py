@@ -1,6 +1,7 @@
 """The two training stages: the trained module, its loss and its validation metrics.
 
-`loop.fit` trains any `Stage`. For a custom loss, subclass a stage, override `loss`, and build it in `setup.py`.
+`loop.fit` trains any `Stage`. For a loss of your own, subclass a stage, override `ReconstructionStage.image_loss` or
+`AnalysisStage.loss`, and name the class in `setup.STAGES`.
 """
 
 import math
@@ -172,7 +173,7 @@ class ReconstructionStage(Stage):
         super().__init__(model)
         self.name = name
         self.image_tokens: Callable[[Batch], Tensor] = model.image_tokens
-        self.ssim_loss = VolumeSSIMLoss().to(model.device)
+        self.ssim_loss = VolumeSSIMLoss()
 
     def weight(self, batch: Batch) -> float:
         """Count the slices."""
@@ -186,8 +187,24 @@ class ReconstructionStage(Stage):
             tokens = self.image_tokens(batch)
         return self.model.reconstruct(batch, tokens)
 
+    def image_loss(self, image: Tensor, batch: Batch) -> Tensor:
+        """Compute the loss of each slice, here 1 − SSIM; training and validation use it.
+
+        Parameters
+        ----------
+        image : Tensor, shape (B, h, w) [file units]
+            The reconstruction.
+        batch : Batch
+            With the target (B, h, w) and the volumes' maxima (B,), both [file units].
+
+        Returns
+        -------
+        Tensor, shape (B,)
+        """
+        return self.ssim_loss(image, batch.target, batch.maximum)
+
     def loss(self, batch: Batch) -> BatchLoss:
-        """1 − SSIM, summed over slices.
+        """Sum `image_loss` over slices.
 
         Raises
         ------
@@ -197,7 +214,7 @@ class ReconstructionStage(Stage):
         if batch.target is None:
             raise ValueError(f"{batch.slices[0].file} has no reconstruction_rss; stage 2 cannot train on it")
         image = self.reconstruct(batch)
-        losses = self.ssim_loss(image, batch.target, batch.maximum)
+        losses = self.image_loss(image, batch)
         unit = positive(batch.maximum)[:, None, None]
         statistics: dict[str, float] = {}
         for name, values in (("reconstruction", image.detach() / unit), ("target", batch.target / unit)):
@@ -206,10 +223,10 @@ class ReconstructionStage(Stage):
         return BatchLoss(losses.sum(), statistics)
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:
-        """SSIM loss of each slice, and the sums from which fastMRI's metrics of its volume are computed."""
+        """Loss of each slice, and the sums from which fastMRI's metrics of its volume are computed."""
         assert batch.target is not None
         image = self.reconstruct(batch)
-        losses = self.ssim_loss(image, batch.target, batch.maximum).tolist()
+        losses = self.image_loss(image, batch).tolist()
         columns = (losses, batch.target.cpu(), image.float().cpu())
         return [
             {"file": item.file, "slice": item.slice_num, "loss": loss}
@@ -218,7 +235,7 @@ class ReconstructionStage(Stage):
         ]
 
     def metrics(self, scores: list[dict[str, Any]]) -> dict[str, float]:
-        """Mean SSIM loss over slices; mean SSIM, PSNR [dB] and NMSE over volumes, as fastMRI defines them."""
+        """Mean loss over slices; mean SSIM, PSNR [dB] and NMSE over volumes, as fastMRI defines them."""
         volumes: dict[str, list[dict[str, float]]] = defaultdict(list)
         for score in scores:
             volumes[score["file"]].append(score)

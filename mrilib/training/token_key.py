@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import inspect
 import json
 import logging
 import time
@@ -10,37 +11,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mrilib.backbone import cache, delta_rule, kernels, nirvana, trigger
+from mrilib import backbone, data, model, physics
 from mrilib.config import Stage2Parameters
-from mrilib.data import dataset, fastmri_file
 from mrilib.environment import versions
-from mrilib.model import encoder, finding_maps, two_stage, unet
 from mrilib.model.two_stage import TwoStageModel, delta_rule_path, tensor_hash
-from mrilib.physics import coils, fourier, masks, sense
+from mrilib.physics.masks import find_mask
 from mrilib.training.token_shards import write_whole
 
 FORMAT = 1  # of a shard; raise it when the content of shards changes
-COMPUTING_CODE = (
-    fourier, masks, coils, sense, fastmri_file, dataset, encoder, finding_maps, two_stage, nirvana, cache,
-    delta_rule, kernels, trigger, unet,
-)  # fmt: skip
+COMPUTING_PACKAGES = (physics, backbone, data, model)
 logger = logging.getLogger("mrilib")
 
 
-def describe(model: TwoStageModel, config: Stage2Parameters) -> dict[str, Any]:
+def describe(system: TwoStageModel, config: Stage2Parameters) -> dict[str, Any]:
     """Collect everything that image tokens and decoder inputs depend on, except data and mask number."""
     packages = versions()
-    vit: Any = model.encoder.vit
-    path = delta_rule_path(model.backbone, config)
+    vit: Any = system.encoder.vit
+    path = delta_rule_path(system.backbone, config)
     return {
         "format": FORMAT,
-        "encoder": tensor_hash(model.encoder),
+        "encoder": tensor_hash(system.encoder),
         "encoder_config": _plain_settings(vit.config.to_dict()),
-        "backbone": tensor_hash(model.backbone),
-        "backbone_config": _plain_settings(model.backbone.config.to_dict()),
-        "code": hashlib.sha256("".join(_code(Path(str(m.__file__))) for m in COMPUTING_CODE).encode()).hexdigest(),
+        "backbone": tensor_hash(system.backbone),
+        "backbone_config": _plain_settings(system.backbone.config.to_dict()),
+        "code": hashlib.sha256("".join(map(_code, _computing_files(system, config))).encode()).hexdigest(),
         "versions": {name: packages[name] for name in ("torch", "transformers", "fastmri", "numpy")},
-        "device": model.device.type,
+        "device": system.device.type,
         # The implementation in use, not the parameter: "auto" and "plain" are the same on a CPU.
         "delta_rule": [path["path"], path.get("package")],
         **{name: getattr(config, name) for name in ("mixed_precision", "num_coils", "img_size", "crop", "mask_type")},
@@ -51,6 +47,14 @@ def _plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Reduce a Hugging Face configuration to JSON, without its origin."""
     kept = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
     return json.loads(json.dumps(kept, default=str))
+
+
+def _computing_files(system: TwoStageModel, config: Stage2Parameters) -> list[Path]:
+    """List the source files of the computing packages and of the encoder's and the mask's class."""
+    files = {path for package in COMPUTING_PACKAGES for path in Path(str(package.__file__)).parent.glob("*.py")}
+    for used in (type(system.encoder), find_mask(config.mask_type)):
+        files |= {Path(inspect.getfile(used))}
+    return sorted(files)
 
 
 def _code(path: Path) -> str:

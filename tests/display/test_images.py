@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mrilib.config import MASK_TYPES, DataParameters
+from mrilib.config import DataParameters
 from mrilib.data import annotations as analysis
 from mrilib.data import splits
 from mrilib.data.annotations import Annotations, Box
@@ -21,6 +21,7 @@ from mrilib.evaluation.reconstructions import Comparison
 from mrilib.metrics import methods
 from mrilib.model import baselines
 from mrilib.physics import coils, fourier
+from mrilib.physics.masks import MASK_CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_mask_gallery_shows_the_sampled_fraction():
     figure = images.mask_gallery(101, [(0.08, 4), (0.04, 8)], seed=3, padding=(2, 99))
     assert len(figure.axes) == 2
     texts = [text.get_text() for text in figure.axes[1].texts]
-    assert len(texts) == len(MASK_TYPES)
+    assert len(texts) == len(MASK_CLASSES)
     function = create_mask_for_mask_type("random", [0.04], [8])
     mask = function((1, 101, 2), None, 3)[0].reshape(-1).numpy() > 0
     mask[:2] = mask[99:] = False

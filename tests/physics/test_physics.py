@@ -4,12 +4,13 @@ import fastmri
 import numpy as np
 import pytest
 import torch
+from fastmri.data.subsample import MaskFunc
 from fastmri.data.transforms import apply_mask, center_crop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mrilib.config import MASK_TYPES
+from mrilib.config import ParameterError
 from mrilib.physics import fourier, masks, sense
 from mrilib.physics.coils import center_coil_maps, combine, compress_coils, expand, remove_background_phase
 
@@ -114,7 +115,7 @@ def test_readout_crop_treats_lines_independently() -> None:
 # ------------------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("mask_type", masks.MASK_CLASSES)
 @pytest.mark.parametrize("width", [96, 61])
 def test_masks_equal_fastmri(mask_type: str, width: int) -> None:
     ours, theirs = (masks.make_mask_func(mask_type, [0.08, 0.04], [4, 8]) for _ in range(2))
@@ -148,7 +149,7 @@ def test_reported_acceleration_is_the_drawn_one(mask_type: str) -> None:
     assert np.mean(shares[8]) == pytest.approx(1 / 8, rel=0.1)
 
 
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("mask_type", masks.MASK_CLASSES)
 def test_check_mask_refuses_exactly_the_impossible_masks(mask_type: str) -> None:
     for width in (61, 96, 260, 396):
         for acceleration in (1, 4, 16):
@@ -166,16 +167,26 @@ def test_check_mask_refuses_exactly_the_impossible_masks(mask_type: str) -> None
                     masks.check_mask(mask_type, *pair, width)
 
 
+class EveryOtherLine(MaskFunc):
+    """Every other line, whatever the acceleration."""
+
+    def calculate_acceleration_mask(self, num_cols, acceleration, offset, num_low_frequencies):
+        return np.arange(num_cols) % 2
+
+
+def test_a_custom_mask_is_an_entry_of_mask_classes(monkeypatch) -> None:
+    monkeypatch.setitem(masks.MASK_CLASSES, "every_other", EveryOtherLine)
+    mask, acceleration = masks.sample_mask(masks.make_mask_func("every_other", [0.1], [2]), 20, 0, (0, 20))
+    assert mask.tolist() == [line % 2 == 1 or line in (9, 10) for line in range(20)] and acceleration == 2
+    with pytest.raises(ParameterError, match=r"mask_type: 'poisson' is not known; there are random.*, every_other"):
+        masks.make_mask_func("poisson", [0.1], [2])
+
+
 def test_sample_mask_preserves_the_random_state() -> None:
     func = masks.make_mask_func("random", [0.1], [3])
     before = func.rng.get_state()[1].copy()
     masks.sample_mask(func, 50, 3, (0, 50))
     assert np.array_equal(before, func.rng.get_state()[1])
-
-
-def test_unknown_mask_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="'poisson' is not one of fastMRI's: random, equispaced"):
-        masks.make_mask_func("poisson", [0.08], [4])
 
 
 def test_training_seed_depends_on_every_argument() -> None:

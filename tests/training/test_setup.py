@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import systems
 import torch
+from torch import nn
 
 from mrilib.config import ROOT, ParameterError, Stage1Parameters, Stage2Parameters
 from mrilib.display import tables
 from mrilib.model import two_stage
+from mrilib.model.baselines import zero_filled
 from mrilib.model.decoders import DECODERS, DecoderEntry
 from mrilib.runs import train
 from mrilib.training import loop, setup, stages
@@ -125,6 +127,53 @@ def test_custom_decoder_is_an_entry_of_decoders(stage2, tmp_path, monkeypatch):
     loaders = setup.make_loaders(config)
     stage = setup.build_stage(config, setup.prepare(config))
     assert len(loop.fit(stage, config, loaders.train, loaders.val, tmp_path).steps) == 1
+
+
+class TokenMean(nn.Module):
+    """A decoder that adds a multiple of the tokens' mean to the zero-filled image."""
+
+    def __init__(self, token_dim: int) -> None:
+        super().__init__()
+        self.token_dim, self.factor = token_dim, nn.Parameter(torch.ones(2))
+
+    def forward(self, tokens, kspace, mask, scale, image_shape, acquired=None):
+        image = self.factor[0] * zero_filled(kspace, scale, image_shape)
+        if not self.token_dim:
+            return image + 0 * self.factor[1]
+        return image + self.factor[1] * tokens.mean((1, 2))[:, None, None] * scale[:, None, None]
+
+
+def test_the_control_is_the_chosen_decoder_without_tokens(stage2, tmp_path, monkeypatch):
+    monkeypatch.setitem(DECODERS, "mean", DecoderEntry("mean", True, lambda _, token_dim: TokenMean(token_dim)))
+    config = stage2.model_copy(update={"decoder": "mean", "max_steps": 1})
+    model = two_stage.TwoStageModel(decoder=TokenMean(8))
+    control = setup.build_control_stage(config, stages.ReconstructionStage(model))
+    assert isinstance(control.part, TokenMean) and control.part.token_dim == 0
+    loaders = setup.make_loaders(config)
+    loop.fit(control, config, loaders.train, loaders.val, tmp_path)
+    again = two_stage.TwoStageModel()
+    path = tmp_path / "stage2_checkpoints" / "no_token_decoder_final_model.pt"
+    setup.load_stage2(path, again, control=True)
+    assert isinstance(again.decoder, TokenMean)
+
+
+class AbsoluteErrorStage(stages.ReconstructionStage):
+    """Stage 2 with the mean absolute error, relative to the volume's maximum."""
+
+    def image_loss(self, image, batch):
+        return (image - batch.target).abs().mean((-2, -1)) / batch.maximum
+
+
+def test_a_custom_loss_is_used_in_training_validation_and_by_the_control(stage2, tmp_path, monkeypatch):
+    monkeypatch.setitem(setup.STAGES, 2, AbsoluteErrorStage)
+    config = stage2.model_copy(update={"decoder": "fastmri_unet", "max_steps": 1})
+    stage, loaders = setup.build_stage(config, setup.prepare(config)), setup.make_loaders(config)
+    history = loop.fit(stage, config, loaders.train, loaders.val, tmp_path)
+    batches = list(loaders.val)
+    with torch.no_grad():
+        expected = torch.cat([(stage.model(b) - b.target).abs().mean((-2, -1)) / b.maximum for b in batches]).mean()
+    assert history.epochs[0]["val_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert isinstance(setup.build_control_stage(config, stage), AbsoluteErrorStage)
 
 
 @pytest.mark.parametrize(("share", "epochs"), [(0, 2), (0.5, 1), (1.5, 2), (99, 2)])

@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import importlib
 import multiprocessing
 import os
 import shutil
 import time
+import types
 from pathlib import Path
 
 import h5py
@@ -24,6 +26,7 @@ from mrilib.data.sampler import make_loader
 from mrilib.data.splits import split_volumes
 from mrilib.model import two_stage
 from mrilib.model.decoders import build_decoder
+from mrilib.physics import masks
 from mrilib.training import checkpoint, device, loop, setup, stages, token_cache, token_key
 from mrilib.training.distributed import TrainingStopped
 from mrilib.training.token_cache import TokenCache
@@ -146,16 +149,29 @@ def test_key_depends_on_the_delta_rule_implementation(filled, monkeypatch):
     assert len(keys) == 3
 
 
-def test_key_depends_on_all_code_that_computes_tokens():
-    names = {module.__name__ for module in token_key.COMPUTING_CODE}
-    assert {"mrilib.model.finding_maps", "mrilib.model.unet"} <= names
-    assert {
-        "mrilib.backbone.cache",
-        "mrilib.backbone.delta_rule",
-        "mrilib.backbone.kernels",
-        "mrilib.backbone.trigger",
-        "mrilib.model.two_stage",
-    } <= names
+MASK_MODULE = "from fastmri.data.subsample import RandomMaskFunc\nclass OwnMask(RandomMaskFunc):\n    lines = {lines}\n"
+
+
+def test_key_depends_on_the_code_of_a_custom_mask(filled, tmp_path, monkeypatch):
+    config, system, _, _ = filled
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(masks, "MASK_CLASSES", dict(masks.MASK_CLASSES))
+    keys = []
+    for number, lines in enumerate((1, 1, 2)):
+        (tmp_path / f"own_mask_{number}.py").write_text(MASK_MODULE.format(lines=lines))
+        masks.MASK_CLASSES["own"] = importlib.import_module(f"own_mask_{number}").OwnMask
+        keys.append(TokenCache(system, config.model_copy(update={"mask_type": "own"})).key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_key_depends_on_the_code_of_every_computing_package(filled, tmp_path, monkeypatch):
+    config, system, cache, _ = filled
+    (tmp_path / "added.py").write_text("value = 1")
+    package = types.SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(token_key, "COMPUTING_PACKAGES", (*token_key.COMPUTING_PACKAGES, package))
+    assert TokenCache(system, config).key != cache.key
+    folders = [Path(package.__file__).parent.name for package in token_key.COMPUTING_PACKAGES]
+    assert {"physics", "backbone", "data", "model"} <= set(folders)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
