@@ -156,7 +156,7 @@ def _add_runs(commands: Any) -> None:
 
 def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder and print the metrics."""
-    from mrilib.display.tables import metrics_text
+    from mrilib.display.console import metrics_text
     from mrilib.runs import notebooks
 
     plan = notebooks.make_plan(options)

@@ -138,21 +138,6 @@ def analysis_table(metrics: dict[str, Any]) -> pd.DataFrame:
     )
 
 
-def metrics_text(path: Path) -> str:
-    """Format metrics.json for the console."""
-    metrics = read_json(path)
-    parts = [""]
-    if "reconstruction" in metrics:
-        parts.append(reconstruction_table(metrics).to_string(index=False))
-        if note := coil_compression_note(metrics["reconstruction"]):
-            parts.append(note)
-    if "analysis" in metrics:
-        scores = metrics["analysis"]
-        parts.append(analysis_table(metrics).to_string(index=False))
-        parts.append(f"{scores['samples']} test slices of {scores['patients']} patients")
-    return "\n\n".join([*parts, f"from {display_path(path)}"])
-
-
 SMALL_SSIM = 0.005  # smaller differences are not visible in the images
 
 

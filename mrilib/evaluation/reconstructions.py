@@ -135,11 +135,16 @@ def summarize_methods(
     """Compute the "reconstruction" section of metrics.json: acceleration → method → `summarize`.
 
     The zero-filled entry also has ``compression_cost_ssim`` and ``compression_cost_psnr`` [dB]: the mean of all coils
-    minus that of the compressed coils, 0 without compression.
+    minus that of the compressed coils, 0 without compression. Other methods than the model have ``ssim_difference``,
+    the model's SSIM minus theirs over the same volumes, and ``ssim_difference_ci95``, its interval over patients.
     """
     section: dict[str, dict[str, dict[str, Any]]] = {}
     for acceleration, methods in scores.items():
         section[acceleration] = {name: summarize(of, bootstrap_samples, seed) for name, of in methods.items()}
+        for name, of in methods.items():
+            if name != "model" and "model" in methods:
+                mean, interval = paired_difference(methods["model"], of, "ssim")
+                section[acceleration][name] |= {"ssim_difference": mean, "ssim_difference_ci95": interval}
         if "zero_filled" in methods:
             compressed = methods.get("zero_filled_compressed", methods["zero_filled"])
             for metric in ("ssim", "psnr"):

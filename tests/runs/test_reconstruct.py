@@ -20,7 +20,6 @@ from mrilib.config import EvaluateParameters
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.sampler import make_loader
 from mrilib.data.splits import split_volumes
-from mrilib.display import tables
 from mrilib.evaluation import inference, reconstructions
 from mrilib.metrics import image as image_module
 from mrilib.model import decoders, two_stage
@@ -293,14 +292,3 @@ def test_reconstruct_prints_the_cost_of_compression(written, loaded, volumes):
         scores = image_module.score_volume(h5["reconstruction_rss"][()], all_coils(volumes[0], loaded[1], 4))
     assert f"{volumes[0].coils} coils compressed to 4" in written[1]
     assert f"all coils SSIM {scores['ssim']:.3f}, PSNR {scores['psnr']:.2f} dB" in written[1]
-
-
-@pytest.mark.parametrize("cost", [0.021, 0.0])
-def test_the_metrics_table_states_the_cost_of_compression(cost, tmp_path):
-    scores = dict.fromkeys((*image_module.METRICS, "volumes"), 0.5) | {"ssim_ci95": [0.4, 0.6]}
-    methods = {"zero_filled": scores | {"compression_cost_ssim": cost, "compression_cost_psnr": 6 * cost}}
-    methods |= {"zero_filled_compressed": scores} if cost else {}
-    (tmp_path / "metrics.json").write_text(json.dumps({"reconstruction": {"4": methods}}))
-    text = tables.metrics_text(tmp_path / "metrics.json")
-    expected = "costs zero-filled images 0.021 in SSIM and 0.13 dB in PSNR at 4x" if cost else "nothing was compressed"
-    assert expected in text and ("zero-filled, compressed coils" in text) == bool(cost)
