@@ -1,5 +1,6 @@
 """What the commands print after a run: its metrics in at most 100 columns, and their meaning in three sentences."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mrilib.display.tables import SMALL_SSIM, analysis_table, coil_compression_n
 from mrilib.files import display_path, read_json
 from mrilib.metrics.methods import in_order, method_label
 
+WIDTH = 100  # columns of the console
 SHORT_NAMES = {"cross-entropy [nats per token]": "nats per token", "finding F1 (label, side, region)": "finding F1"}
 
 
@@ -22,12 +24,17 @@ def metrics_text(path: Path) -> str:
         table = _image_table(methods).to_string(index=False)
         parts.append(f"Images at {acceleration}x, {volumes} test volumes\n{table}")
     if note := coil_compression_note(metrics.get("reconstruction", {})):
-        parts.append(note)
+        parts.append(_wrapped(note))
     if "analysis" in metrics:
         scores = metrics["analysis"]
         table = analysis_table(metrics).set_index("").T.rename(columns=SHORT_NAMES).to_string()
         parts.append(f"Texts, {scores['samples']} test slices of {scores['patients']} patients\n{table}")
-    return "\n\n".join([*parts, "\n".join(run_conclusion(metrics)), f"from {display_path(path)}"])
+    sentences = [_wrapped(sentence, indent="   ") for sentence in run_conclusion(metrics)]
+    return "\n\n".join([*parts, "\n".join(sentences), f"from {display_path(path)}"])
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent)
 
 
 def _image_table(methods: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -41,8 +48,8 @@ def _image_table(methods: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
                 "SSIM": f"{scores['ssim']:.3f}",
                 "95% interval": f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "–",
                 "PSNR [dB]": f"{scores['psnr']:.2f}",
-                "in head: SSIM": f"{scores['ssim_head']:.3f}",
-                "PSNR [dB] ": f"{scores['psnr_head']:.2f}",
+                "SSIM in head": f"{scores['ssim_head']:.3f}",
+                "PSNR in head": f"{scores['psnr_head']:.2f}",
             }
         )
     return pd.DataFrame(rows)

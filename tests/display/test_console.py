@@ -34,7 +34,7 @@ def test_the_metrics_table_states_the_cost_of_compression(cost, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"reconstruction": {"4": methods}}))
     text = console.metrics_text(tmp_path / "metrics.json")
     expected = "costs zero-filled images 0.021 in SSIM and 0.13 dB in PSNR at 4x" if cost else "nothing was compressed"
-    assert expected in text and ("zero-filled, compressed coils" in text) == bool(cost)
+    assert expected in text.replace("\n", " ") and ("zero-filled, compressed coils" in text) == bool(cost)
 
 
 def test_what_a_run_prints_fits_in_100_columns(tmp_path):
@@ -42,9 +42,8 @@ def test_what_a_run_prints_fits_in_100_columns(tmp_path):
     metrics = {"reconstruction": summarize_methods({"4": scores, "8": scores}), "analysis": ANALYSIS}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     text = console.metrics_text(tmp_path / "metrics.json")
-    tables = text[: text.index("1. SSIM")]
-    assert max(map(len, tables.split("\n"))) <= 100
-    assert all(label in tables for label in METHOD_LABELS.values())
+    assert max(map(len, text.split("\n"))) <= 100
+    assert all(label in text for label in METHOD_LABELS.values()) and "3. The text" in text
 
 
 @pytest.mark.parametrize(
