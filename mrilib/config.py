@@ -322,7 +322,8 @@ class Stage2Parameters(TrainingParameters):
         "", "folder of the token cache: image tokens and decoder inputs, shared by runs; empty: no cache"
     )
     train_control: bool = parameter(
-        False, "also train the no_token_decoder baseline: a decoder without image tokens, same steps"
+        True,
+        "also train the no_token_decoder baseline, the same decoder without image tokens; unused if there are none",
     )
 
     @model_validator(mode="after")
@@ -345,7 +346,7 @@ class Stage2Parameters(TrainingParameters):
         if self.sense and not self.image_skip:
             raise ValueError("sense: the decoder has no measured data; set image_skip: true")
         if self.train_control and not self.image_skip:
-            raise ValueError("train_control: a decoder without tokens needs the measured data; set image_skip: true")
+            raise ValueError("train_control: a decoder without tokens needs the measured data; set it to false")
         return self
 
 
@@ -373,7 +374,8 @@ class EvaluateParameters(BackboneParameters):
         "outputs/demo/stage2_checkpoints/stage2_best_model.pt", "image decoder of stage 2", min_length=1
     )
     no_token_decoder_checkpoint: str = parameter(
-        "", "no_token_decoder baseline of stage 2, trained without tokens; empty: left out"
+        "outputs/demo/stage2_checkpoints/no_token_decoder_best_model.pt",
+        "no_token_decoder baseline of stage 2, trained without tokens; empty: left out",
     )
     batch_size: int = parameter(16, "slices per batch", ge=1, le=4096)
     max_new_tokens: int = parameter(80, "largest length of a generated analysis [tokens]", ge=1, le=4096)

@@ -138,7 +138,7 @@ def test_reconstruct_uses_the_weights_in_the_given_folder(run, phantom_dir, tmp_
     assert main(["reconstruct", str(moved), str(file), "--out", str(tmp_path)]) == 1  # not those of the original folder
 
 
-def test_wrong_options_are_refused_before_data_is_written(params, tmp_path, capsys):
+def test_wrong_options_are_refused_before_data_is_written(run, params, tmp_path, capsys):
     shutil.copytree(params, tmp_path / "params")
     explore = tmp_path / "params" / "explore.yaml"
     values = yaml.safe_load(explore.read_text()) | {"data_dir": str(tmp_path / "data"), "phantom_volumes": 6}
@@ -148,6 +148,10 @@ def test_wrong_options_are_refused_before_data_is_written(params, tmp_path, caps
     assert "learnin_rate" in capsys.readouterr().err
     assert main([*common, "--name", str(tmp_path / "a"), "-p", "stage2.mask_type=poisson"]) == 1
     assert "stage2: mask_type: 'poisson' is not known; there are random, equispaced" in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    shutil.copytree(run, taken, ignore=shutil.ignore_patterns("*.pt"))
+    assert main([*common, "--name", str(taken)]) == 1
+    assert "taken' exists; choose another --name" in capsys.readouterr().err
     assert main([*common, "--name", "../a"]) == 1
     assert "--name ../a" in capsys.readouterr().err
     assert not (tmp_path / "data").exists() and not (tmp_path / "a").exists()

@@ -222,6 +222,8 @@ def run(plan: Plan, overwrite: bool = False) -> int:
     """
     values = {name: notebook_values(plan, name) for name in plan.notebooks}
     phantom = check_plan(plan, values)
+    if not plan.is_resumed:
+        check_free(plan.directory, overwrite)  # before phantom data are made, which takes minutes
     if phantom is not None:
         dataset.make_if_absent(phantom)
     if not plan.is_resumed:
@@ -243,8 +245,8 @@ def run(plan: Plan, overwrite: bool = False) -> int:
     return status
 
 
-def claim_folder(directory: Path, overwrite: bool) -> None:
-    """Lock and empty the folder of a new run; refuse one with a run, unless `overwrite`, and other folders."""
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Refuse a folder for a new run that has a run, unless `overwrite`, or anything else in it."""
     name = display_path(directory)
     has_record = (directory / "run.json").exists()
     if has_record and not overwrite:
@@ -254,6 +256,11 @@ def claim_folder(directory: Path, overwrite: bool) -> None:
     # A start that was killed before its record was written leaves only these.
     if not has_record and directory.exists() and {path.name for path in directory.iterdir()} - {".lock", "params"}:
         raise ParameterError(f"'{name}' exists and is not a run folder (it has no run.json); choose another --name")
+
+
+def claim_folder(directory: Path, overwrite: bool) -> None:
+    """Lock and empty the folder of a new run, which `check_free` accepts."""
+    check_free(directory, overwrite)
     lock_run(directory)
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():

@@ -77,8 +77,9 @@ def _check_request(config: StageParameters, only: str) -> str:
     names = ("stage1", "constant_prefix") if number == 1 else ("stage2", "no_token_decoder")
     if only and only not in names:
         raise ParameterError(f"--only {only}: stage {number} trains {' and '.join(names)}; give one of them")
-    if only == names[1] and not config.train_control:
-        raise ParameterError(f"--only {only}: train_control is false; set it to true, or leave --only out")
+    if only == names[1] and not setup.trains_control(config):
+        reason = f"decoder {config.decoder} uses no tokens" if config.train_control else "train_control is false"
+        raise ParameterError(f"--only {only}: {reason}; leave --only out")
     if config.output_dir:
         _require_run_folder(resolve(config.output_dir))
     return f"stage{number}"
@@ -141,7 +142,7 @@ def _train_networks(
         run.note(notebook, split=split, skipped_files=loaders.split.skipped)
     stage = setup.build_stage(config, device)
     before = two_stage.fingerprint(stage.model)
-    for is_baseline in (False, True) if config.train_control else (False,):
+    for is_baseline in (False, True) if setup.trains_control(config) else (False,):
         stage = setup.build_control_stage(config, stage) if is_baseline else stage
         if only not in ("", stage.name):
             continue

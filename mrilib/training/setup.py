@@ -166,6 +166,11 @@ def build_stage(
     return STAGES[2](model)
 
 
+def trains_control(config: StageParameters) -> bool:
+    """Whether a training has a control: `train_control` is set, and there are k-space or image tokens to leave out."""
+    return config.train_control and (isinstance(config, Stage1Parameters) or find_decoder(config.decoder).uses_tokens)
+
+
 def build_control_stage(config: StageParameters, stage: stages.Stage) -> stages.Stage:
     """Build the untrained control of a stage, with seeds reset so that slices and masks come in the same order."""
     device_module.prepare(config)
