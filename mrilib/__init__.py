@@ -35,6 +35,7 @@ _MODULES = {
     "NirvanaForCausalLM": "backbone.nirvana",
     "TwoStageModel": "model.two_stage",
     "evaluate_volumes": "evaluation.reconstructions",
+    "from_pretrained": "runs.pretrained",
     "gated_delta_rule": "backbone.delta_rule",
 }
 _AUTO = "transformers.models.auto.configuration_auto"

@@ -62,7 +62,17 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_sweep, _add_train, _add_cost, _add_make_data, _add_check, _add_reconstruct, _add_runs):
+    for add in (
+        _add_run,
+        _add_sweep,
+        _add_train,
+        _add_cost,
+        _add_make_data,
+        _add_check,
+        _add_reconstruct,
+        _add_export,
+        _add_runs,
+    ):
         add(commands)
     return parser
 
@@ -144,6 +154,12 @@ def _add_reconstruct(commands: Any) -> None:
     add("file", type=Path, help="fastMRI brain multicoil h5 file")
     add("--out", type=folder, default=Path("reconstructed"), help="output folder (default: %(default)s)")
     add("--acceleration", type=whole(1, 1000), help="acceleration for a fully sampled file (default: the run's first)")
+
+
+def _add_export(commands: Any) -> None:
+    add = commands.add_parser("export", help="write a run's model as a folder for mrilib.from_pretrained").add_argument
+    add("run", type=Path, help="evaluated run folder, e.g. outputs/demo")
+    add("folder", type=folder, help="output folder, e.g. models/mine")
 
 
 def _add_runs(commands: Any) -> None:
@@ -241,6 +257,15 @@ def reconstruct_file(options: argparse.Namespace) -> int:
     return 0
 
 
+def export_model(options: argparse.Namespace) -> int:
+    """Write a run's model as two safetensors files, their parameters and a model card."""
+    from mrilib.runs.pretrained import export
+
+    size = export(options.run, options.folder)
+    print(f"{size / 1e6:.1f} MB in {options.folder}")
+    return 0
+
+
 def list_runs(options: argparse.Namespace) -> int:
     """Print the table of run records."""
     from mrilib.display.tables import runs_text
@@ -259,6 +284,7 @@ COMMANDS = {
     "make-data": make_data,
     "check": check_data,
     "reconstruct": reconstruct_file,
+    "export": export_model,
     "runs": list_runs,
 }
 

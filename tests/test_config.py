@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> dict[str, Any]:
     """Values with existing paths, for any notebook."""
     (tmp_path / "file").write_text("")
     paths = ("config_path", "backbone_path", "stage1_checkpoint", "stage2_checkpoint")
-    values = {"data_dir": str(tmp_path), "constant_prefix_checkpoint": ""}
+    values = {"data_dir": str(tmp_path), "constant_prefix_checkpoint": "", "no_token_decoder_checkpoint": ""}
     return values | dict.fromkeys(paths, str(tmp_path / "file"))
 
 

@@ -25,6 +25,7 @@ from mrilib.files import write_together
 from mrilib.metrics.image import score_volume
 from mrilib.model.baselines import zero_filled, zero_filled_image
 from mrilib.model.two_stage import TwoStageModel
+from mrilib.runs.pretrained import from_pretrained, is_pretrained, pretrained_config
 from mrilib.runs.record import read_record
 from mrilib.training.device import pick_device
 from mrilib.training.setup import load_trained
@@ -53,13 +54,15 @@ UNUSED_PATHS = (
 
 
 def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
-    """Return the parameters of a run's evaluation, with the weights in this folder.
+    """Return the parameters of a run's evaluation, with the weights in this folder, or those of an exported model.
 
     Raises
     ------
     ParameterError
         If the folder is not a run, or has no evaluation.
     """
+    if is_pretrained(directory):
+        return pretrained_config(directory, device)
     record = read_record(directory)
     if "evaluate" not in record["notebooks"]:
         raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
@@ -74,9 +77,11 @@ def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
 
 
 def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, EvaluateParameters]:
-    """Load the trained model of a run folder; return it with its `run_config`."""
-    config = run_config(directory, device)
+    """Load the trained model of a run folder, or an exported model; return it with its `run_config`."""
     disable_progress_bar()  # transformers' bars for loading files
+    if is_pretrained(directory):
+        return from_pretrained(directory, device)
+    config = run_config(directory, device)
     return load_trained(config, pick_device(device))[0], config
 
 
@@ -169,7 +174,7 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     Parameters
     ----------
     run : Path
-        Evaluated run folder.
+        Evaluated run folder, or the folder of an exported model.
     file : Path
         fastMRI brain multicoil h5 file.
     out : Path

@@ -78,7 +78,7 @@ def _check_request(config: StageParameters, only: str) -> str:
     if only and only not in names:
         raise ParameterError(f"--only {only}: stage {number} trains {' and '.join(names)}; give one of them")
     if only == names[1] and not setup.trains_control(config):
-        reason = f"decoder {config.decoder} uses no tokens" if config.train_control else "train_control is false"
+        reason = "the decoder uses no tokens" if config.train_control else "train_control is false"
         raise ParameterError(f"--only {only}: {reason}; leave --only out")
     if config.output_dir:
         _require_run_folder(resolve(config.output_dir))
