@@ -402,10 +402,10 @@ class CompareParameters(OutputParameters):
     runs: list[str] = parameter([], "run folders to compare; empty: every finished run under outputs/")
 
 
-class BenchmarkParameters(OutputParameters):
-    """Parameters of 06_benchmark."""
+class CostParameters(OutputParameters):
+    """Parameters of 07_costs."""
 
-    notebook = "06_benchmark"
+    notebook = "07_costs"
     existing_paths = ("stage1_params", "stage2_params")
 
     stage1_params: str = parameter(
@@ -449,9 +449,9 @@ def _check_backbone_size(hidden_size: int, num_hidden_layers: int, vocab_size: i
 
 
 class PretrainParameters(OutputParameters):
-    """Parameters of 00_pretrain_tiny_backbone."""
+    """Parameters of appendix_pretrain_tiny_backbone."""
 
-    notebook = "00_pretrain_tiny_backbone"
+    notebook = "appendix_pretrain_tiny_backbone"
 
     model_dir: str = parameter("models/tiny_backbone", "output folder of the model and its tokenizer", min_length=1)
     vocab_size: int = parameter(768, "largest vocabulary size of the tokenizer", ge=512, le=10**6)
@@ -484,5 +484,5 @@ NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {  # key in commands and re
     "stage2": (Stage2Parameters.notebook, Stage2Parameters),
     "evaluate": (EvaluateParameters.notebook, EvaluateParameters),
     "compare": (CompareParameters.notebook, CompareParameters),
-    "benchmark": (BenchmarkParameters.notebook, BenchmarkParameters),
+    "costs": (CostParameters.notebook, CostParameters),
 }

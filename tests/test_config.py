@@ -124,7 +124,7 @@ def test_numbers_and_lists_have_bounds(cls, data):
         (Stage1Parameters, {"varnet_chans": 512, "varnet_pools": 8}, "varnet_chans.*: together they give a network of"),
         (Stage2Parameters, {"baseline_chans": 512, "baseline_pools": 8}, "baseline_chans.*: together they give"),
         (config.PretrainParameters, {"hidden_size": 16384, "num_hidden_layers": 100}, "num_hidden_layers: together"),
-        (config.BenchmarkParameters, {"hidden_size": 4096, "vocab_size": 10**6}, "vocab_size: together they give"),
+        (config.CostParameters, {"hidden_size": 4096, "vocab_size": 10**6}, "vocab_size: together they give"),
     ],
 )
 def test_wrong_values_are_refused(data, cls, values, sentence):

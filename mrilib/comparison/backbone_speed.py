@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mrilib.backbone.nirvana import NirvanaConfig, NirvanaForCausalLM
-from mrilib.config import BenchmarkParameters
+from mrilib.config import CostParameters
 from mrilib.model.two_stage import checkpoint_layers, count_parameters
 
 EARLY, LATE = 20, 500  # the tokens to compare in cost
 AROUND = 10  # a token's cost is the median over this many tokens on either side
 
 
-def build(config: BenchmarkParameters, device: torch.device) -> NirvanaForCausalLM:
+def build(config: CostParameters, device: torch.device) -> NirvanaForCausalLM:
     """Build a frozen backbone with random weights."""
     torch.manual_seed(config.seed)
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "concept_dim", "logit_dim")
@@ -230,7 +230,7 @@ def backward_memory(model: NirvanaForCausalLM, tokens: int) -> dict[str, float]:
     return costs
 
 
-def measure(config: BenchmarkParameters, device: torch.device) -> dict[str, Any]:
+def measure(config: CostParameters, device: torch.device) -> dict[str, Any]:
     """Measure everything as plain numbers, for run.json and the table."""
     model = build(config, device)
     costs: dict[str, Any] = {"prefill": prefill(model, config.prefill_tokens, config.repeats)}
@@ -242,7 +242,7 @@ def measure(config: BenchmarkParameters, device: torch.device) -> dict[str, Any]
     return costs
 
 
-def table(costs: dict[str, Any], config: BenchmarkParameters) -> pd.DataFrame:
+def table(costs: dict[str, Any], config: CostParameters) -> pd.DataFrame:
     """Tabulate the measurements with their limits, and whether they are met."""
     pre, dec, back, steps = (costs[name] for name in ("prefill", "decoding", "backward", "steps"))
     early, late = (cost_around(steps["seconds"], n) for n in (EARLY, LATE))

@@ -1,4 +1,4 @@
-"""Figures of the benchmark: cost of the backbone and speed of the loader."""
+"""Figures of notebook 07: cost of the backbone and speed of the loader."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mrilib.comparison.loader_speed import OURS, RATE
-from mrilib.config import BenchmarkParameters
+from mrilib.config import CostParameters
 from mrilib.display.style import BLUE, GREY, ORANGE, WIDTH, RecordFigure, styled
 
 
 @styled
-def backbone_chart(costs: dict[str, Any], config: BenchmarkParameters) -> RecordFigure:
+def backbone_chart(costs: dict[str, Any], config: CostParameters) -> RecordFigure:
     """Draw the times of decoding and prefill, and the memory of a backward pass, from `backbone_speed.measure`."""
     figure = RecordFigure(WIDTH, 3.0)
     left, middle, right = figure.subplots(1, 3, width_ratios=[2, 1.2, 1.2])

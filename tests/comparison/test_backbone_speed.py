@@ -1,4 +1,4 @@
-"""The backbone's measurements measure what they name; their size is for the benchmark notebook."""
+"""The backbone's measurements measure what they name; their size is for notebook 07."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from mrilib.comparison import backbone_speed
-from mrilib.config import ROOT, BenchmarkParameters
+from mrilib.config import ROOT, CostParameters
 from mrilib.display import speeds
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def config():
-    return BenchmarkParameters(**TINY)
+    return CostParameters(**TINY)
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +103,17 @@ def test_table_and_chart(config, costs):
 
 
 def test_notebook(tmp_path):
-    values = yaml.safe_load((ROOT / "params" / "demo" / "benchmark.yaml").read_text())
+    values = yaml.safe_load((ROOT / "params" / "demo" / "costs.yaml").read_text())
     off = {name: False for name, value in values.items() if value is True}  # the other sections are tested elsewhere
-    params = tmp_path / "benchmark.yaml"
+    params = tmp_path / "costs.yaml"
     params.write_text(
         yaml.safe_dump({**values, **off, **TINY, "backbone_speed": True, "output_dir": str(tmp_path / "run")})
     )
-    command = [sys.executable, "-m", "papermill", "notebooks/06_benchmark.ipynb", str(tmp_path / "out.ipynb")]
+    command = [sys.executable, "-m", "papermill", "notebooks/07_costs.ipynb", str(tmp_path / "out.ipynb")]
     result = subprocess.run(
         [*command, "-f", str(params), "--no-progress-bar"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "done" and record["notebooks"]["benchmark"]["backbone"]["decoding"]["same_tokens"]
+    assert record["status"] == "done" and record["notebooks"]["costs"]["backbone"]["decoding"]["same_tokens"]
     assert (tmp_path / "run" / "figures" / "backbone_speed.png").exists()
