@@ -4,16 +4,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help demo test test-transformers lab lint .venv
+.PHONY: help quickstart demo record test test-transformers lab lint .venv
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
+
+quickstart: $(BIN)/installed  ## one reconstruction with the trained model in models/phantom; a minute
+	$(BIN)/python -m mrilib run params/quickstart --overwrite $(ARGS)
 
 demo: $(BIN)/installed  ## phantom data, both stages, evaluation → outputs/demo; prints the metrics
 	$(BIN)/python -m mrilib run params/demo $(ARGS)
 
 test: $(BIN)/installed  ## all tests but those marked fullsize
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # one process a core, one thread each
+
+record: $(BIN)/installed  ## make outputs/reference again, from a commit without changes
+	$(BIN)/python -m mrilib run params/demo --name reference --overwrite
+	$(BIN)/python -m mrilib run params/quickstart --name reference_quickstart --overwrite
+	$(BIN)/python -m mrilib run params/pretrain --name reference_pretrain --overwrite -p pretrain.model_dir=outputs/reference_pretrain/model
 
 # The oldest and the newest that pyproject allows, the older with what it needs; each in front of the environment's own.
 OLDEST := transformers==5.6.2 tokenizers==0.22.2 huggingface_hub==1.33.0
@@ -28,8 +36,9 @@ test-transformers: $(BIN)/installed  ## the backbone's tests with the oldest and
 			tests/backbone/test_nirvana.py tests/backbone/test_loading.py tests/backbone/test_huggingface.py $(ARGS) || exit 1; \
 	done
 
-lab: $(BIN)/installed  ## JupyterLab on notebooks/
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_explore_data.ipynb $(ARGS)
+lab: $(BIN)/installed  ## JupyterLab on copies of the notebooks in lab/
+	$(BIN)/python -m mrilib.runs.lab
+	$(BIN)/jupyter lab --notebook-dir=. lab/00_quickstart.ipynb $(ARGS)
 
 lint: $(BIN)/installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -394,6 +394,21 @@ class EvaluateParameters(BackboneParameters):
         return value
 
 
+class QuickstartParameters(OutputParameters):
+    """Parameters of 00_quickstart."""
+
+    notebook = "00_quickstart"
+    existing_paths = ("model_dir",)
+
+    model_dir: str = parameter("models/phantom", "folder of an exported model", min_length=1)
+    data_dir: str = parameter(
+        "data/quickstart", "folder of fastMRI files; one phantom patient is written if it is missing"
+    )
+    acceleration: int = parameter(8, "acceleration of the undersampling mask, one of the model's", ge=1, le=1000)
+    phantom_seed: int = parameter(11, "seed of the phantom patient", ge=0, lt=2**32)
+    device: Device = parameter("auto", DEVICE)
+
+
 class CompareParameters(OutputParameters):
     """Parameters of 05_compare_runs."""
 
@@ -478,6 +493,7 @@ class PretrainParameters(OutputParameters):
 
 
 NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {  # key in commands and records → notebook, its parameters
+    "quickstart": (QuickstartParameters.notebook, QuickstartParameters),
     "pretrain": (PretrainParameters.notebook, PretrainParameters),
     "explore": (ExploreParameters.notebook, ExploreParameters),
     "stage1": (Stage1Parameters.notebook, Stage1Parameters),

@@ -16,12 +16,20 @@ from mrilib.files import ROOT
 PACKAGES = ("torch", "transformers", "accelerate", "fastmri", "safetensors", "h5py", "numpy", "papermill")
 
 
+CODE = ("mrilib", "notebooks", "params", "pyproject.toml", "constraints.txt")
+
+
 def git_state() -> dict[str, Any]:
-    """Return the repository's commit and whether the work tree differs from it; both None without git."""
+    """Return the repository's commit and whether the code differs from it; both None without git.
+
+    Runs, data and weights are no code; of the repository's files, those in `CODE` are.
+    """
     command = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            [*command, "status", "--porcelain", "--", *CODE], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

@@ -38,7 +38,7 @@ from mrilib.runs.overrides import Overrides, merge_overrides, parse_overrides, r
 from mrilib.runs.record import REFUSALS, Run, read_record
 from mrilib.training.resume import check_folder
 
-PIPELINE = ("explore", "stage1", "stage2", "evaluate", "compare")
+PIPELINE = tuple(NOTEBOOKS)  # a params folder has files for some of them
 Values = dict[str, dict[str, Any]]  # notebook → all its parameters
 # Checkpoints that a notebook reads from its own run: parameter → path in the run folder
 OWN_CHECKPOINTS = {

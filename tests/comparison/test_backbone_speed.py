@@ -103,7 +103,7 @@ def test_table_and_chart(config, costs):
 
 
 def test_notebook(tmp_path):
-    values = yaml.safe_load((ROOT / "params" / "demo" / "costs.yaml").read_text())
+    values = yaml.safe_load((ROOT / "params" / "costs" / "costs.yaml").read_text())
     off = {name: False for name, value in values.items() if value is True}  # the other sections are tested elsewhere
     params = tmp_path / "costs.yaml"
     params.write_text(

@@ -96,7 +96,13 @@ def test_notebook_runs(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "concept_dim": 4, "logit_dim": 2}
     folders = {"model_dir": tmp_path / "model", "output_dir": tmp_path / "run"}
     values = {**sizes, **folders, "max_steps": 2, "batch_size": 2, "num_threads": 1, "interactive": False}
-    command = [sys.executable, "-m", "papermill", "notebooks/appendix_pretrain_tiny_backbone.ipynb", tmp_path / "out.ipynb"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "notebooks/appendix_pretrain_tiny_backbone.ipynb",
+        tmp_path / "out.ipynb",
+    ]
     command += [word for name, value in values.items() for word in ("-p", name, value)]
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
