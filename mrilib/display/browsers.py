@@ -154,7 +154,7 @@ def overview_png(sample: Slice, parts: SliceParts, boxes: Sequence[Box] = (), co
         tiles.append(tile(parts.target, parts.window, "target"))
         draw_scale_bar(tiles[-1], shape, sample.pixel)
         draw_boxes(tiles[-1], boxes, shape)
-    tiles.append(tile(montage(parts.coil_images, columns), parts.coil_window, "coil images"))
+    tiles.append(tile(montage(parts.coil_images, columns), 1, "coil images, each on its own scale"))
     tiles.append(tile(montage(parts.maps, columns), 1, COIL_MAPS))
     if parts.target is None:
         return sheet(tiles, 3, Image.new("RGB", (SIDE, CAPTION), "white"))  # the same size as with a target

@@ -43,6 +43,7 @@ from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier, masks
 from mrilib.physics.masks import MASK_CLASSES
 
+TICK_WIDTH = WIDTH * 72 * 0.6  # of a panel that fills the figure but for its labels [points]
 ERROR_SCALE = 5  # errors are shown this much brighter than anatomy
 ERROR_LABEL = f"|zero-filled − target| ×{ERROR_SCALE}"
 NO_TARGET = "no target in this file"
@@ -85,8 +86,7 @@ class SliceParts(NamedTuple):
     mask: NDArray  # bool (phase,)
     zero_filled: NDArray  # float32 (h, w) [file units]
     target: NDArray | None  # float32 (h, w) [file units]
-    coil_images: NDArray  # float32 (coil, h, w): magnitude [1]
-    coil_window: float  # upper end of their grey window
+    coil_images: NDArray  # float32 (coil, h, w): magnitude, each relative to its own grey window [1]
     maps: NDArray  # float32 (coil, h, w): magnitude of the sensitivities from the centre lines, 0 to 1
 
     @property
@@ -111,8 +111,7 @@ def slice_parts(sample: Slice) -> SliceParts:
             mask=sample.mask.numpy(),
             zero_filled=display_image(fourier.rss(coil_images) * sample.scale),
             target=None if sample.target is None else display_image(sample.target),
-            coil_images=coil_magnitude,
-            coil_window=display_window(coil_magnitude[:, ::2, ::2]),
+            coil_images=np.stack([image / display_window(image) for image in coil_magnitude]),
             maps=display_image(fourier.center_crop_or_pad(maps, sample.image_shape).abs()),
         )
 
@@ -228,7 +227,7 @@ def slice_overview(sample: Slice, boxes: Sequence[Box] = (), coil: int = 0) -> R
         _image(axes[1, 2], parts.error, 0, parts.window / ERROR_SCALE, ERROR_LABEL, ERROR_MAP)
         place = axes[1, 2].inset_axes((0.0, -0.06, 1.0, 0.035))
         _error_bar(figure, "error [% of the target's grey window]", cax=place, orientation="horizontal")
-    _image(axes[1, 0], montage(parts.coil_images, columns), 0, parts.coil_window, "coil images")
+    _image(axes[1, 0], montage(parts.coil_images, columns), 0, 1, "coil images, each on its own scale")
     _image(axes[1, 1], montage(parts.maps, columns), 0, 1, COIL_MAPS)
     for axis in axes.flat:
         axis.set_anchor("N")
@@ -242,9 +241,10 @@ def _kspace_panel(axis: Axes, sample: Slice, coil: int) -> None:
     axis.set_axis_off()
     axis.set_title(f"measured k-space, coil {coil + 1} of {len(sample.kspace)}", pad=12)
     strip = axis.inset_axes((0.0, 1.01, 1.0, 0.03))
-    strip.imshow(sample.mask.numpy()[None], cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    strip.vlines(np.flatnonzero(sample.mask) + 0.5, 0, 1, BLACK, linewidth=0.25 * TICK_WIDTH / len(sample.mask))
+    strip.set(xlim=(0, len(sample.mask)), ylim=(0, 1))
     strip.set_axis_off()
-    note = f"log magnitude, four decades\nmask above: {sampled(sample.mask)}"
+    note = f"log magnitude, four decades\nticks above: {sampled(sample.mask)}"
     axis.text(0.5, -0.03, note, transform=axis.transAxes, ha="center", va="top")
 
 
@@ -372,9 +372,9 @@ def mask_gallery(
             mask, _ = masks.sample_mask(function, width, seed, padding or (0, width))
             low = round(width * fraction)  # fastMRI's own centre, which may be one line off the middle
             start = (width - low + 1) // 2
-            color = np.where(mask.numpy(), 0, 255).astype(np.uint8)[None, :, None].repeat(3, axis=2)
-            color[:, start : start + low] = [int(BLUE[i : i + 2], 16) for i in (1, 3, 5)]
-            axis.imshow(color, extent=(0, width, row + 0.36, row - 0.36), aspect="auto", interpolation="nearest")
+            lines = np.flatnonzero(mask.numpy())
+            colors = [BLUE if start <= line < start + low else BLACK for line in lines]
+            axis.vlines(lines + 0.5, row - 0.36, row + 0.36, colors, linewidth=0.7 * TICK_WIDTH / width)
             axis.text(width * 1.012, row, f"{mask.float().mean():.1%} = 1/{1 / mask.float().mean():.2f}", va="center")
         axis.set(xlim=(0, width), ylim=(len(MASK_CLASSES) - 0.5, -0.5), yticks=range(len(MASK_CLASSES)))
         axis.set_yticklabels([name.replace("_", " ") for name in MASK_CLASSES])
