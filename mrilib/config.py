@@ -415,6 +415,16 @@ class CompareParameters(OutputParameters):
     runs: list[str] = parameter([], "run folders to compare; empty: every finished run under outputs/")
 
 
+class ComparisonParameters(OutputParameters):
+    """Parameters of 06_comparison."""
+
+    notebook = "06_comparison"
+
+    runs: list[str] = parameter(
+        [], "run folders of the methods and their seeds; empty: every finished run outputs/comparison-*"
+    )
+
+
 class CostParameters(OutputParameters):
     """Parameters of 07_costs."""
 
@@ -498,5 +508,6 @@ NOTEBOOKS: dict[str, tuple[str, type[Parameters]]] = {  # key in commands and re
     "stage2": (Stage2Parameters.notebook, Stage2Parameters),
     "evaluate": (EvaluateParameters.notebook, EvaluateParameters),
     "compare": (CompareParameters.notebook, CompareParameters),
+    "comparison": (ComparisonParameters.notebook, ComparisonParameters),
     "costs": (CostParameters.notebook, CostParameters),
 }

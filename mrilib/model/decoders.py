@@ -96,7 +96,7 @@ DECODERS: dict[str, DecoderEntry] = {
     ),
     "varnet": DecoderEntry("fastMRI's VarNet", False, lambda config, _: VarNetBaseline(*_sizes(config))),
     "varnet_measured_lines": DecoderEntry(
-        "VarNet with data consistency",
+        "VarNet with measured lines",
         False,
         lambda config, _: VarNetBaseline(*_sizes(config), measured_lines=True),
     ),

@@ -163,7 +163,9 @@ def check(folder: Path, planned: Sequence[Variant]) -> None:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Execute every variant, then 05_compare_runs; a failed variant does not stop the others.
+    """Execute every variant, then 05_compare_runs and, for methods, 06_comparison.
+
+    A failed variant does not stop the others.
 
     Return 0 if all variants are done, else 1.
     """
@@ -191,7 +193,9 @@ def sweep(options: argparse.Namespace) -> int:
         return 1
     # The comparison lists the failed runs as well.
     recorded = [directory for directory in states if (directory / "run.json").is_file()]
-    return 1 if _compare(folder, resolve("outputs") / f"{base}-sweep", recorded) or "failed" in states.values() else 0
+    evaluated = [run for run in recorded if "evaluate" in read_record(run)["notebooks"] and _status(run) == "done"]
+    runs = {"compare": recorded, **({"comparison": evaluated} if methods and evaluated else {})}
+    return 1 if _compare(folder, resolve("outputs") / f"{base}-sweep", runs) or "failed" in states.values() else 0
 
 
 def _directory(variant: Variant) -> Path:
@@ -273,16 +277,21 @@ def _mrilib(command: Sequence[str]) -> int:
     return status
 
 
-def _compare(folder: Path, directory: Path, runs: Sequence[Path]) -> int:
-    """Execute 05_compare_runs over the runs in its own run folder, replacing an earlier comparison."""
+def _compare(folder: Path, directory: Path, runs: Mapping[str, Sequence[Path]]) -> int:
+    """Execute notebooks that compare runs in their own run folder, replacing an earlier comparison.
+
+    `runs` maps "compare" and "comparison" to the runs that the notebook compares.
+    """
     print(f"══ comparison → {display_path(directory)}", flush=True)
     if directory.exists():
-        if _status(directory) == "no run" or set(read_record(directory)["planned"]) != {"compare"}:
+        if _status(directory) == "no run" or not set(read_record(directory)["planned"]) <= {"compare", "comparison"}:
             raise ParameterError(f"'{display_path(directory)}' exists and is no comparison; choose another --name")
         shutil.rmtree(directory)
     with tempfile.TemporaryDirectory() as temporary:
-        params = folder / "compare.yaml"
-        text = params.read_text() if params.is_file() else "interactive: false\n"
-        (Path(temporary) / "compare.yaml").write_text(text)
-        value = format_value([display_path(run) for run in runs])
-        return _mrilib(["run", temporary, "--name", str(directory), "-p", f"compare.runs={value}"])
+        command = ["run", temporary, "--name", str(directory)]
+        for notebook, compared in runs.items():
+            params = folder / f"{notebook}.yaml"
+            text = params.read_text() if params.is_file() else "interactive: false\n"
+            (Path(temporary) / params.name).write_text(text)
+            command += ["-p", f"{notebook}.runs={format_value([display_path(run) for run in compared])}"]
+        return _mrilib(command)
