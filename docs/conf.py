@@ -57,7 +57,7 @@ def shorten_signature(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> t
 
 def describe_field(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Describe a field of a named tuple by the comment in its line."""
-    if what == "attribute" and lines and lines[0].startswith("Alias for field number"):
+    if what == "attribute" and any(line.startswith("Alias for field number") for line in lines):
         module, cls, field = name.rsplit(".", 2)
         source = inspect.getsource(getattr(importlib.import_module(module), cls))
         comment = re.search(rf"^ +{field}: .*?(?:  # (.*))?$", source, re.MULTILINE)
