@@ -41,6 +41,7 @@ default_role = "py:obj"
 nitpick_ignore_regex = [("py:obj", r".*"), ("py:class", r"(?!mrilib\.).*|.*\.(_check_cuda|T)")]
 
 PAGES = {"../dev/LOG.md": "log.md", "../README.md": "quickstart.md"}  # pages in place of files outside of docs/
+EXPORTER = HTMLExporter()
 logging.getLogger("traitlets").setLevel(logging.ERROR)  # nbconvert misses alternative texts in executed notebooks
 
 
@@ -73,7 +74,7 @@ def show_notebooks(app: Sphinx, doctree: nodes.document, page: str) -> None:
             copy = Path(app.outdir) / name
             if not copy.exists() or copy.stat().st_mtime < notebook.stat().st_mtime:
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding="utf-8")
+                copy.write_text(EXPORTER.from_filename(str(notebook))[0], encoding="utf-8")
             link.replace_self(nodes.reference("", "", *link.children, refuri="../" * page.count("/") + name.as_posix()))
 
 

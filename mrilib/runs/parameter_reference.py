@@ -71,7 +71,7 @@ def _first_table() -> str:
 
 def _shipped_values(name: str, folder: str) -> str:
     """Return a parameter's values in the stages of a shipped params folder, without repetition."""
-    stages = {"stage1": Stage1Parameters, "stage2": Stage2Parameters}
+    stages: dict[str, type[Parameters]] = {"stage1": Stage1Parameters, "stage2": Stage2Parameters}
     values = {
         _default(read_yaml(ROOT / "params" / folder / f"{stage}.yaml").get(name, cls.model_fields[name].default)): None
         for stage, cls in stages.items()
