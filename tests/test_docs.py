@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import mrilib
 from mrilib.config import ROOT
 from mrilib.model import decoders, two_stage
 from mrilib.physics import masks
@@ -62,6 +63,13 @@ def test_the_api_names_every_module(page: str) -> None:
     named = re.findall(r"automodule:: mrilib\.([\w.]+)", (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8"))
     modules = {f"{page}.{path.stem}" for path in (ROOT / "mrilib" / page).glob("*.py")} - {f"{page}.__init__"}
     assert set(named) == modules | {page} and len(named) == len(set(named))
+
+
+def test_the_api_lists_the_names_of_the_top_level() -> None:
+    named = re.findall(
+        r"`mrilib\.(\w+) <mrilib\.([\w.]+)\.\1>`", (DOCS / "api" / "index.md").read_text(encoding="utf-8")
+    )
+    assert dict(named) == mrilib._MODULES
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])

@@ -52,7 +52,7 @@ def reference() -> str:
     """Return the page as Markdown: those to try first, the shared parameters, then those of each notebook."""
     parts = [HEADER, _first_table()]
     for cls, title in SHARED.items():
-        users = [stem[:2] for stem, parameters in NOTEBOOKS.values() if issubclass(parameters, cls)]
+        users = [stem.split("_")[0] for stem, parameters in NOTEBOOKS.values() if issubclass(parameters, cls)]
         parts.append(f"## {title}\n\nNotebooks {', '.join(sorted(users))}.\n\n{_table(cls)}")
     for stem, cls in sorted(NOTEBOOKS.values(), key=lambda entry: entry[0]):
         bases = [SHARED[base] for base in cls.__mro__[1:] if base in SHARED][::-1]
