@@ -138,5 +138,6 @@ def summary(example: Example) -> list[str]:
         )
     if example.generated:
         wrong = "; ".join(example.errors)
-        sentences.append(f"The generated text is wrong here: {wrong}." if wrong else "The generated text is right here.")
+        verdict = f"wrong here: {wrong}" if wrong else "right here"
+        sentences.append(f"The generated text is {verdict}.")
     return sentences
