@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mrilib.display.tables import SMALL_SSIM
-from mrilib.metrics.methods import method_label
+from mrilib.metrics.methods import in_order, method_label
 
 Section = Mapping[str, Mapping[str, Mapping[str, Any]]]  # metrics.json's "reconstruction": acceleration → method
 CONTROL = "trained_without_tokens"
@@ -13,11 +13,11 @@ LESION_METHODS = ("model", CONTROL, "zero_filled")
 
 def _interval(values: Sequence[float] | None, form: str = ".3f") -> str:
     """Format an interval: "0.857 to 0.885"; empty if there is none."""
-    return f"{values[0]:{form}} to {values[1]:{form}}" if values else ""
+    return f"{values[0]:{form}} to {values[1]:{form}}".replace("-", "−") if values else ""
 
 
 def _with_interval(value: float, values: Sequence[float] | None, form: str = ".3f") -> str:
-    return f"{value:{form}}" + (f" ({_interval(values, form)})" if values else "")
+    return f"{value:{form}}".replace("-", "−") + (f" ({_interval(values, form)})" if values else "")
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -92,21 +92,22 @@ def _lesion_sentence(section: Section) -> str:
 
 
 def _text_sentence(analysis: Mapping[str, Any]) -> str:
-    parts = []
+    sentences = []
     if analysis["contrast_accuracy"] is not None:
-        parts.append(
-            f"names the right contrast in {analysis['contrast_accuracy']:.0%} of the slices "
-            f"(always the commonest contrast: {analysis['contrast_commonest']:.0%})"
+        sentences.append(
+            f"The generated text names the right contrast in {analysis['contrast_accuracy']:.0%} of the cases "
+            f"(always the commonest contrast: {analysis['contrast_commonest']:.0%})."
         )
     if analysis["finding_f1"] is not None:
-        f1 = _with_interval(analysis["finding_f1"], analysis["finding_f1_ci95"], ".2f")
+        interval = _interval(analysis["finding_f1_ci95"], ".2f")
         best = analysis["finding_f1_best_constant"]
-        constant = "" if best is None else f"; the best constant answer has {best:.2f}"
-        parts.append(
-            f"finds {analysis['findings_found']} of {analysis['findings_true']} findings and invents "
-            f"{analysis['findings_invented']} (F1 {f1}{constant})"
+        sentences.append(
+            f"Over all accelerations it finds {analysis['findings_found']} of {analysis['findings_true']} findings and "
+            f"invents {analysis['findings_invented']}: F1 {analysis['finding_f1']:.2f}"
+            + (f", 95% interval {interval}" if interval else "")
+            + ("." if best is None else f"; the best constant answer has {best:.2f}.")
         )
-    return f"The generated text {_listed(parts)}." if parts else "The generated text could not be scored."
+    return " ".join(sentences) or "The generated text could not be scored."
 
 
 def _answer_table(section: Section) -> list[str]:
@@ -139,18 +140,22 @@ def _answer_table(section: Section) -> list[str]:
 
 
 def image_conclusion(section: Section) -> str:
-    """Rank the methods by SSIM at each acceleration."""
+    """Compare the model's SSIM with every other method's at each acceleration; the token ablations are left out."""
+    ablations = ("no_tokens", "other_patient_tokens", "zero_filled_compressed")
     lines = []
     for acceleration, methods in section.items():
-        shown = [name for name in methods if name not in ("zero_filled_compressed", "nearest_training_slice")]
-        best = max(shown, key=lambda name: methods[name]["ssim"])
-        model, zero_filled = methods["model"], methods.get("zero_filled")
-        text = f"- **{acceleration}x**: highest SSIM: {method_label(best)} ({methods[best]['ssim']:.3f})"
-        if best != "model":
-            text += f"; the two-stage model has {model['ssim']:.3f}"
-        if zero_filled:
-            text += f"; zero-filled {zero_filled['ssim']:.3f}"
-        lines.append(f"{text}.")
+        groups: dict[str, list[str]] = {}
+        for name in in_order(methods):
+            if name == "model" or name in ablations:
+                continue
+            interval = methods[name]["ssim_difference_ci95"]
+            verdict = "not compared with (one test patient)"
+            if interval is not None:
+                low, high = interval
+                verdict = "better than" if low > 0 else "worse than" if high < 0 else "not measurably different from"
+            groups.setdefault(verdict, []).append(method_label(name))
+        parts = [f"{verdict}: {', '.join(names)}" for verdict, names in groups.items()]
+        lines.append(f"- **{acceleration}x**: by SSIM the two-stage model is {'; '.join(parts)}.")
     return "\n".join(lines)
 
 
@@ -179,21 +184,23 @@ def token_conclusion(section: Section) -> str:
     for acceleration, methods in section.items():
         parts = []
         for method, words in (
-            ("other_patient_tokens", "with shuffled tokens"),
-            ("no_tokens", "with zero tokens"),
             (CONTROL, "the decoder trained without tokens"),
+            ("other_patient_tokens", "itself with shuffled tokens"),
+            ("no_tokens", "itself with zero tokens"),
         ):
             if method not in methods:
                 continue
             mean, interval = (methods[method][f"ssim_difference{end}"] for end in ("", "_ci95"))
             if interval is None:
-                parts.append(f"{mean:+.4f} against {words.removeprefix('with ')}")
+                parts.append(f"{_with_interval(mean, None, '+.4f')} against {words}")
                 continue
             low, high = interval
-            verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
-            if verdict != "no different" and abs(mean) < SMALL_SSIM:
-                verdict = f"measurably but hardly {verdict}"
-            parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
+            verdict = "better" if low > 0 else "worse" if high < 0 else "not measurably different"
+            if abs(mean) < SMALL_SSIM and verdict in ("better", "worse"):
+                verdict = f"slightly {verdict}"
+            preposition = "from" if verdict.startswith("not") else "than"
+            measured = f"{_with_interval(mean, None, '+.4f')}, 95% interval {_interval(interval, '+.4f')}"
+            parts.append(f"{verdict} {preposition} {words} ({measured})")
         if methods["model"]["patients"] < 2:
             lines.append(
                 f"- **{acceleration}x**: SSIM of the model with its own tokens: {'; '.join(parts)} "
@@ -257,6 +264,6 @@ def _findings_sentence(scores: Mapping[str, Any]) -> str:
     constant = f"the best constant answer has {'none' if best is None else f'{best:.3f}'}."
     if scores["finding_f1"] is None:
         return f"no F1, as there was nothing to find and nothing was claimed; {constant}"
-    error = scores["finding_f1_se"]
-    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
+    interval = _interval(scores["finding_f1_ci95"])
+    spread = f" (95% interval {interval})" if interval else ""
     return f"F1 {scores['finding_f1']:.3f}{spread}; {constant}"

@@ -147,7 +147,8 @@ def slice_scores(target: ArrayLike | Tensor, image: ArrayLike | Tensor, maximum:
 def score_text(scores: Mapping[str, float]) -> str:
     """Format scores for a title: "SSIM 0.872, 30.1 dB"."""
     formats = {"ssim": "SSIM {:.3f}", "psnr": "{:.1f} dB", "nmse": "NMSE {:.3f}", "retention": "contrast kept: {:.0%}"}
-    return ", ".join(form.format(scores[name]) for name, form in formats.items() if name in scores)
+    parts = [form.format(scores[name]) for name, form in formats.items() if name in scores]
+    return ", ".join(parts).replace("-", "−")
 
 
 def draw_image(axis: Axes, image: NDArray, low: float, high: float, title: str = "", cmap: str = "gray") -> None:
@@ -160,7 +161,7 @@ def draw_image(axis: Axes, image: NDArray, low: float, high: float, title: str =
 def error_bar(figure: RecordFigure, label: str, **place: Any) -> None:
     """Draw the colour bar of the error map in per cent of the grey window."""
     colors = ScalarMappable(Normalize(0, 100 / ERROR_SCALE), ERROR_MAP)
-    bar = figure.colorbar(colors, **place)
+    bar = figure.colorbar(colors, ticks=np.linspace(0, 100 / ERROR_SCALE, 5), **place)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
 

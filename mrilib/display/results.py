@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 
 from mrilib.data.findings import CONTRASTS
 from mrilib.display.images import (
@@ -82,7 +83,8 @@ def _headline_row(axes: Sequence[Axes], row: Comparison) -> None:
     draw_image(axes[0], shown, 0, window)
     draw_scale_bar(axes[0], shown.shape, row.pixel)
     place: Any = {"ha": "right", "va": "center", "rotation": 90, "multialignment": "center"}
-    axes[0].text(-0.05, 0.5, row.title, transform=axes[0].transAxes, **place)
+    title = "\n".join(textwrap.fill(line, 24) for line in row.title.splitlines())
+    axes[0].text(-0.05, 0.5, title, transform=axes[0].transAxes, **place)
     for box in row.boxes:
         patch = outline(box, target.shape[0], SKY)
         # From the whole displayed image to the displayed part of it.
@@ -102,7 +104,7 @@ def method_scores(section: Section) -> RecordFigure:
     accelerations = sorted(section, key=float)
     methods = in_order(name for scores in section.values() for name in scores)
     figure = RecordFigure(WIDTH, 0.9 + 0.3 * len(methods))
-    axes = figure.subplots(1, len(accelerations), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(accelerations), squeeze=False, sharey=True, sharex=True)[0]
     for axis, acceleration in zip(axes, accelerations, strict=True):
         for place, name in enumerate(methods):
             if name in section[acceleration]:
@@ -119,7 +121,8 @@ def _dot(axis: Axes, value: float, place: float, interval: Sequence[float] | Non
     if interval is not None:
         axis.plot(interval, [place, place], color=color, linewidth=2)
     axis.plot(value, place, "o", color=color, markersize=5)
-    above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+    rim = withStroke(linewidth=3, foreground="white")  # on grid lines and on the zero line
+    above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8.5, "path_effects": [rim]}
     axis.annotate(f"{value:{form}}".replace("-", "−"), (value, place), (0, 4), **above)
 
 
@@ -130,7 +133,7 @@ def _dot(axis: Axes, value: float, place: float, interval: Sequence[float] | Non
 def lesion_dots(lesions: Mapping[str, Mapping[str, Sequence[Lesion]]], methods: Sequence[str]) -> RecordFigure:
     """Draw each lesion's contrast retention over its size: a row per acceleration, a column per method.
 
-    `lesions` maps acceleration → method → lesions. Retention is drawn between −0.5 and 2; triangles lie outside.
+    `lesions` maps acceleration → method → lesions. Retention is drawn between −0.5 and 1.75; triangles lie outside.
     """
     accelerations = sorted(lesions, key=float)
     columns = [name for name in methods if all(name in lesions[a] for a in accelerations)]
@@ -140,7 +143,11 @@ def lesion_dots(lesions: Mapping[str, Mapping[str, Sequence[Lesion]]], methods: 
         for axis, name in zip(row, columns, strict=True):
             measured = lesions[acceleration][name]
             _retention_panel(axis, measured)
-            axis.set_title(f"{method_label(name)}, {acceleration}x\n{count_lost(measured)} of {len(measured)} lost")
+            header = f"{method_label(name)}\n" if acceleration == accelerations[0] else ""
+            axis.set_title(f"{header}{acceleration}x: {count_lost(measured)} of {len(measured)} lost")
+        for value, label, color in ((1, "complete", "#555555"), (LOST, "lost\nbelow", VERMILLION)):
+            right: Any = {"transform": row[-1].get_yaxis_transform(), "va": "center", "fontsize": 8.5}
+            row[-1].text(1.02, value, label, color=color, **right)
         row[0].set_ylabel("contrast retention")
     for axis in axes[-1]:
         axis.set_xlabel("lesion size: √area of its box [pixels]")
@@ -148,7 +155,7 @@ def lesion_dots(lesions: Mapping[str, Mapping[str, Sequence[Lesion]]], methods: 
 
 
 def _retention_panel(axis: Axes, lesions: Sequence[Lesion]) -> None:
-    low, high = -0.5, 2.0
+    low, high = -0.5, 1.75
     for is_lost, color in ((False, BLUE), (True, VERMILLION)):
         some = [lesion for lesion in lesions if lesion.is_lost == is_lost]
         for marker, chosen in (
@@ -160,9 +167,6 @@ def _retention_panel(axis: Axes, lesions: Sequence[Lesion]) -> None:
             axis.plot([one.size for one in chosen], values, marker, color=color, markersize=4.5, alpha=0.7)
     axis.axhline(1, color=GREY, linewidth=1)
     axis.axhline(LOST, color=VERMILLION, linewidth=1, linestyle="--")
-    edge: Any = {"transform": axis.get_yaxis_transform(), "ha": "right", "fontsize": 8}
-    axis.text(0.99, LOST, "lost below", color=VERMILLION, va="top", **edge)
-    axis.text(0.99, 1, "complete", color=GREY, va="bottom", **edge)
     axis.set(ylim=(low - 0.15, high + 0.15))
 
 
@@ -320,16 +324,18 @@ def _finding_panel(axis: Axes, section: Mapping[str, Any]) -> None:
 
 @styled
 def described_slices(slices: Sequence[DescribedSlice], columns: int = 3) -> RecordFigure:
-    """Draw the model's reconstructions, each with its generated text, the true text and the errors under it."""
+    """Draw reconstructions with boxes of the true findings; under each the generated text, the true text, the errors."""
     rows = -(-len(slices) // columns)
-    figure = RecordFigure(WIDTH, rows * 4.6)
-    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.6, 2.0] * rows)
+    figure = RecordFigure(WIDTH, rows * 4.3)
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.6, 1.7] * rows)
     for axis in axes.flat:
         axis.set_axis_off()
     for number, one in enumerate(slices):
         row, column = divmod(number, columns)
         image = display_image(one.image)
         draw_image(axes[2 * row, column], image, 0, display_window(image), one.title)
+        for box in one.boxes or ():
+            axes[2 * row, column].add_patch(outline(box, image.shape[0], SKY))
         _text_block(axes[2 * row + 1, column], one)
     figure.description = " ".join(
         f"{one.title}. Generated: {one.generated} True: {one.true} {'; '.join(one.errors)}" for one in slices
@@ -339,7 +345,7 @@ def described_slices(slices: Sequence[DescribedSlice], columns: int = 3) -> Reco
 
 def _text_block(axis: Axes, one: DescribedSlice) -> None:
     verdict, color = ("; ".join(one.errors), VERMILLION) if one.errors else ("no error", GREEN)
-    if not one.is_reviewed:
+    if one.boxes is None:
         verdict += "; findings unknown"
     place = 1.0
     styles: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -348,6 +354,6 @@ def _text_block(axis: Axes, one: DescribedSlice) -> None:
         (f"Errors: {verdict}" if one.errors else verdict.capitalize(), {"color": color, "fontweight": "bold"}),
     )
     for text, style in styles:
-        lines = textwrap.wrap(text, 46)
+        lines = textwrap.wrap(text, 40 if "fontweight" in style else 46)
         axis.text(0.0, place, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=8.5, **style)
-        place -= 0.088 * len(lines) + 0.04
+        place -= 0.1 * len(lines) + 0.04

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mrilib.data.annotations import Box
+from mrilib.data.annotations import Annotations, Box
 from mrilib.data.fastmri_file import Volume
 from mrilib.evaluation.inference import parse_or_none
 from mrilib.evaluation.reconstructions import Comparison, PickedSlice, read_slice, read_target
@@ -56,7 +56,9 @@ def lesion_comparisons(
     for lesion, role in pick_lesions(lesions["model"]):
         volume, place = by_file[lesion.file], lesions["model"].index(lesion)
         (whole,) = comparisons(directory, acceleration, [PickedSlice(volume, lesion.slice_num, "")], methods)
-        whole = whole._replace(boxes=[lesion.box], title=f"{volume.acquisition}\nslice {lesion.slice_num}")
+        place_of = lesion.file, lesion.slice_num
+        boxes = [other.box for other in lesions["model"] if (other.file, other.slice_num) == place_of]
+        whole = whole._replace(boxes=boxes, title=f"{volume.acquisition}\nslice {lesion.slice_num}")
         if not rows:
             rows.append(whole)
         retention = {method: {"retention": lesions[method][place].retention} for method in methods}
@@ -86,16 +88,34 @@ class DescribedSlice(NamedTuple):
     true: str
     generated: str
     errors: list[str]  # `text_scores.list_errors`
-    is_reviewed: bool  # whether the findings are known
+    boxes: Sequence[Box] | None  # true findings, in array coordinates; None if they are unknown
 
 
 def described_slices(
-    directory: Path, volumes: Sequence[Volume], rows: Sequence[dict[str, Any]], count: int = 6
+    directory: Path,
+    volumes: Sequence[Volume],
+    rows: Sequence[dict[str, Any]],
+    annotations: Annotations | None,
+    count: int = 6,
 ) -> list[DescribedSlice]:
     """Draw slices at the lowest acceleration with a fixed seed, half of them with a true or a generated finding.
 
-    `rows` are those of `Evaluator.run`.
+    Parameters
+    ----------
+    directory : Path
+        A run's ``reconstructions/``.
+    volumes : sequence of Volume
+    rows : sequence of dict
+        Those of `Evaluator.run`.
+    annotations : Annotations, optional
+    count : int
     """
+
+    def boxes_of(file: str, slice_num: int) -> Sequence[Box] | None:
+        if annotations is None or not annotations.reviewed(file):
+            return None
+        return annotations.boxes(file, slice_num, by_file[file].image_shape[0])
+
     lowest = [row for row in rows if row["acceleration"] == min(row["acceleration"] for row in rows)]
     order = [lowest[i] for i in np.random.default_rng(0).permutation(len(lowest))]
     guesses = {id(row): parse_or_none(row["generated"]) for row in order}
@@ -110,7 +130,7 @@ def described_slices(
             true=row["true"],
             generated=row["generated"],
             errors=text_scores.list_errors(row["facts"], guesses[id(row)]),
-            is_reviewed=row["facts"].findings is not None,
+            boxes=boxes_of(row["file"], row["slice"]),
         )
         for row in picked
     ]
