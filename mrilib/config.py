@@ -383,8 +383,6 @@ class EvaluateParameters(BackboneParameters):
         "", "distribution shift of the test files: noise FACTOR, coils N, head nibabel or patients SEED; empty: none"
     )
     bart_slices: int = parameter(0, "validation slices for tuning BART's l1-wavelet; 0: without BART", ge=0, le=10**4)
-    bootstrap_samples: int = parameter(1000, "bootstrap samples over patients for the intervals", ge=100, le=10**6)
-    figure_slices: int = parameter(3, "slices in the figures", ge=1, le=100)
 
     @field_validator("accelerations")
     @classmethod

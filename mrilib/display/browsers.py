@@ -34,13 +34,13 @@ from mrilib.display.images import (
     montage,
     montage_columns,
     sampled,
-    scale_bar,
     score_text,
     slice_parts,
     slice_scores,
 )
 from mrilib.display.style import ERROR_MAP, SKY
 from mrilib.evaluation import reconstructions
+from mrilib.evaluation.pictures import scale_bar
 from mrilib.metrics.methods import method_label
 from mrilib.physics.masks import MASK_CLASSES
 

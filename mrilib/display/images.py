@@ -37,6 +37,7 @@ from mrilib.display.style import (
     RecordFigure,
     styled,
 )
+from mrilib.evaluation.pictures import scale_bar
 from mrilib.evaluation.reconstructions import Comparison
 from mrilib.metrics.methods import method_label
 from mrilib.physics import coils as coils_module
@@ -145,35 +146,28 @@ def slice_scores(target: ArrayLike | Tensor, image: ArrayLike | Tensor, maximum:
 
 def score_text(scores: Mapping[str, float]) -> str:
     """Format scores for a title: "SSIM 0.872, 30.1 dB"."""
-    formats = {"ssim": "SSIM {:.3f}", "psnr": "{:.1f} dB", "nmse": "NMSE {:.3f}"}
-    return ", ".join(form.format(scores[name]) for name, form in formats.items() if name in scores)
+    formats = {"ssim": "SSIM {:.3f}", "psnr": "{:.1f} dB", "nmse": "NMSE {:.3f}", "retention": "contrast kept: {:.0%}"}
+    parts = [form.format(scores[name]) for name, form in formats.items() if name in scores]
+    return ", ".join(parts).replace("-", "−")
 
 
-def scale_bar(shape: tuple[int, ...], pixel: tuple[float, float] | None) -> tuple[int, float] | None:
-    """Choose a scale bar of 50, 20 or 10 mm that covers at most a third of the width of an image (h, w).
-
-    Returns its length in mm and in pixels; None if no length fits or the pixel size (readout, phase) [mm] is unknown.
-    """
-    if pixel is None:
-        return None
-    return next(((mm, mm / pixel[1]) for mm in (50, 20, 10) if mm / pixel[1] <= shape[1] / 3), None)
-
-
-def _image(axis: Axes, image: NDArray, low: float, high: float, title: str = "", cmap: str = "gray") -> None:
+def draw_image(axis: Axes, image: NDArray, low: float, high: float, title: str = "", cmap: str = "gray") -> None:
+    """Draw a displayed image (h, w) in the window from `low` to `high`."""
     axis.imshow(image, cmap=cmap, vmin=low, vmax=high)
     axis.set_axis_off()
     axis.set_title(title)
 
 
-def _error_bar(figure: RecordFigure, label: str, **place: Any) -> None:
+def error_bar(figure: RecordFigure, label: str, **place: Any) -> None:
     """Draw the colour bar of the error map in per cent of the grey window."""
     colors = ScalarMappable(Normalize(0, 100 / ERROR_SCALE), ERROR_MAP)
-    bar = figure.colorbar(colors, **place)
+    bar = figure.colorbar(colors, ticks=np.linspace(0, 100 / ERROR_SCALE, 5), **place)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
-def _scale_bar(axis: Axes, shape: tuple[int, ...], pixel: tuple[float, float] | None) -> None:
+def draw_scale_bar(axis: Axes, shape: tuple[int, ...], pixel: tuple[float, float] | None) -> None:
+    """Draw a scale bar into the lower left corner of an image (h, w)."""
     if (bar := scale_bar(shape, pixel)) is None:
         return
     left, row = 0.04 * shape[1], 0.96 * shape[0]
@@ -184,7 +178,8 @@ def _scale_bar(axis: Axes, shape: tuple[int, ...], pixel: tuple[float, float] | 
     axis.text(left, row - 0.02 * shape[0], f"{bar[0]} mm", **text)
 
 
-def _outline(box: Box, rows: int, color: str) -> Rectangle:
+def outline(box: Box, rows: int, color: str) -> Rectangle:
+    """Return the outline of a box on the displayed image of `rows` rows."""
     x, y, width, height = display_box(box, rows)
     return Rectangle((x - 0.5, y - 0.5), width, height, fill=False, edgecolor=color, linewidth=1.3)
 
@@ -194,7 +189,7 @@ def _boxes(axis: Axes, boxes: Sequence[Box], rows: int) -> None:
     counts = Counter(box.label for box in boxes)
     colors = dict(zip(counts, (SKY, ORANGE, PURPLE, GREEN, VERMILLION) * 5, strict=False))
     for box in boxes:
-        axis.add_patch(_outline(box, rows, colors[box.label]))
+        axis.add_patch(outline(box, rows, colors[box.label]))
     handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=color, linewidth=1.3) for color in colors.values()]
     if handles:
         labels = [label + (f" ×{counts[label]}" if counts[label] > 1 else "") for label in colors]
@@ -214,21 +209,21 @@ def slice_overview(sample: Slice, boxes: Sequence[Box] = (), coil: int = 0) -> R
     axes = figure.subplots(2, 3)
     _kspace_panel(axes[0, 0], sample, coil)
     if parts.target is None:
-        _image(axes[0, 1], parts.zero_filled, 0, parts.window, "zero-filled")
+        draw_image(axes[0, 1], parts.zero_filled, 0, parts.window, "zero-filled")
         axes[0, 2].set_axis_off()
         axes[0, 2].set_title(NO_TARGET)
         axes[1, 2].set_axis_off()
     else:
         scores = slice_scores(parts.target, parts.zero_filled, sample.maximum)
-        _image(axes[0, 1], parts.zero_filled, 0, parts.window, f"zero-filled, {score_text(scores)}")
-        _image(axes[0, 2], parts.target, 0, parts.window, "target (RSS, fully sampled)")
-        _scale_bar(axes[0, 2], parts.target.shape, sample.pixel)
+        draw_image(axes[0, 1], parts.zero_filled, 0, parts.window, f"zero-filled, {score_text(scores)}")
+        draw_image(axes[0, 2], parts.target, 0, parts.window, "target (RSS, fully sampled)")
+        draw_scale_bar(axes[0, 2], parts.target.shape, sample.pixel)
         _boxes(axes[0, 2], boxes, parts.target.shape[0])
-        _image(axes[1, 2], parts.error, 0, parts.window / ERROR_SCALE, ERROR_LABEL, ERROR_MAP)
+        draw_image(axes[1, 2], parts.error, 0, parts.window / ERROR_SCALE, ERROR_LABEL, ERROR_MAP)
         place = axes[1, 2].inset_axes((0.0, -0.06, 1.0, 0.035))
-        _error_bar(figure, "error [% of the target's grey window]", cax=place, orientation="horizontal")
-    _image(axes[1, 0], montage(parts.coil_images, columns), 0, 1, "coil images, each on its own scale")
-    _image(axes[1, 1], montage(parts.maps, columns), 0, 1, COIL_MAPS)
+        error_bar(figure, "error [% of the target's grey window]", cax=place, orientation="horizontal")
+    draw_image(axes[1, 0], montage(parts.coil_images, columns), 0, 1, "coil images, each on its own scale")
+    draw_image(axes[1, 1], montage(parts.maps, columns), 0, 1, COIL_MAPS)
     for axis in axes.flat:
         axis.set_anchor("N")
     return figure
@@ -300,7 +295,7 @@ def reconstruction_comparison(
     if not all(row.scores for row in slices):
         label += "; SSIM and PSNR of the slice, with its volume's maximum"
     place = {"ax": list(axes.flat), "location": "bottom", "shrink": 0.4, "aspect": 40, "pad": 0.02}
-    _error_bar(figure, label, **place)
+    error_bar(figure, label, **place)
     return figure
 
 
@@ -318,18 +313,18 @@ def _common_methods(slices: Sequence[Comparison]) -> list[str]:
 
 def _target_panel(axis: Axes, row: Comparison) -> None:
     target, window = display_image(row.target), display_window(row.target)
-    _image(axis, target, 0, window, "target")
+    draw_image(axis, target, 0, window, "target")
     for box in row.boxes:
-        axis.add_patch(_outline(box, target.shape[0], SKY))
-    _scale_bar(axis, target.shape, row.pixel)
+        axis.add_patch(outline(box, target.shape[0], SKY))
+    draw_scale_bar(axis, target.shape, row.pixel)
 
 
 def _method_panels(image_axis: Axes, error_axis: Axes, row: Comparison, name: str, label: str) -> None:
     image, window = display_image(row.images[name]), display_window(row.target)
     scores = row.scores[name] if row.scores else slice_scores(row.target, row.images[name], row.maximum)
-    _image(image_axis, image, 0, window, f"{label}\n{score_text(scores)}")
+    draw_image(image_axis, image, 0, window, f"{label}\n{score_text(scores)}")
     error = np.abs(image - display_image(row.target))
-    _image(error_axis, error, 0, window / ERROR_SCALE, f"{label}\n|error| ×{ERROR_SCALE}", ERROR_MAP)
+    draw_image(error_axis, error, 0, window / ERROR_SCALE, f"{label}\n|error| ×{ERROR_SCALE}", ERROR_MAP)
 
 
 def reconstruction_progress(examples: Mapping[int, Sequence[Comparison]]) -> RecordFigure:

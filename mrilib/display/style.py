@@ -21,19 +21,6 @@ from mrilib.config import printable
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
 COLORS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK)
-METHOD_COLORS = {
-    "model": BLUE,
-    "trained_without_tokens": GREEN,
-    "no_tokens": SKY,
-    "other_patient_tokens": PURPLE,
-    "varnet": VERMILLION,
-    "varnet_measured_lines": ORANGE,
-    "unet": SKY,
-    "bart": GREEN,
-    "nearest_training_slice": ORANGE,
-    "zero_filled": GREY,
-    "zero_filled_compressed": BLACK,
-}
 ERROR_MAP = "inferno"
 WIDTH = 9.5  # of a figure, as wide as a notebook's column [inches]
 STYLE: Any = {
@@ -91,6 +78,7 @@ class RecordFigure(Figure):
     def __init__(self, width: float, height: float) -> None:
         super().__init__(figsize=(width, height), dpi=100, layout="constrained")
         FigureCanvasAgg(self)
+        self.description = ""
 
     def png(self, dpi: int = 100) -> bytes:
         """Return the figure as PNG in the palette's colours; `dpi` in dots per inch."""
@@ -99,11 +87,15 @@ class RecordFigure(Figure):
         to_palette(np.asarray(Image.open(buffer).convert("RGB"))).save(small, "png", optimize=True)
         return small.getvalue()
 
-    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
-        return self.png(), {"alt": self.alt_text()}
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
+        png = self.png(dpi=200)  # two pixels of the picture per pixel of the page, for HiDPI screens
+        width, height = Image.open(io.BytesIO(png)).size
+        return png, {"alt": self.alt_text(), "width": width // 2, "height": height // 2}
 
     def alt_text(self) -> str:
-        """Describe the figure for screen readers: its titles, each once."""
+        """Describe the figure for screen readers: `description`, else its titles, each once."""
+        if self.description:
+            return printable(self.description)
         titles = [self.get_suptitle(), *(axis.get_title() or axis.get_title("left") for axis in self.axes)]
         return "; ".join(dict.fromkeys(title.replace("\n", ", ") for title in titles if title))
 

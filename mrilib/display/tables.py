@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from IPython.display import HTML
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +22,6 @@ from mrilib.config import (
 from mrilib.data.dataset import Volume
 from mrilib.data.fastmri_file import is_phantom
 from mrilib.files import read_json
-from mrilib.metrics.image import VolumeScore, paired_difference
 from mrilib.metrics.methods import in_order, method_label
 from mrilib.model.decoders import find_decoder
 from mrilib.model.encoder import KSpaceEncoder
@@ -73,27 +71,19 @@ def as_html(table: pd.DataFrame, index: bool = False) -> HTML:
 # ------------------------------------------------------------------------------------------------- metrics
 
 
-def reconstruction_table(metrics: dict[str, Any]) -> pd.DataFrame:
-    """Tabulate the "reconstruction" section of metrics.json, a row per acceleration and method."""
-    rows = []
-    for acceleration, methods in metrics["reconstruction"].items():
+def reconstruction_table(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> pd.DataFrame:
+    """Tabulate metrics.json's "reconstruction" section, a row per method and three columns per acceleration."""
+    columns: dict[str, dict[str, str]] = {}
+    for acceleration, methods in section.items():
         for method in in_order(methods):
             scores = methods[method]
+            cells = columns.setdefault(method_label(method), {})
             interval = scores["ssim_ci95"]
-            rows.append(
-                {
-                    "acceleration": f"{acceleration}x",
-                    "method": method_label(method),
-                    "SSIM": f"{scores['ssim']:.3f}",
-                    "95% interval": f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "–",
-                    "PSNR [dB]": f"{scores['psnr']:.2f}",
-                    "NMSE": f"{scores['nmse']:.4f}",
-                    "SSIM in head": f"{scores['ssim_head']:.3f}",
-                    "PSNR in head [dB]": f"{scores['psnr_head']:.2f}",
-                    "volumes": scores["volumes"],
-                }
-            )
-    return pd.DataFrame(rows)
+            spread = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+            cells[f"{acceleration}x SSIM (95% interval)"] = f"{scores['ssim']:.3f}{spread}"
+            cells[f"{acceleration}x SSIM in head"] = f"{scores['ssim_head']:.3f}"
+            cells[f"{acceleration}x PSNR [dB]"] = f"{scores['psnr']:.2f}"
+    return pd.DataFrame(columns).T.fillna("–")
 
 
 def coil_compression_note(section: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -139,108 +129,6 @@ def analysis_table(metrics: dict[str, Any]) -> pd.DataFrame:
 
 
 SMALL_SSIM = 0.005  # smaller differences are not visible in the images
-
-
-def token_conclusion(scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]]) -> str:
-    """Answer "do the tokens help the image?" by paired SSIM differences with 95% intervals over patients."""
-    lines = []
-    for acceleration, methods in scores.items():
-        parts = []
-        for method, words in (
-            ("other_patient_tokens", "with shuffled tokens"),
-            ("no_tokens", "with zero tokens"),
-            ("trained_without_tokens", "the decoder trained without tokens"),
-        ):
-            if method not in methods:
-                continue
-            mean, interval = paired_difference(methods["model"], methods[method], "ssim")
-            if interval is None:
-                parts.append(f"{mean:+.4f} against {words.removeprefix('with ')}")
-                continue
-            low, high = interval
-            verdict = "better" if low > 0 else "worse" if high < 0 else "no different"
-            if verdict != "no different" and abs(mean) < SMALL_SSIM:
-                verdict = f"measurably but hardly {verdict}"
-            parts.append(f"{verdict} than {words} ({mean:+.4f}, 95% interval {low:+.4f} to {high:+.4f})")
-        if len({score.patient for score in methods["model"]}) < 2:
-            lines.append(
-                f"- **{acceleration}x**: SSIM of the model with its own tokens: {'; '.join(parts)} "
-                "(one test patient: no interval, so no verdict)."
-            )
-        else:
-            lines.append(f"- **{acceleration}x**: by SSIM the model with its own tokens is {'; '.join(parts)}.")
-    return "\n".join(lines)
-
-
-def token_variants(
-    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]],
-) -> dict[str, dict[str, Sequence[VolumeScore]]]:
-    """Select the scores that `curves.token_swap` compares: acceleration → tokens → volumes."""
-    labels = {
-        "model": "own tokens",
-        "other_patient_tokens": "shuffled tokens",
-        "no_tokens": "zero tokens",
-        "trained_without_tokens": "trained without tokens",
-    }
-    return {
-        acceleration: {label: methods[name] for name, label in labels.items() if name in methods}
-        for acceleration, methods in scores.items()
-    }
-
-
-def text_conclusion(scores: Mapping[str, Any]) -> str:
-    """Answer "does the text know the scan?" from the "analysis" section; standard errors are clustered by patient."""
-    lines = [
-        _cross_entropy_sentence(scores, baseline, words)
-        for baseline, words in (
-            ("without_kspace", "the constant prefix (baseline without k-space)"),
-            ("other_patient", "shuffled tokens"),
-        )
-        if scores.get(f"cross_entropy_gain_over_{baseline}") is not None
-    ]
-    left_out = scores["samples"] - scores["other_patient_samples"]
-    if left_out:
-        excluded = " They are left out on both sides of the difference." if scores["other_patient_samples"] else ""
-        lines.append(
-            f"{left_out} of {scores['samples']} samples have no score with shuffled tokens: there is no other patient "
-            f"at their acceleration.{excluded}"
-        )
-    if not scores["contrast_samples"]:
-        lines.append("Contrast: no score, as no test sample has a contrast that is in the list.")
-    else:
-        share, error = scores["contrast_commonest"], scores["contrast_commonest_se"]
-        lines.append(
-            f"The contrast accuracy is {scores['contrast_accuracy']:.1%} of {scores['contrast_samples']} slices; "
-            f"the commonest contrast as a constant answer has {share:.1%}{'' if error is None else f' ± {error:.1%}'}."
-        )
-    lines.append(f"Findings (exact label, side and region): {_findings_sentence(scores)}")
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _cross_entropy_sentence(scores: Mapping[str, Any], baseline: str, words: str) -> str:
-    gain, error = (scores[f"cross_entropy_gain_over_{baseline}{end}"] for end in ("", "_se"))
-    if error is None:
-        return (
-            f"The cross-entropies with the own k-space and with {words} differ by {gain:.3f} nats per token; "
-            "one patient gives no standard error."
-        )
-    verdict = "lower than" if gain > 2 * error else "higher than" if gain < -2 * error else "no different from that"
-    return (
-        f"The cross-entropy with the own k-space is {verdict} with {words}: by {gain:.3f} ± {error:.3f} nats per token "
-        "(standard error clustered by patient)."
-    )
-
-
-def _findings_sentence(scores: Mapping[str, Any]) -> str:
-    if not scores["reviewed_samples"]:
-        return "no score, as no test sample was reviewed for findings."
-    best = scores["finding_f1_best_constant"]
-    constant = f"the best constant answer has {'none' if best is None else f'{best:.3f}'}."
-    if scores["finding_f1"] is None:
-        return f"no F1, as there was nothing to find and nothing was claimed; {constant}"
-    error = scores["finding_f1_se"]
-    spread = "" if error is None else f" ± {error:.3f} (standard error clustered by patient)"
-    return f"F1 {scores['finding_f1']:.3f}{spread}; {constant}"
 
 
 # ------------------------------------------------------------------------------------------------- runs and data
@@ -316,19 +204,6 @@ def parameter_table(model: TwoStageModel) -> pd.DataFrame:
 
 
 # ------------------------------------------------------------------------------------------------- texts
-
-
-def texts_side_by_side(rows: Sequence[dict[str, Any]], count: int) -> str:
-    """Write an HTML table of `count` true and generated analyses; wrong facts are bold.
-
-    The choice is random with a fixed seed: an even step would show the same slice of every volume.
-    """
-    picked = np.sort(np.random.default_rng(0).permutation(len(rows))[:count])
-    cells = []
-    for row in (rows[i] for i in picked):
-        place = f"{row['file']}, slice {row['slice']}, {row['acceleration']}x"
-        cells.append((place, row["true"], marked_text(row["true"], row["generated"])))
-    return html_table(("slice", "true", "generated"), cells)
 
 
 _SENTENCES = re.compile(
@@ -429,9 +304,14 @@ fastMRI data under its own agreement |
 """
 
 
+def markdown_text(text: str) -> str:
+    """Escape a text for Markdown, so that it holds no HTML, Markdown or formula."""
+    return "".join(f"&#{ord(c)};" if c in _MARKDOWN else c for c in printable(text))
+
+
 def _code(path: str) -> str:
-    """Escape a path for a Markdown table, without HTML, Markdown or formulas; an empty path stays empty."""
-    return f"<code>{''.join(f'&#{ord(c)};' if c in _MARKDOWN else c for c in printable(path))}</code>" if path else ""
+    """Escape a path for a Markdown table; an empty path stays empty."""
+    return f"<code>{markdown_text(path)}</code>" if path else ""
 
 
 def _split_text(

@@ -5,32 +5,58 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from mrilib.config import EvaluateParameters, ParameterError, resolve
+from mrilib.config import EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters, resolve
 from mrilib.data import findings as findings_module
 from mrilib.data.dataset import Batch, FastMRIDataset, Slice, Volume
 from mrilib.data.findings import Facts
 from mrilib.data.sampler import collate, make_loader
-from mrilib.evaluation.reconstructions import (
-    Comparison,
-    NearestTrainingSlice,
-    PickedSlice,
-    read_slice,
-    read_target,
-    write_reconstruction,
-)
+from mrilib.evaluation.reconstructions import Comparison, NearestTrainingSlice, write_reconstruction
 from mrilib.metrics import text_scores
-from mrilib.metrics.image import clustered_mean
+from mrilib.metrics.image import bootstrap_interval, clustered_mean
 from mrilib.model.baselines import zero_filled, zero_filled_image
 from mrilib.model.two_stage import TwoStageModel, answer_of, prompt_of
 from mrilib.progress import progress_bar
+from mrilib.training import setup
 from mrilib.training.checkpoint import load_checkpoint
+
+
+class Models(NamedTuple):
+    """The trained models of an evaluation."""
+
+    system: TwoStageModel
+    constant_prefix: TwoStageModel | None  # stage 1's baseline without k-space
+    no_token_decoder: TwoStageModel | None  # with the decoder trained without tokens
+    stage1: Stage1Parameters | None  # of the training; None if the decoder uses no tokens
+    stage2: Stage2Parameters  # of the training
+
+
+def load_models(config: EvaluateParameters, device: torch.device) -> Models:
+    """Load the checkpoints of an evaluation.
+
+    Raises
+    ------
+    ParameterError
+        If stage 1 was trained with other inputs, or with patients that are now test patients.
+    """
+    system, stage1, stage2 = setup.load_trained(config, device)
+    if stage1 is not None:
+        setup.check_same_input(config, stage1)
+    constant_prefix = no_token_decoder = None
+    if config.constant_prefix_checkpoint:
+        path = resolve(config.constant_prefix_checkpoint)
+        constant_prefix = setup.load_constant_prefix(path, system.backbone, system.tokenizer)
+    if config.no_token_decoder_checkpoint:
+        no_token_decoder = TwoStageModel()
+        setup.load_stage2(resolve(config.no_token_decoder_checkpoint), no_token_decoder, control=True)
+        no_token_decoder.to(device)
+    return Models(system, constant_prefix, no_token_decoder, stage1, stage2)
 
 
 class VolumeWriter:
@@ -270,6 +296,7 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "level_accuracy": text_scores.attribute_accuracy(truth, predicted, "level"),
         "finding_f1": findings["f1"],
         "finding_f1_se": _f1_error(truth, predicted, patients),
+        "finding_f1_ci95": _f1_interval(truth, predicted, patients),
         "finding_precision": findings["precision"],
         "finding_recall": findings["recall"],
         "any_finding_accuracy": findings["any_finding_accuracy"],
@@ -279,6 +306,8 @@ def score_texts(rows: Sequence[dict[str, Any]], training_facts: Sequence[Facts])
         "contrast_samples": contrasts.total(),
         "reviewed_samples": findings["samples"],
         "patients": len(set(patients)),
+        "contrast_confusion": text_scores.contrast_confusion(truth, predicted),
+        **text_scores.count_errors(truth, predicted),
     }
     if any("nats_without_kspace" in row for row in rows):
         scores |= _control_scores(rows, "without_kspace")
@@ -326,6 +355,22 @@ def _contrast_error(truth: Sequence[Facts], predicted: Sequence[Facts | None], p
 
 def _f1_error(truth: Sequence[Facts], predicted: Sequence[Facts | None], patients: Sequence[str]) -> float | None:
     """Compute the clustered standard error of the F1 of findings; None for one patient or without any finding."""
+    parts, totals, reviewed = _f1_terms(truth, predicted, patients)
+    return _finite_or_none(clustered_mean(parts, totals, reviewed)[1]) if any(totals) else None
+
+
+def _f1_interval(
+    truth: Sequence[Facts], predicted: Sequence[Facts | None], patients: Sequence[str]
+) -> list[float] | None:
+    """Compute the 95% bootstrap interval of the F1 of findings over patients; None as for `_f1_error`."""
+    parts, totals, reviewed = _f1_terms(truth, predicted, patients)
+    return bootstrap_interval(parts, reviewed, totals)
+
+
+def _f1_terms(
+    truth: Sequence[Facts], predicted: Sequence[Facts | None], patients: Sequence[str]
+) -> tuple[list[float], list[float], list[str]]:
+    """Return numerator 2 TP and denominator 2 TP + FP + FN of F1 for each reviewed slice, and its patient."""
     parts, totals, reviewed = [], [], []
     for facts, guess, patient in zip(truth, predicted, patients, strict=True):
         counts = text_scores.finding_counts(facts, guess)
@@ -333,7 +378,7 @@ def _f1_error(truth: Sequence[Facts], predicted: Sequence[Facts | None], patient
             parts.append(2.0 * counts[0])
             totals.append(2.0 * counts[0] + counts[1] + counts[2])
             reviewed.append(patient)
-    return _finite_or_none(clustered_mean(parts, totals, reviewed)[1]) if any(totals) else None
+    return parts, totals, reviewed
 
 
 def _finite_or_none(value: float) -> float | None:
@@ -401,16 +446,3 @@ def training_cost(config: EvaluateParameters) -> dict[str, Any]:
         cost["peak_memory_bytes"] = max(cost["peak_memory_bytes"], content["peak_memory_bytes"])
         cost["trainable_parameters"][stage] = content["trainable_parameters"]
     return cost
-
-
-def comparisons(
-    directory: Path, acceleration: int | str, picked: Sequence[PickedSlice], methods: Sequence[str]
-) -> list[Comparison]:
-    """Read written reconstructions of picked slices and their targets, for `images.reconstruction_comparison`."""
-    result = []
-    for volume, slice_num, role in picked:
-        images = {method: read_slice(directory, method, acceleration, volume, slice_num) for method in methods}
-        title = f"{role} volume\n{volume.acquisition}, slice {slice_num}\n{acceleration}x"
-        target = read_target(volume, slice_num)
-        result.append(Comparison(target, images, volume.maximum, title=title, pixel=volume.pixel))
-    return result

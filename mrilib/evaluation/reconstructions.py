@@ -130,7 +130,7 @@ def score_reconstructions(
 
 
 def summarize_methods(
-    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]], bootstrap_samples: int = 1000, seed: int = 0
+    scores: Mapping[str, Mapping[str, Sequence[VolumeScore]]], seed: int = 0
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Compute the "reconstruction" section of metrics.json: acceleration → method → `summarize`.
 
@@ -140,7 +140,7 @@ def summarize_methods(
     """
     section: dict[str, dict[str, dict[str, Any]]] = {}
     for acceleration, methods in scores.items():
-        section[acceleration] = {name: summarize(of, bootstrap_samples, seed) for name, of in methods.items()}
+        section[acceleration] = {name: summarize(of, seed) for name, of in methods.items()}
         for name, of in methods.items():
             if name != "model" and "model" in methods:
                 mean, interval = paired_difference(methods["model"], of, "ssim")
@@ -239,7 +239,7 @@ def pick_slices(scores: Sequence[VolumeScore], volumes: Sequence[Volume], count:
 
 
 class Comparison(NamedTuple):
-    """One slice for `images.reconstruction_comparison`; arrays as in the h5, not flipped."""
+    """One slice, or a part of it, for the figures of `display.images`; arrays as in the h5, not flipped."""
 
     target: ArrayLike | Tensor  # (h, w) [file units]
     images: Mapping[str, ArrayLike | Tensor]  # method → (h, w) [file units]
@@ -248,3 +248,4 @@ class Comparison(NamedTuple):
     title: str = ""  # lines separated by \n
     boxes: Sequence[Box] = ()
     pixel: tuple[float, float] | None = None  # readout, phase [mm]: for the target's scale bar
+    zoom: tuple[slice, slice] | None = None  # rows and columns to show; None: all

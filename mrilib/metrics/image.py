@@ -13,6 +13,7 @@ from skimage.metrics import structural_similarity
 
 METRICS = ("ssim", "psnr", "nmse", "ssim_head", "psnr_head")
 EXACT_PSNR = 200.0  # of a reconstruction without error [dB]; fastMRI's is infinite
+BOOTSTRAP_SAMPLES = 1000
 
 
 class VolumeScore(NamedTuple):
@@ -131,7 +132,7 @@ def volume_metrics(slices: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"ssim": total["ssim"] / len(slices), "psnr": psnr, "nmse": total["error"] / total["energy"]}
 
 
-def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def summarize(scores: Sequence[VolumeScore], seed: int = 0) -> dict[str, Any]:
     """Average over volumes, with 95% bootstrap intervals over patients: one method's entry in metrics.json.
 
     The intervals of a single patient are None.
@@ -141,19 +142,34 @@ def summarize(scores: Sequence[VolumeScore], bootstrap_samples: int = 1000, seed
     for metric in METRICS:
         values = [getattr(score, metric) for score in scores]
         summary[metric] = float(np.mean(values))
-        summary[f"{metric}_ci95"] = bootstrap_interval(values, patients, bootstrap_samples, seed)
+        summary[f"{metric}_ci95"] = bootstrap_interval(values, patients, seed=seed)
     return summary
 
 
 def bootstrap_interval(
-    values: Sequence[float], patients: Sequence[str], samples: int = 1000, seed: int = 0
+    values: Sequence[float], patients: Sequence[str], weights: Sequence[float] | None = None, seed: int = 0
 ) -> list[float] | None:
-    """Compute the 95% percentile interval of the mean, resampling whole patients; None for a single patient."""
-    sums, counts = _patient_sums(values, patients), _patient_sums(np.ones(len(values)), patients)
-    if len(sums) < 2:
+    """Compute the 95% percentile interval of a mean by resampling whole patients.
+
+    Parameters
+    ----------
+    values : sequence of float
+    patients : sequence of str
+    weights : sequence of float, optional
+        The interval is then that of the ratio Σ values / Σ weights. Resamples without weight are left out.
+    seed : int
+
+    Returns
+    -------
+    [low, high], or None for a single patient or without any weight.
+    """
+    sums = _patient_sums(values, patients)
+    totals = _patient_sums(np.ones(len(values)) if weights is None else weights, patients)
+    if len(sums) < 2 or not totals.any():
         return None
-    picks = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(BOOTSTRAP_SAMPLES, len(sums)))
+    numerators, denominators = sums[picks].sum(1), totals[picks].sum(1)
+    means = numerators[denominators > 0] / denominators[denominators > 0]
     low, high = np.percentile(means, [2.5, 97.5])
     return [float(low), float(high)]
 

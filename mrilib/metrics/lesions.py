@@ -6,7 +6,7 @@ head and outside of every other box. Medians are robust to single bright pixels 
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -17,15 +17,13 @@ from scipy import ndimage
 from mrilib.data.annotations import Annotations, Box
 from mrilib.data.dataset import Volume
 from mrilib.metrics.image import head_mask
-from mrilib.metrics.methods import in_order, method_label
+from mrilib.metrics.methods import in_order
 
 LOST = 0.5  # contrast retention below which a lesion is lost
 FAINT = 0.1  # contrast, relative to the ring's median, below which the target does not show a lesion
 RING = 4  # width of the ring [pixels]
 GAP = 1  # pixels around a box that belong to neither box nor ring: the lesion's soft edge
 MIN_RING = 12  # [pixels]
-SIZES = (6.0, 10.0)  # upper limits of small and medium lesions: square root of the box's area [pixels]
-SIZE_NAMES = (f"under {SIZES[0]:g} px", f"{SIZES[0]:g} to {SIZES[1]:g} px", f"{SIZES[1]:g} px and more")
 
 
 class Lesion(NamedTuple):
@@ -34,15 +32,24 @@ class Lesion(NamedTuple):
     file: str
     patient: str
     slice_num: int
-    label: str
-    size: float  # square root of the box's area [pixels]
+    box: Box  # in array coordinates
     target: float  # contrast in the target [file units]
     reconstruction: float  # contrast in the reconstruction [file units]
+
+    @property
+    def size(self) -> float:
+        """Square root of the box's area [pixels]."""
+        return float(np.sqrt(self.box.width * self.box.height))
 
     @property
     def retention(self) -> float:
         """Contrast retention: 1 is complete, 0 is none, negative is an inverted contrast."""
         return self.reconstruction / self.target
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the contrast retention is below `LOST`."""
+        return self.retention < LOST
 
 
 def _slices(box: Box, margin: int, shape: tuple[int, int]) -> tuple[slice, slice]:
@@ -136,62 +143,107 @@ def volume_lesions(
             boxes = annotations.boxes(volume.file, number, target.shape[0])
             box_count += len(boxes)
             for box, *contrasts in measure(target, image, boxes, head):
-                size = float(np.sqrt(box.width * box.height))
-                lesions.append(Lesion(volume.file, volume.patient, number, box.label, size, *contrasts))
+                lesions.append(Lesion(volume.file, volume.patient, number, box, *contrasts))
     return lesions, box_count - len(lesions)
 
 
 def lesions_in(
-    directory: str | Path, volumes: Sequence[Volume], annotations: Annotations, methods: Mapping[str, Iterable[str]]
+    directory: str | Path,
+    volumes: Mapping[int, Sequence[Volume]],
+    annotations: Annotations,
+    methods: Mapping[str, Iterable[str]],
 ) -> tuple[dict[str, dict[str, list[Lesion]]], int]:
     """Measure the lesions in each ``<directory>/<method>/<acceleration>``.
+
+    Parameters
+    ----------
+    directory : path
+    volumes : mapping
+        Acceleration → volumes that are reconstructed at it.
+    annotations : Annotations
+    methods : mapping
+        Acceleration → methods.
 
     Returns
     -------
     lesions : dict
-        Acceleration → method → lesions.
+        Acceleration → method → lesions, the same ones in the same order for all methods. Accelerations without a
+        lesion are left out.
     left_out : int
-        Number of boxes that are left out of every method.
+        Number of boxes that are left out of every method, summed over the accelerations.
     """
     lesions: dict[str, dict[str, list[Lesion]]] = {}
     left_out = 0
     for acceleration, names in methods.items():
+        measured = {}
         for name in in_order(names):
             folder = Path(directory) / name / acceleration
-            lesions.setdefault(acceleration, {})[name], left_out = volume_lesions(volumes, annotations, folder)
+            measured[name], missing = volume_lesions(volumes[int(acceleration)], annotations, folder)
+        left_out += missing
+        if any(measured.values()):
+            lesions[acceleration] = measured
     return lesions, left_out
 
 
-def size_name(size: float) -> str:
-    """Return the size class of a lesion, from the square root of its box's area [pixels]."""
-    return SIZE_NAMES[int(np.searchsorted(SIZES, size, side="right"))]
+def count_lost(lesions: Sequence[Lesion]) -> int:
+    """Count the lost lesions."""
+    return sum(lesion.is_lost for lesion in lesions)
+
+
+def pick_lesions(lesions: Sequence[Lesion]) -> list[tuple[Lesion, str]]:
+    """Pick the largest lesion and the largest lost one for a figure, each with its role.
+
+    Without a lost lesion the second is the one with the lowest contrast retention. A single lesion is picked once.
+    """
+    if not lesions:
+        return []
+    largest = max(lesions, key=lambda lesion: lesion.size)
+    others = [lesion for lesion in lesions if lesion is not largest]
+    lost = [lesion for lesion in others if lesion.is_lost]
+    picked = [(largest, "largest lesion")]
+    if lost:
+        picked.append((max(lost, key=lambda lesion: lesion.size), "largest lost lesion"))
+    elif others:
+        picked.append((min(others, key=lambda lesion: lesion.retention), "lesion with the lowest contrast"))
+    return picked
 
 
 def lesion_table(lesions: Mapping[str, Mapping[str, Sequence[Lesion]]]) -> pd.DataFrame:
-    """Tabulate contrast retention and lost lesions by acceleration, method and size.
+    """Tabulate every lesion: a row per acceleration, method and lesion.
 
     Parameters
     ----------
     lesions : mapping
         Acceleration → method → lesions.
     """
-    rows = []
+    return pd.DataFrame(
+        {
+            "acceleration": acceleration,
+            "method": method,
+            "file": lesion.file,
+            "slice": lesion.slice_num,
+            "label": lesion.box.label,
+            "size [pixels]": round(lesion.size, 2),
+            "contrast in the target [file units]": lesion.target,
+            "contrast retention": round(lesion.retention, 4),
+            "lost": lesion.is_lost,
+        }
+        for acceleration, methods in lesions.items()
+        for method, measured in methods.items()
+        for lesion in measured
+    )
+
+
+def add_lesions(
+    section: dict[str, dict[str, dict[str, Any]]], lesions: Mapping[str, Mapping[str, Sequence[Lesion]]]
+) -> None:
+    """Add the number of lesions, of lost ones, and quartiles of the retention to metrics.json's "reconstruction"."""
     for acceleration, methods in lesions.items():
         for method, measured in methods.items():
-            for name in (*SIZE_NAMES, "all"):
-                retentions = [one.retention for one in measured if name in ("all", size_name(one.size))]
-                if not retentions:
-                    continue
-                low, middle, high = np.percentile(retentions, [25, 50, 75])
-                rows.append(
-                    {
-                        "acceleration": f"{acceleration}x",
-                        "method": method_label(method),
-                        "lesions": name,
-                        "number": len(retentions),
-                        "contrast retention, median": f"{middle:.2f}",
-                        "quartiles": f"{low:.2f} to {high:.2f}",
-                        "lost": sum(retention < LOST for retention in retentions),
-                    }
-                )
-    return pd.DataFrame(rows)
+            section[acceleration][method] |= {
+                "lesions": len(measured),
+                "lesions_lost": count_lost(measured),
+                "lesion_retention_quartiles": [
+                    float(value) for value in np.percentile([one.retention for one in measured], [25, 50, 75])
+                ],
+            }

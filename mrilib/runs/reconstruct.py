@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
-from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from mrilib.config import EvaluateParameters, ParameterError, display_path, require_utf8, resolve
@@ -19,10 +18,13 @@ from mrilib.data.check import list_slices, unlisted_contrast
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.fastmri_file import Volume, read_volume
 from mrilib.data.sampler import make_loader
+from mrilib.data.splits import load_annotations
 from mrilib.environment import git_state
+from mrilib.evaluation.pictures import draw_volume
 from mrilib.evaluation.reconstructions import write_reconstruction
-from mrilib.files import write_together
+from mrilib.files import read_json, write_together
 from mrilib.metrics.image import score_volume
+from mrilib.metrics.text_scores import text_warning
 from mrilib.model.baselines import zero_filled, zero_filled_image
 from mrilib.model.two_stage import TwoStageModel
 from mrilib.runs.pretrained import from_pretrained, is_pretrained, pretrained_config
@@ -160,7 +162,8 @@ class Output(NamedTuple):
 
     images: np.ndarray  # (slices, h, w) [file units]
     zero_filled: np.ndarray  # (slices, h, w) from the compressed coils [file units]
-    analyses: list[str]  # one per slice; empty if the decoder uses no tokens
+    analyses: list[str]  # generated, one per slice; empty if the decoder uses no tokens
+    known: list[str]  # true facts as far as they are known, one per analysis
     empty: list[int]  # slices with all-zero k-space
 
 
@@ -168,8 +171,9 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     """Reconstruct one fastMRI brain file and generate the analyses of its slices.
 
     Write ``<file>.h5`` in fastMRI's submission format [file units], ``<file>.jsonl`` with one analysis per slice, and
-    ``<file>.png``, all slices in a row. The h5 file's attributes and every line of the jsonl file hold the
+    ``<file>.png``, all slices with labels. The h5 file's attributes and every line of the jsonl file hold the
     `provenance`. A file with its own mask is used as it is; a fully sampled one is undersampled by fastMRI's mask.
+    The true facts come from the file's attributes, and from fastMRI+ tables in the file's folder, if there are any.
 
     Parameters
     ----------
@@ -200,16 +204,23 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     if warning := unlisted_contrast(volume):
         yield f"warning: {warning}"
     model, config = load_run(run)
-    dataset = FastMRIDataset([volume], config, acceleration=acceleration)
+    annotations = load_annotations(config.model_copy(update={"data_dir": str(file.resolve().parent)}))
+    dataset = FastMRIDataset([volume], config, annotations, acceleration=acceleration)
     output = _run_model(model, dataset, config)
     if output.empty:
         slices = list_slices(output.empty)
         yield f"warning: {file.name}: k-space is all zero in {slices}; the image is zero there"
-    _write(out, volume.file, output, origin)
     mask = f"undersampled {acceleration}x" if acceleration else "its own mask"
+    metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    warning = text_warning(metrics.get("analysis"))
+    title = f"{volume.file}: two-stage model of run {origin['run']}, {mask}"
+    _write(out, volume, output, origin, title, warning)
     yield f"{volume.file}: {len(output.images)} slices, {mask}"
-    for number, analysis in enumerate(output.analyses):
-        yield f"  slice {number}: {analysis}"
+    if output.analyses:
+        yield f"  {warning}"
+    for number, (analysis, known) in enumerate(zip(output.analyses, output.known, strict=True)):
+        yield f"  slice {number}, generated: {analysis}"
+        yield f"  slice {number}, known:     {known}"
     target = None
     if volume.has_target:
         with h5py.File(file, "r") as h5:
@@ -247,21 +258,27 @@ def _run_model(model: TwoStageModel, dataset: FastMRIDataset, config: EvaluatePa
             analyses += model.generate(prefix, [findings.prompt()] * len(batch.slices), config.max_new_tokens)
     stack = np.concatenate(images)
     stack[empty] = 0  # the model's magnitude is at least 1e-19 there, which the picture would show as white
-    return Output(stack, np.concatenate(compressed), analyses, empty)
+    known = [_known_text(dataset.facts(number)) for number in range(len(analyses))]
+    return Output(stack, np.concatenate(compressed), analyses, known, empty)
 
 
-def _write(out: Path, name: str, output: Output, origin: dict[str, Any]) -> None:
+def _known_text(facts: findings.Facts) -> str:
+    unknown = [name for name in ("contrast", "findings") if getattr(facts, name) is None]
+    return findings.answer(facts) + (f" Unknown: {', '.join(unknown)}." if unknown else "")
+
+
+def _write(out: Path, volume: Volume, output: Output, origin: dict[str, Any], title: str, warning: str) -> None:
+    name = volume.file
     rows: Sequence[dict[str, Any]] = [
-        {"file": name, "slice": number, "analysis": analysis, "provenance": origin}
-        for number, analysis in enumerate(output.analyses)
+        {"file": name, "slice": number, "analysis": analysis, "known": known, "warning": warning, "provenance": origin}
+        for number, (analysis, known) in enumerate(zip(output.analyses, output.known, strict=True))
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    strip = np.concatenate(list(output.images[:, ::-1]), axis=1)  # flipped up/down: anterior on top
-    pixels = (255 * strip / (float(output.images.max()) or 1)).round().astype(np.uint8)
+    picture = draw_volume(output.images, (title, "Research model's output, not for diagnosis."), volume.pixel)
     writers = (
         lambda path: write_reconstruction(path, output.images, origin),
         lambda path: path.write_text(lines),
-        lambda path: Image.fromarray(pixels).save(path, "png"),
+        lambda path: picture.save(path, "png"),
     )
     write_together(out, {f"{name}{suffix}": write for suffix, write in zip(SUFFIXES, writers, strict=True)})
 
