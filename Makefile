@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help quickstart demo record test test-transformers lab lint .venv
+.PHONY: help quickstart demo record test test-transformers lab docs lint .venv
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ test-transformers: $(BIN)/installed  ## the backbone's tests with the oldest and
 lab: $(BIN)/installed  ## JupyterLab on copies of the notebooks in lab/
 	$(BIN)/python -m mrilib.runs.lab
 	$(BIN)/jupyter lab --notebook-dir=. lab/00_quickstart.ipynb $(ARGS)
+
+docs: $(BIN)/installed  ## the documentation as a web site → docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -q -W --keep-going -n docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 lint: $(BIN)/installed  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

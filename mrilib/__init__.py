@@ -16,7 +16,7 @@ Ten files lead from a file on disk to the loss. In the order of reading:
 9. ``training/stages``: the two losses and the validation scores
 10. ``training/loop``: the training loop
 
-docs/reading-path.md lists the packages and where a new loss, decoder, encoder or mask goes.
+docs/architecture.md lists the packages and where a new loss, decoder, encoder or mask goes.
 """
 
 import importlib

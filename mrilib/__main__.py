@@ -180,6 +180,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
     metrics = plan.directory / "metrics.json"
     if not status and metrics.is_file():
         print(metrics_text(metrics))
+    for line in notebooks.summaries(plan.directory) if not status else ():
+        print(line)
     return status
 
 

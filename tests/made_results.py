@@ -34,3 +34,20 @@ def score(patient: str, ssim: float, **others: Any) -> VolumeScore:
     """Return the scores of one volume."""
     values = {"file": patient, "acquisition": "AXT1", "psnr": 0, "nmse": 0, "ssim_head": ssim, "psnr_head": 0}
     return VolumeScore(patient=patient, ssim=ssim, **{**values, **others})
+
+
+def image_scores(
+    ssim: float, difference: float | None = None, lost: int | None = None, spread: float | None = 0.01
+) -> Any:
+    """Return a method's entry in metrics.json; `spread` is half the width of the intervals, None for one patient."""
+
+    def interval(value: float) -> list[float] | None:
+        return None if spread is None else [value - spread, value + spread]
+
+    entry: dict[str, Any] = {"ssim": ssim, "ssim_ci95": interval(ssim), "ssim_head": ssim, "psnr": 30.0}
+    entry |= {"volumes": 6, "patients": 1 if spread is None else 3}
+    if difference is not None:
+        entry |= {"ssim_difference": difference, "ssim_difference_ci95": interval(difference)}
+    if lost is not None:
+        entry |= {"lesions": 20, "lesions_lost": lost, "lesion_retention_quartiles": [0.4, 0.7, 0.9]}
+    return entry

@@ -19,7 +19,7 @@ def test_a_package_imports_only_from_those_below_it():
 def test_reading_path_is_short_and_the_same_everywhere():
     """The package's docstring and the docs name the same ten files, in one order."""
     named = re.findall(r"^\d+\. ``([\w/]+)``", mrilib.__doc__ or "", re.M)
-    page = (ROOT / "docs" / "reading-path.md").read_text(encoding="utf-8").partition("## Packages")[0]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Packages")[0]
     assert named == re.findall(r"^\| `mrilib/([\w/]+)\.py`", page, re.M) and len(named) == 10
     lines = [len((ROOT / "mrilib" / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in named]
     assert sum(lines) <= 3600, dict(zip(named, lines, strict=True))

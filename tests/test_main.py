@@ -42,7 +42,7 @@ def write_params(folder: Path, data: Path, backbone: Path) -> Path:
         "explore": shared,
         "stage1": {**common, **systems.ENCODER, "epochs": "1", "learning_rate": "1e-3"},
         "stage2": {**common, **systems.DECODER, "stage1_checkpoint": "x", "epochs": 1, "train_control": True},
-        "evaluate": {**shared, **language_model, **checkpoints, "max_new_tokens": 8, "bootstrap_samples": 100},
+        "evaluate": {**shared, **language_model, **checkpoints, "max_new_tokens": 8},
         "compare": {"runs": []},
     }
     folder.mkdir(exist_ok=True)
@@ -113,14 +113,47 @@ def test_metrics_have_all_keys_and_test_volumes(run, phantom_dir):
         "finding_f1_best_constant", "samples", "patients",
     }  # fmt: skip
     assert expected <= set(metrics["analysis"])
+    analysis = metrics["analysis"]
+    assert analysis["findings_true"] == analysis["findings_found"] + analysis["findings_missed"] > 0
+    assert {"findings_invented", "clean_slices", "clean_slices_with_invented", "finding_f1_ci95"} <= set(analysis)
+    assert str(phantom_dir) in analysis["test_set"] and "phantom" in analysis["test_set"]
+    assert all(
+        "lesions_lost" in scores for methods in metrics["reconstruction"].values() for scores in methods.values()
+    )
     assert {"stage1_seconds", "stage2_seconds", "peak_memory_bytes", "trainable_parameters"} <= set(metrics["cost"])
+
+
+def test_the_evaluation_starts_with_its_answer(run):
+    cells = json.loads((run / "04_evaluate.ipynb").read_text())["cells"]
+    place = next(i for i, cell in enumerate(cells) if "".join(cell["source"]) == "## The answer")
+    answer = "".join(cells[place + 1]["outputs"][0]["data"]["text/markdown"])
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pictures = [output["metadata"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    metrics = json.loads((run / "metrics.json").read_text())
+    control = metrics["reconstruction"]["4"]["trained_without_tokens"]
+    assert f"{control['ssim']:.3f}" in answer and f"{control['lesions_lost']} of {control['lesions']}" in answer
+    assert f"of {metrics['analysis']['findings_true']} findings" in answer and "right contrast" in answer
+    first_picture = next(i for i, cell in enumerate(cells) if "image/png" in str(cell.get("outputs", "")))
+    assert first_picture <= place + 3
+    assert all(picture["alt"] and picture["width"] <= 1000 for picture in pictures) and len(pictures) == 8
+    tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert max("".join(table).count("<tr") for table in tables) <= 21
+    assert any(
+        "not for diagnosis" in "".join(output["data"].get("text/markdown", ""))
+        for output in outputs
+        if "data" in output
+    )
+    assert (run / "lesions.csv").stat().st_size
 
 
 def test_reconstruct_gives_the_image_of_the_evaluation(run, phantom_dir, tmp_path, capsys):
     split = json.loads((run / "run.json").read_text())["notebooks"]["stage2"]["split"]
     file = phantom_dir / f"{split['test'][0]}.h5"
     assert main(["reconstruct", str(run), str(file), "--out", str(tmp_path)]) == 0
-    assert "SSIM" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    analysis = json.loads((run / "metrics.json").read_text())["analysis"]
+    assert "SSIM" in output and "not for diagnosis" in output
+    assert f"missed {analysis['findings_missed']} of {analysis['findings_true']} findings" in output
     with h5py.File(tmp_path / file.name) as new, h5py.File(run / "reconstructions" / "model" / "4" / file.name) as old:
         np.testing.assert_allclose(new["reconstruction"][()], old["reconstruction"][()], rtol=1e-3, atol=1e-7)
     lines = (tmp_path / f"{file.stem}.jsonl").read_text().splitlines()

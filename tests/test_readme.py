@@ -13,7 +13,7 @@ from mrilib.config import ROOT
 
 README = ROOT / "README.md"
 RECORD = ROOT / "outputs" / "reference_bench"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
 METHODS = {
     "two-stage model": "model",
     "decoder trained without tokens¹": "trained_without_tokens",

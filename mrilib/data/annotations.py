@@ -1,12 +1,11 @@
 """fastMRI+ annotations from CSV files, and users' reports from JSON lines."""
 
 import codecs
+import csv as csv_module
 import json
 import logging
 import re
 from collections.abc import Iterable
-from csv import Error as CsvError
-from csv import reader as csv_reader
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -221,8 +220,8 @@ def _read_table(csv: Path) -> list[dict[str, str]]:
         table = pd.read_csv(csv, dtype=str, keep_default_na=False, skip_blank_lines=False)
         header = [str(name) for name in pd.read_csv(csv, dtype=str, header=None, nrows=1).iloc[0]]
         with open(csv, encoding="utf-8-sig", newline="") as file:  # pandas fills a row that is too short
-            cells = [len(row) for row in csv_reader(file)]
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, CsvError) as error:
+            cells = [len(row) for row in csv_module.reader(file)]
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, csv_module.Error) as error:
         raise ValueError(f"{csv}: not a readable CSV file: {str(error).splitlines()[0]}") from error
     if repeated := sorted({name for name in header if header.count(name) > 1}):
         raise ValueError(f"{csv}, line 1: column {', '.join(repeated)} is given twice; leave one of them out")

@@ -304,9 +304,14 @@ fastMRI data under its own agreement |
 """
 
 
+def markdown_text(text: str) -> str:
+    """Escape a text for Markdown, so that it holds no HTML, Markdown or formula."""
+    return "".join(f"&#{ord(c)};" if c in _MARKDOWN else c for c in printable(text))
+
+
 def _code(path: str) -> str:
-    """Escape a path for a Markdown table, without HTML, Markdown or formulas; an empty path stays empty."""
-    return f"<code>{''.join(f'&#{ord(c)};' if c in _MARKDOWN else c for c in printable(path))}</code>" if path else ""
+    """Escape a path for a Markdown table; an empty path stays empty."""
+    return f"<code>{markdown_text(path)}</code>" if path else ""
 
 
 def _split_text(

@@ -5,31 +5,68 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from mrilib.config import EvaluateParameters, ParameterError, resolve
+from mrilib.config import EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters, resolve
 from mrilib.data import findings as findings_module
 from mrilib.data.dataset import Batch, FastMRIDataset, Slice, Volume
 from mrilib.data.fastmri_file import is_phantom
 from mrilib.data.findings import Facts
 from mrilib.data.sampler import collate, make_loader
+<<<<<<< HEAD
 from mrilib.evaluation.reconstructions import (
     Comparison,
     NearestTrainingSlice,
     write_reconstruction,
 )
 from mrilib.files import display_path
+=======
+from mrilib.evaluation.reconstructions import Comparison, NearestTrainingSlice, write_reconstruction
+>>>>>>> main
 from mrilib.metrics import text_scores
 from mrilib.metrics.image import bootstrap_interval, clustered_mean
 from mrilib.model.baselines import zero_filled, zero_filled_image
 from mrilib.model.two_stage import TwoStageModel, answer_of, prompt_of
 from mrilib.progress import progress_bar
+from mrilib.training import setup
 from mrilib.training.checkpoint import load_checkpoint
+
+
+class Models(NamedTuple):
+    """The trained models of an evaluation."""
+
+    system: TwoStageModel
+    constant_prefix: TwoStageModel | None  # stage 1's baseline without k-space
+    no_token_decoder: TwoStageModel | None  # with the decoder trained without tokens
+    stage1: Stage1Parameters | None  # of the training; None if the decoder uses no tokens
+    stage2: Stage2Parameters  # of the training
+
+
+def load_models(config: EvaluateParameters, device: torch.device) -> Models:
+    """Load the checkpoints of an evaluation.
+
+    Raises
+    ------
+    ParameterError
+        If stage 1 was trained with other inputs, or with patients that are now test patients.
+    """
+    system, stage1, stage2 = setup.load_trained(config, device)
+    if stage1 is not None:
+        setup.check_same_input(config, stage1)
+    constant_prefix = no_token_decoder = None
+    if config.constant_prefix_checkpoint:
+        path = resolve(config.constant_prefix_checkpoint)
+        constant_prefix = setup.load_constant_prefix(path, system.backbone, system.tokenizer)
+    if config.no_token_decoder_checkpoint:
+        no_token_decoder = TwoStageModel()
+        setup.load_stage2(resolve(config.no_token_decoder_checkpoint), no_token_decoder, control=True)
+        no_token_decoder.to(device)
+    return Models(system, constant_prefix, no_token_decoder, stage1, stage2)
 
 
 class VolumeWriter:
@@ -419,6 +456,7 @@ def training_cost(config: EvaluateParameters) -> dict[str, Any]:
         cost["peak_memory_bytes"] = max(cost["peak_memory_bytes"], content["peak_memory_bytes"])
         cost["trainable_parameters"][stage] = content["trainable_parameters"]
     return cost
+<<<<<<< HEAD
 
 
 def describe_test_set(config: EvaluateParameters, volumes: Sequence[Volume]) -> str:
@@ -427,3 +465,5 @@ def describe_test_set(config: EvaluateParameters, volumes: Sequence[Volume]) -> 
     if all(is_phantom(volume.path) for volume in volumes):
         name += " (a phantom)"
     return f"{name} with shift {config.shift}" if config.shift else name
+=======
+>>>>>>> main

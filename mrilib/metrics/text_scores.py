@@ -140,9 +140,9 @@ def _ratio(part: int, whole: int) -> float | None:
 def best_constant_answer(facts: Sequence[Facts]) -> tuple[Finding, ...]:
     """Find the set of findings with the highest F1 of `finding_scores` when it is the answer for every slice.
 
-    With N reviewed slices and T true findings, a constant set K scores 2 Σ n_f / (N |K| + T), where n_f is the number
-    of slices with finding f. The best set of a given size has the most frequent findings, so adding them one at a time
-    while the score rises is exact. Returns () if no slice has a finding.
+    With N reviewed slices and T true findings, a constant set of k findings scores 2 Σ n_f / (N k + T), where n_f is
+    the number of slices with finding f. The best set of a given size has the most frequent findings, so adding them
+    one at a time while the score rises is exact. Returns () if no slice has a finding.
     """
     reviewed = [one.findings for one in facts if one.findings is not None]
     counts = Counter(finding for findings in reviewed for finding in findings)

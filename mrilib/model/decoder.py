@@ -1,5 +1,7 @@
 """The image decoder: a U-Net from image tokens and measured data to the image.
 
+::
+
     zero-filled image, combined with centre-line coil maps ─► 2×2 pixels as channels ─► down, down, down ─┐
                                           image tokens ─► LayerNorm ─► linear ─► (n × n) map ─────────────┤ bottleneck
     RSS ◄─ data consistency ◄─ complex image ◄─ 2×2 pixels from channels ◄─ up, up, up ◄──────────────────┘

@@ -1,7 +1,7 @@
 """The image decoders that stage 2's parameter `decoder` can name. Register your own decoder at the end of this file.
 
 A decoder has the arguments of `ImageDecoder.forward`, which gives their shapes and units. An example, with
-`baselines.zero_filled`:
+`baselines.zero_filled`::
 
     class ScaledImage(nn.Module):
         token_dim = 0  # width of the image tokens that it uses; 0: none

@@ -1,10 +1,12 @@
 """The k-space encoder: VarNet, then a ViT, then a linear map to the width of the backbone.
 
-masked k-space (B, coil, readout, phase)
-  ─► VarNet: refined coil images, combined with VarNet's coil maps ─► complex image (B, readout, phase)
-  ─► background phase removed, cropped, unit power ─► real and imaginary part (B, 2, img_size, img_size)
-  ─► ViT on 16×16 patches ─► (B, (img_size/16)², vit_embed_dim)
-  ─► linear map (+ vectors of the detected findings), start and end vector ─► (B, (img_size/16)² + 2, output_dim)
+::
+
+    masked k-space (B, coil, readout, phase)
+      ─► VarNet: refined coil images, combined with VarNet's coil maps ─► complex image (B, readout, phase)
+      ─► background phase removed, cropped, unit power ─► real and imaginary part (B, 2, img_size, img_size)
+      ─► ViT on 16×16 patches ─► (B, (img_size/16)², vit_embed_dim)
+      ─► linear map (+ vectors of the detected findings), start and end vector ─► (B, (img_size/16)² + 2, output_dim)
 """
 
 import functools

@@ -264,6 +264,8 @@ def answer_of(one: Slice) -> str:
 
 # ---------------------------------------------------------------------------------------------- builders
 
+ENCODER: type[KSpaceEncoder] = KSpaceEncoder  # for an encoder of your own, put a subclass here
+
 
 def build_backbone(
     config: BackboneParameters, device: torch.device | str
@@ -293,7 +295,7 @@ def build_encoder(
     With a tokenizer, the vectors of findings are initialized with the backbone's word embeddings. An encoder with
     weights to be loaded needs none.
     """
-    encoder = KSpaceEncoder(
+    encoder = ENCODER(
         output_dim=hidden_size(backbone),
         img_size=config.img_size,
         vit_embed_dim=config.vit_embed_dim,

@@ -46,7 +46,7 @@ SEQUENCES = {
 def spin_echo_signal(tissue: tuple[float, float, float], sequence: Sequence) -> float:
     """Magnitude of the spin-echo signal [1] of a tissue (T1 [ms], T2 [ms], proton density [1]).
 
-    PD·(1 − e^(−TR/T1))·e^(−TE/T2), or with inversion PD·|1 − 2e^(−TI/T1) + e^(−TR/T1)|·e^(−TE/T2), for TE ≪ TR
+    PD·(1 − e^(−TR/T1))·e^(−TE/T2), or with inversion PD·abs(1 − 2e^(−TI/T1) + e^(−TR/T1))·e^(−TE/T2), for TE ≪ TR
     (Bernstein, King, Zhou: Handbook of MRI Pulse Sequences, 2004, chapter 14).
     """
     t1, t2, density = tissue

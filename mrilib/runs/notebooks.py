@@ -258,6 +258,12 @@ def check_free(directory: Path, overwrite: bool) -> None:
         raise ParameterError(f"'{name}' exists and is not a run folder (it has no run.json); choose another --name")
 
 
+def summaries(directory: Path) -> list[str]:
+    """Return the sentences that a run's notebooks have recorded as their summary."""
+    sections = read_record(directory)["notebooks"].values()
+    return [line for section in sections for line in section.get("summary", [])]
+
+
 def claim_folder(directory: Path, overwrite: bool) -> None:
     """Lock and empty the folder of a new run, which `check_free` accepts."""
     check_free(directory, overwrite)

@@ -9,7 +9,17 @@ import types
 import typing
 from typing import Any
 
-from mrilib.config import NOTEBOOKS, ROOT, BackboneParameters, DataParameters, OutputParameters, TrainingParameters
+from mrilib.config import (
+    NOTEBOOKS,
+    ROOT,
+    BackboneParameters,
+    DataParameters,
+    OutputParameters,
+    Stage1Parameters,
+    Stage2Parameters,
+    TrainingParameters,
+    read_yaml,
+)
 from mrilib.files import write_text
 from mrilib.parameters import PARAMETERS_HEADER, Parameters
 
@@ -19,6 +29,15 @@ SHARED: dict[type[Parameters], str] = {
     DataParameters: "Data, masks and coils",
     BackboneParameters: "The frozen language model",
     TrainingParameters: "The training loop, both stages",
+}
+#: the parameters to try first, with what to know when changing them
+FIRST = {
+    "learning_rate": "Lower it if the loss jumps. With `optimizer: muon` start near 1e-3, with `adamw` near 3e-4.",
+    "batch_size": "The memory follows it. With `gradient_accumulation_steps` a step keeps its slices.",
+    "epochs": "The length of the training; `max_steps` limits it too. Warm-up and schedule follow.",
+    "accelerations": "What the model is trained and scored for. `center_fractions` needs a value for each.",
+    "decoder": "The network of stage 2; `no_token_decoder` and the VarNets need no stage 1.",
+    "varnet_num_cascades": "The size of the encoder, with `varnet_chans`. Time and memory follow it.",
 }
 HEADER = """# Parameters
 
@@ -30,15 +49,35 @@ cells and everywhere else. A params file lists only the parameters that differ; 
 
 
 def reference() -> str:
-    """Return the page as Markdown: the shared parameters, then those of each notebook."""
-    parts = [HEADER]
+    """Return the page as Markdown: those to try first, the shared parameters, then those of each notebook."""
+    parts = [HEADER, _first_table()]
     for cls, title in SHARED.items():
-        users = [stem[:2] for stem, parameters in NOTEBOOKS.values() if issubclass(parameters, cls)]
+        users = [stem.split("_")[0] for stem, parameters in NOTEBOOKS.values() if issubclass(parameters, cls)]
         parts.append(f"## {title}\n\nNotebooks {', '.join(sorted(users))}.\n\n{_table(cls)}")
     for stem, cls in sorted(NOTEBOOKS.values(), key=lambda entry: entry[0]):
         bases = [SHARED[base] for base in cls.__mro__[1:] if base in SHARED][::-1]
         parts.append(f"## {stem}\n\nAlso those of: {'; '.join(bases)}.\n\n{_table(cls)}")
     return "\n".join(parts)
+
+
+def _first_table() -> str:
+    """Return a table of the parameters in `FIRST` with their values in the shipped params folders."""
+    rows = ["| parameter | `params/demo` | `params/full` | what to know |", "|---|---|---|---|"]
+    for name, advice in FIRST.items():
+        values = (_shipped_values(name, folder) for folder in ("demo", "full"))
+        rows.append(f"| `{name}` | {' | '.join(values)} | {advice} |")
+    return "\n".join(["## The first to try\n\nTwo values are those of stage 1 and stage 2.\n", *rows]) + "\n"
+
+
+def _shipped_values(name: str, folder: str) -> str:
+    """Return a parameter's values in the stages of a shipped params folder, without repetition."""
+    stages: dict[str, type[Parameters]] = {"stage1": Stage1Parameters, "stage2": Stage2Parameters}
+    values = {
+        _default(read_yaml(ROOT / "params" / folder / f"{stage}.yaml").get(name, cls.model_fields[name].default)): None
+        for stage, cls in stages.items()
+        if name in cls.model_fields
+    }
+    return ", ".join(values)
 
 
 def _table(cls: type[Parameters]) -> str:

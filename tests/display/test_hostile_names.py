@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from made_results import history
+from made_results import history, image_scores
 
 from mrilib.config import ROOT, printable
-from mrilib.display import compare_runs, curves, images, live, tables
+from mrilib.data.annotations import Box
+from mrilib.display import compare_runs, conclusions, curves, images, live, results, tables
+from mrilib.evaluation.examples import DescribedSlice
 from mrilib.evaluation.reconstructions import Comparison
 
 NAMES = (
@@ -55,7 +57,6 @@ def test_names_in_tables_are_escaped(name, runs):
     text = "Axial T1 image, lower third of the brain."
     row = {"file": name, "slice": 1, "acceleration": 4, "true": text, "generated": f"{text} {name}"}
     runs = {name: runs / "a", "other": runs / "b"}
-    assert_inert(tables.texts_side_by_side([row], 8), name)
     assert_inert(live.text_progress({1: pd.DataFrame([row])}), name)
     assert_inert(tables.html_table((name,), [(name,)]), name)
     assert_inert(tables.as_html(pd.DataFrame({name: {name: name}}), index=True).data, name)
@@ -72,12 +73,23 @@ def test_paths_in_a_model_card_are_escaped():
         assert_inert(text, printable(name))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_test_set_is_escaped_in_the_answer(name):
+    text = conclusions.answer({"reconstruction": {"4": {"model": image_scores(0.5)}}}, name, True)
+    last = text.splitlines()[-1].strip("*")
+    assert not re.search(r"[<>\\`*\[\]|$]", last) and printable(name) in html.unescape(last)
+
+
 def test_figures_show_names_as_they_are():
     image = np.random.default_rng(0).random((16, 16))
     losses = curves.compare_curves({name: {"stage1": history()} for name in NAMES})
     methods = dict.fromkeys(NAMES[2:5], image)
     shown = images.reconstruction_comparison(Comparison(image, methods, 1.0, title=NAMES[7]), title=NAMES[2])
-    for figure in (losses, shown):
+    box = [Box(2, 2, 4, 4, "Mass")]
+    texts_below = [DescribedSlice(image, name, name, name, [name], box) for name in NAMES]
+    described = results.described_slices(texts_below)
+    headline = results.headline([Comparison(image, {"model": image}, 1.0, title=NAMES[7])], NAMES[2])
+    for figure in (losses, shown, described, headline):
         figure.draw_without_rendering()  # a broken formula raises here
         assert printable(figure.alt_text()) == figure.alt_text()
     texts = {text.get_text() for text in losses.legends[0].get_texts()}

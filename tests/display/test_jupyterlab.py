@@ -67,7 +67,6 @@ def trained(phantom_dir, tmp_path_factory) -> dict[str, Any]:
         "constant_prefix_checkpoint": "",
         "no_token_decoder_checkpoint": "",
         "max_new_tokens": 8,
-        "bootstrap_samples": 100,
     }
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import systems
 import torch
-from made_results import score, volume_scores
+from made_results import score
 
 from mrilib.__main__ import main
 from mrilib.data import findings
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.fastmri_file import read_volume
 from mrilib.data.findings import Facts, Finding
-from mrilib.display import compare_runs, curves, tables
-from mrilib.evaluation import inference
+from mrilib.display import compare_runs, conclusions, results, tables
+from mrilib.evaluation import inference, reconstructions
 from mrilib.metrics import image, text_scores
 from mrilib.runs.record import Run
 
@@ -62,8 +62,8 @@ def test_unreviewed_findings_have_no_score(tmp_path):
 
     table = tables.analysis_table({"analysis": analysis})
     assert set(table.iloc[3, 1:]) == {"–"}
-    assert "no test sample was reviewed for findings" in tables.text_conclusion(analysis)
-    figure = curves.analysis_comparison(analysis)
+    assert "no test sample was reviewed for findings" in conclusions.text_conclusion(analysis)
+    figure = results.analysis_comparison(analysis)
     assert not figure.axes[2].patches
     assert "no test sample\nwas reviewed\nfor findings" in texts_of(figure)
     (folder / "run.json").write_text(json.dumps({"status": "done", "started": "", "notebooks": {}, "planned": []}))
@@ -77,7 +77,7 @@ def test_without_true_and_predicted_findings_there_is_no_f1():
     assert [scores[name] for name in ("f1", "precision", "recall")] == [None] * 3
     assert scores["any_finding_accuracy"] == 1 and scores["samples"] == 1
     analysis = inference.score_texts(text_rows(clean * 2), clean)
-    assert "nothing to find" in tables.text_conclusion(analysis)
+    assert "nothing to find" in conclusions.text_conclusion(analysis)
 
 
 # ------------------------------------------------------------------------------------------------- one patient
@@ -85,27 +85,27 @@ def test_without_true_and_predicted_findings_there_is_no_f1():
 
 def test_one_patient_has_no_interval_and_no_verdict():
     own, other = ([score("a", ssim), score("a", ssim + 0.1)] for ssim in (0.8, 0.7))
-    summary = image.summarize(own, 100)
+    summary = image.summarize(own)
     assert summary["ssim"] == pytest.approx(0.85) and summary["patients"] == 1
     assert [summary[f"{name}_ci95"] for name in image.METRICS] == [None] * len(image.METRICS)
-    table = tables.reconstruction_table({"reconstruction": {"4": {"model": summary}}})
-    assert table["95% interval"].tolist() == ["–"]
-    scores = {"4": {"model": own, "no_tokens": other}}
-    sentence = tables.token_conclusion(scores)
+    section = reconstructions.summarize_methods({"4": {"model": own, "trained_without_tokens": other}})
+    assert tables.reconstruction_table(section)["4x SSIM (95% interval)"].tolist() == ["0.850", "0.750"]
+    sentence = conclusions.token_conclusion(section)
     assert "one test patient: no interval" in sentence and "+0.1000" in sentence
-    assert not any(word in sentence for word in ("better", "worse", "no different", " to "))
-    figure = curves.token_swap(tables.token_variants(scores))
-    widths = [np.ptp(line.get_ydata()) for axis in figure.axes for line in axis.lines if len(line.get_ydata()) > 1]
-    assert len(widths) == 1  # the line at zero difference alone
-    curves.metrics_bars({"4": {"model": summary}})._repr_png_()
+    assert "one test patient gives no interval" in conclusions.answer({"reconstruction": section}, "test", True)
+    for text in (sentence, conclusions.image_conclusion(section)):
+        assert not any(word in text for word in ("better", "worse", "different", " to "))
+    for figure in (results.token_differences(section), results.method_scores(section)):
+        spans = [np.ptp(line.get_xdata()) for axis in figure.axes for line in axis.lines]
+        assert not any(spans)
 
 
 def test_contrast_floor_of_one_patient_has_no_error():
     truth = [Facts("T1", "lower"), Facts("T1", "upper")]
     scores = inference.score_texts(text_rows(truth, patients="aa"), truth)
     assert scores["contrast_commonest"] == 1 and scores["contrast_commonest_se"] is None
-    assert "±" not in tables.text_conclusion(scores)
-    curves.analysis_comparison(scores)._repr_png_()
+    assert "±" not in conclusions.text_conclusion(scores)
+    results.analysis_comparison(scores)._repr_png_()
     assert inference.score_texts(text_rows(truth, patients="ab"), truth)["contrast_commonest_se"] is not None
 
 
@@ -119,22 +119,63 @@ def test_samples_without_another_patient_are_left_out_and_counted():
     assert scores["cross_entropy_other_patient"] == pytest.approx(1.0)
     assert scores["cross_entropy_gain_over_other_patient"] == pytest.approx(2 / 3)  # on the same samples
     assert scores["other_patient_samples"] == 2
-    assert "1 of 3 samples" in tables.text_conclusion(scores)
+    assert "1 of 3 samples" in conclusions.text_conclusion(scores)
 
     without = inference.score_texts(text_rows(truth[:1], patients="c"), truth)
     assert without["cross_entropy_other_patient"] is None and without["other_patient_samples"] == 0
-    assert "no other patient" in tables.text_conclusion(without)
+    assert "no other patient" in conclusions.text_conclusion(without)
     assert tables.analysis_table({"analysis": without})["shuffled tokens"].tolist() == ["–"] * 4
-    curves.analysis_comparison(without)._repr_png_()
+    results.analysis_comparison(without)._repr_png_()
 
 
-def test_token_swap_figure_has_a_gap_without_another_patient():
-    own, other = volume_scores(0.8), volume_scores(0.79)
-    variants = {"4": {"own tokens": own, "another patient's": other, "none": other}}
-    figure = curves.token_swap({**variants, "6": {"own tokens": own[:2], "none": other[:2]}})
-    means, differences = figure.axes
-    assert len(differences.texts) == 3
-    assert sum(np.isfinite(bar.get_height()) for bar in means.patches) == 5
+def test_findings_are_counted_as_found_missed_and_invented():
+    other = Finding("Edema", "left", "central")
+    truth = [
+        Facts("T1", "lower", (MASS, other)),
+        Facts("T2", "upper", ()),
+        Facts("T2", "upper", ()),
+        Facts("T1", "lower"),
+    ]
+    predicted = [Facts("T1", "lower", (MASS,)), Facts("T1", "upper", (MASS, other)), Facts("T2", "upper", ()), truth[0]]
+    rows = text_rows(truth, predicted, "abcd")
+    rows.append({**rows[0], "generated": "rubbish"})
+    analysis = inference.score_texts(rows, truth)
+    counts = {name: analysis[name] for name in analysis if name.startswith(("findings_", "clean_"))}
+    assert counts == {
+        "findings_true": 4,
+        "findings_found": 1,
+        "findings_missed": 3,
+        "findings_invented": 2,
+        "clean_slices": 2,
+        "clean_slices_with_invented": 1,
+    }
+    low, high = analysis["finding_f1_ci95"]
+    assert 0 <= low <= analysis["finding_f1"] <= high <= 1
+    assert analysis["contrast_confusion"] == {"T1": {"T1": 2, "none": 1}, "T2": {"T1": 1, "T2": 1}}
+    warning = text_scores.text_warning(analysis | {"test_set": "the test files of here"})
+    assert "4 texts on the test files of here it missed 3 of 4 findings and invented 2" in warning
+    assert "1 of 2 texts on slices without findings invent one" in warning
+    figure = results.text_errors(analysis)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["1", "3", "2", "1"]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("analysis", [None, {}, {"reviewed_samples": 0, "findings_true": 0}, {"reviewed_samples": 5}])
+def test_rates_that_were_not_measured_are_named(analysis):
+    assert text_scores.text_warning(analysis).endswith("not measured.")
+
+
+def test_errors_of_a_text_are_listed():
+    truth = Facts("T1", "lower", (MASS,))
+    assert text_scores.list_errors(truth, truth) == [] and text_scores.list_errors(truth, None) == ["not readable"]
+    wrong = text_scores.list_errors(truth, Facts("T2", "upper", (Finding("Edema", "right", "anterior"),)))
+    assert wrong == [
+        "wrong contrast: T2",
+        "wrong level: upper",
+        "missed: mass, left central",
+        "invented: edema, right anterior",
+    ]
+    assert text_scores.list_errors(Facts(None, "lower"), Facts("T2", "lower", (MASS,))) == []  # nothing else is known
 
 
 # ------------------------------------------------------------------------------------------------- an unlisted contrast
@@ -181,14 +222,14 @@ def test_an_unlisted_contrast_is_not_scored():
     scores = inference.score_texts(text_rows(truth, predicted, "abc"), truth)
     assert scores["contrast_accuracy"] == scores["contrast_commonest"] == 0.5 and scores["contrast_samples"] == 2
     assert scores["level_accuracy"] == 1 and scores["samples"] == 3
-    assert "of 2 slices" in tables.text_conclusion(scores)
+    assert "of 2 slices" in conclusions.text_conclusion(scores)
 
     unknown = inference.score_texts(text_rows(truth[:1] * 2, predicted[:1] * 2), truth)
     names = ("contrast_accuracy", "contrast_accuracy_se", "contrast_commonest", "contrast_accuracy_without_kspace")
     assert [unknown[name] for name in names] == [None] * len(names) and unknown["contrast_samples"] == 0
-    assert "no test sample has a contrast that is in the list" in tables.text_conclusion(unknown)
+    assert "no test sample has a contrast that is in the list" in conclusions.text_conclusion(unknown)
     assert tables.analysis_table({"analysis": unknown}).iloc[1, 1:].tolist() == ["–"] * 4
-    figure = curves.analysis_comparison(unknown)
+    figure = results.analysis_comparison(unknown)
     assert "no test sample has\na listed contrast" in texts_of(figure)
 
 

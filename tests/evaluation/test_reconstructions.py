@@ -51,7 +51,7 @@ def test_means_equal_fastmris_evaluate(volumes: list[Volume], tmp_path: Path) ->
     for number, volume in enumerate(volumes):
         write_reconstruction(folder / volume.path.name, noisy(volume, number))
     scores = evaluate_volumes(volumes, folder)
-    summary = image_module.summarize(scores, 100)
+    summary = image_module.summarize(scores)
     expected = official_means(volumes, folder, tmp_path)
     for name in ("ssim", "psnr", "nmse"):
         assert summary[name] == pytest.approx(float(np.squeeze(expected[name.upper()])), rel=1e-6, abs=1e-9)
@@ -123,7 +123,7 @@ def test_exact_and_all_zero_volumes_have_defined_scores(
     assert f"{path.name}: its target is zero everywhere" in caplog.text
     assert scored.file == exact.file and scored.psnr == scored.psnr_head == image_module.EXACT_PSNR
     assert scored.ssim == pytest.approx(1) and scored.nmse == 0
-    json.dumps(image_module.summarize([scored], 100), allow_nan=False)
+    json.dumps(image_module.summarize([scored]), allow_nan=False)
     with pytest.raises(ValueError, match="zero everywhere"):
         image_module.score_volume(target_of(zeros), target_of(zeros))
 

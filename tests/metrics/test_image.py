@@ -55,16 +55,16 @@ def test_head_mask_of_the_phantom_does_not_depend_on_the_unit(volumes: list[Volu
 
 def test_bootstrap_resamples_patients() -> None:
     # Two patients, one with a volume at 1 and one with three at 0: the possible means are 1, 1/4 and 0.
-    assert image_module.bootstrap_interval([1, 0, 0, 0], ["a", "b", "b", "b"], 2000) == [0, 1]
+    assert image_module.bootstrap_interval([1, 0, 0, 0], ["a", "b", "b", "b"]) == [0, 1]
     rng = np.random.default_rng(0)
     values = rng.standard_normal(400)
     patients = [str(i) for i in range(400)]
-    interval = image_module.bootstrap_interval(values, patients, 2000)
+    interval = image_module.bootstrap_interval(values, patients)
     error = values.std() / 20
     expected = values.mean() - 1.96 * error, values.mean() + 1.96 * error
-    assert interval == pytest.approx(expected, abs=0.15 * error)
+    assert interval == pytest.approx(expected, abs=0.25 * error)
     # Copies of a patient's volume add no information.
-    copies = image_module.bootstrap_interval(np.repeat(values, 3), np.repeat(patients, 3), 2000)
+    copies = image_module.bootstrap_interval(np.repeat(values, 3), np.repeat(patients, 3))
     assert copies == pytest.approx(interval)
     # 50 patients with one volume at 1 and 50 with three at 0 have a mean of 1/4.
     patients = [f"a{i}" for i in range(50)] + [f"b{i // 3}" for i in range(150)]
@@ -73,9 +73,16 @@ def test_bootstrap_resamples_patients() -> None:
     assert image_module.bootstrap_interval([0.3, 0.5], ["a", "a"]) is None  # one patient has no spread
 
 
+def test_bootstrap_of_a_ratio() -> None:
+    # The ratios of the resamples of two patients, 2/2 and 1/4, are 1, 3/6 and 1/4; one without weight changes nothing.
+    assert image_module.bootstrap_interval([2, 1], ["a", "b"], [2, 4]) == [0.25, 1]
+    assert image_module.bootstrap_interval([0, 0, 2], ["a", "b", "c"], [0, 0, 2]) == [1, 1]
+    assert image_module.bootstrap_interval([0, 0], ["a", "b"], [0, 0]) is None
+
+
 def test_bootstrap_depends_on_its_seed_alone() -> None:
     values, patients = np.random.default_rng(0).standard_normal(40), [str(i) for i in range(40)]
-    first, again, other = (image_module.bootstrap_interval(values, patients, 100, seed) for seed in (1, 1, 2))
+    first, again, other = (image_module.bootstrap_interval(values, patients, seed=seed) for seed in (1, 1, 2))
     assert first == again != other
 
 

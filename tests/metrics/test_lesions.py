@@ -79,11 +79,14 @@ def test_lesions_of_the_phantom_are_retained_or_lost(phantom_dir, volumes, tmp_p
     )
     assert len(same) + left_out == total and left_out == also_left_out and len(same) > 5
     assert {one.retention for one in same} == {1.0} and {one.retention for one in flat} == {0.0}
-    table = lesions.lesion_table({"4": {"model": same, "zero_filled": flat}})
-    everything = table[table["lesions"] == "all"]
-    assert everything["lost"].tolist() == [0, len(flat)] and everything["number"].tolist() == [len(same)] * 2
-    by_size = table[(table["method"] == "zero-filled") & (table["lesions"] != "all")]
-    assert by_size["number"].sum() == len(flat)
+    measured = {"4": {"model": same, "zero_filled": flat}}
+    table = lesions.lesion_table(measured)
+    assert len(table) == 2 * len(same) and table.groupby("method")["lost"].sum().tolist() == [0, len(flat)]
+    section = {"4": {"model": {"ssim": 1.0}, "zero_filled": {}}}
+    lesions.add_lesions(section, measured)
+    assert section["4"]["model"]["ssim"] == 1 and section["4"]["model"]["lesions_lost"] == 0
+    assert section["4"]["zero_filled"]["lesions_lost"] == section["4"]["zero_filled"]["lesions"] == len(flat)
+    assert section["4"]["model"]["lesion_retention_quartiles"] == [1, 1, 1]
 
 
 def test_a_reconstruction_of_another_size_is_refused(phantom_dir, volumes, tmp_path):
@@ -94,6 +97,31 @@ def test_a_reconstruction_of_another_size_is_refused(phantom_dir, volumes, tmp_p
         lesions.volume_lesions([reviewed], annotations, tmp_path)
 
 
-@pytest.mark.parametrize(("size", "name"), [(5.9, 0), (6.0, 1), (9.9, 1), (10.0, 2), (40.0, 2)])
-def test_size_classes(size, name):
-    assert lesions.size_name(size) == lesions.SIZE_NAMES[name]
+def lesion(size: float, retention: float) -> lesions.Lesion:
+    return lesions.Lesion("file", "patient", 0, Box(10, 10, size, size, "Mass"), 1.0, retention)
+
+
+def test_the_largest_and_a_lost_lesion_are_picked():
+    large, small, lost = lesion(9, 0.9), lesion(3, 0.7), lesion(5, 0.2)
+    assert lesions.pick_lesions([small, lesion(4, 0.1), large, lost]) == [
+        (large, "largest lesion"),
+        (lost, "largest lost lesion"),
+    ]
+    assert lesions.pick_lesions([large, lesion(5, 0.8), small])[1] == (small, "lesion with the lowest contrast")
+    assert lesions.pick_lesions([lost]) == [(lost, "largest lesion")] and lesions.pick_lesions([]) == []
+
+
+def test_lesions_are_measured_in_the_volumes_of_each_acceleration(phantom_dir, volumes, tmp_path):
+    """A file with its own mask is reconstructed at its acceleration only."""
+    annotations = read_annotations(phantom_dir / "brain.csv", phantom_dir / "brain_file_list.csv")
+    groups = {4: volumes[:6], 6: volumes[6:], 8: []}
+    for acceleration, part in groups.items():
+        for volume in part:
+            with h5py.File(volume.path) as h5:
+                write_reconstruction(
+                    tmp_path / "model" / str(acceleration) / volume.path.name, h5["reconstruction_rss"][()]
+                )
+    measured, _ = lesions.lesions_in(tmp_path, groups, annotations, {"4": ["model"], "6": ["model"], "8": ["model"]})
+    assert set(measured) <= {"4", "6"} and measured
+    for acceleration, methods in measured.items():
+        assert {one.file for one in methods["model"]} <= {volume.file for volume in groups[int(acceleration)]}

@@ -15,8 +15,9 @@ from PIL import Image
 from refusals import Refusal, assert_refused
 
 from mrilib.__main__ import main
+from mrilib.data.annotations import read_annotations
 from mrilib.data.dataset import FastMRIDataset
-from mrilib.evaluation import inference, reconstructions
+from mrilib.evaluation import inference, pictures, reconstructions
 from mrilib.metrics import image as image_module
 from mrilib.runs import reconstruct
 
@@ -163,8 +164,53 @@ def test_empty_kspace_gives_an_image_of_zeros_and_a_warning(run, volumes, tmp_pa
     with h5py.File(tmp_path / "out" / path.name) as h5:
         is_zero = [not image.any() for image in h5["reconstruction"]]
     assert [number for number, zero in enumerate(is_zero) if zero] == empty
-    with Image.open(tmp_path / "out" / f"{volumes[0].file}.png") as picture:
-        assert (np.asarray(picture).max() == 0) == (len(empty) == volumes[0].slices)
+    assert Image.open(tmp_path / "out" / f"{volumes[0].file}.png").mode == "RGB"
+
+
+def test_texts_come_with_a_warning_and_the_known_truth(run, volumes, written, tmp_path):
+    rows = rows_of(written[0] / f"{volumes[0].file}.jsonl")
+    assert all("not for diagnosis" in row["warning"] and row["warning"].endswith("not measured.") for row in rows)
+    lines = written[1].splitlines()
+    place = next(i for i, line in enumerate(lines) if row_is(line, 0, "generated"))
+    assert "not for diagnosis" in lines[place - 1] and row_is(lines[place + 1], 0, "known")
+    annotations = read_annotations(volumes[0].path.parent / "brain.csv", volumes[0].path.parent / "brain_file_list.csv")
+    assert (
+        annotations.reviewed(volumes[0].file) and "Findings:" in rows[0]["known"] and "Unknown" not in rows[0]["known"]
+    )
+
+    path = tmp_path / "data" / volumes[0].path.name  # without the tables of annotations
+    path.parent.mkdir()
+    shutil.copy(volumes[0].path, path)
+    copy = shutil.copytree(run, tmp_path / "measured")
+    counts = {"reviewed_samples": 9, "findings_true": 8, "findings_missed": 5, "findings_invented": 2}
+    counts |= {"clean_slices": 4, "clean_slices_with_invented": 1, "test_set": "the test files of here"}
+    (copy / "metrics.json").write_text(json.dumps({"analysis": counts}))
+    text = "\n".join(reconstruct.reconstruct(copy, path, tmp_path / "out"))
+    assert "on the test files of here it missed 5 of 8 findings and invented 2. 1 of 4 texts" in text
+    known = rows_of(tmp_path / "out" / f"{volumes[0].file}.jsonl")[0]["known"]
+    assert known.endswith("Unknown: findings.") and "third of the brain" in known
+
+
+def row_is(line: str, number: int, kind: str) -> bool:
+    return line.startswith(f"  slice {number}, {kind}:")
+
+
+def test_the_picture_has_labels_a_scale_and_the_slices(written, volumes):
+    with h5py.File(written[0] / volumes[0].path.name) as h5:
+        images = h5["reconstruction"][()]
+    picture = np.asarray(Image.open(written[0] / f"{volumes[0].file}.png").convert("L"))
+    bare, labelled = (
+        np.asarray(pictures.draw_volume(images, header, pixel).convert("L"))
+        for header, pixel in (((), None), (("two-stage model",), (1.0, 1.0)))
+    )
+    assert labelled.shape[0] > bare.shape[0] and picture.shape[1] == bare.shape[1] == 3 * 6 * images.shape[2]
+    height, width = 6 * images.shape[1], 6 * images.shape[2]
+    slices = [bare[-22 - height : -22, number * width : (number + 1) * width] for number in range(3)]
+    for number, shown in enumerate(slices):
+        small = np.asarray(Image.fromarray(shown).resize(images.shape[:0:-1], Image.Resampling.BOX), float)
+        assert np.corrcoef(small.ravel(), images[number, ::-1].ravel())[0, 1] > 0.98
+    corner = np.s_[-22 - height // 3 : -22, : width // 2]
+    assert (labelled[corner] == 255).sum() > (bare[corner] == 255).sum() + 100  # the scale bar
 
 
 def test_names_that_are_no_utf8_are_refused_in_one_line(run, volumes, tmp_path, capsys):
@@ -218,7 +264,7 @@ def test_zero_filled_images_use_all_coils(loaded, volumes, tmp_path):
         np.testing.assert_allclose(written, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
     scores = reconstructions.score_reconstructions(tmp_path, tested, [4])
-    section = reconstructions.summarize_methods(scores, 100)["4"]
+    section = reconstructions.summarize_methods(scores)["4"]
     more, fewer = section["zero_filled"], section["zero_filled_compressed"]
     assert more["compression_cost_ssim"] == pytest.approx(more["ssim"] - fewer["ssim"])
     assert more["compression_cost_psnr"] == pytest.approx(more["psnr"] - fewer["psnr"])
@@ -231,7 +277,7 @@ def test_without_compression_there_is_no_cost(loaded, volumes, tmp_path):
     writer = inference.VolumeWriter(tmp_path, volumes[:1])
     inference.Evaluator(system, max_new_tokens=2).run(FastMRIDataset(volumes[:1], config, acceleration=4), 3, writer)
     scores = reconstructions.score_reconstructions(tmp_path, volumes[:1], [4])
-    section = reconstructions.summarize_methods(scores, 100)["4"]
+    section = reconstructions.summarize_methods(scores)["4"]
     assert "zero_filled_compressed" not in section
     assert section["zero_filled"]["compression_cost_ssim"] == section["zero_filled"]["compression_cost_psnr"] == 0
 
