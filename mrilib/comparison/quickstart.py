@@ -72,9 +72,7 @@ def largest_lesion(volumes: list[Volume], annotations: Annotations) -> tuple[Vol
 
 
 @torch.no_grad()
-def reconstruct_example(
-    model: TwoStageModel, settings: EvaluateParameters, config: QuickstartParameters
-) -> Example:
+def reconstruct_example(model: TwoStageModel, settings: EvaluateParameters, config: QuickstartParameters) -> Example:
     """Reconstruct and describe the slice with the largest lesion.
 
     Parameters

@@ -3,11 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-<<<<<<< HEAD
-from mrilib.display.tables import SMALL_SSIM
-=======
 from mrilib.display.tables import SMALL_SSIM, markdown_text
->>>>>>> main
 from mrilib.metrics.methods import in_order, method_label
 
 Section = Mapping[str, Mapping[str, Mapping[str, Any]]]  # metrics.json's "reconstruction": acceleration → method
@@ -52,11 +48,7 @@ def answer(metrics: Mapping[str, Any], test_set: str, decoder_uses_tokens: bool)
     lines = [" ".join(sentences), ""]
     if section:
         first = next(iter(section.values()))["model"]
-<<<<<<< HEAD
-        data = f"{first['volumes']} test volumes of {_patients(first['patients'])}, {test_set}"
-=======
         data = f"{first['volumes']} test volumes of {_patients(first['patients'])}, {markdown_text(test_set)}"
->>>>>>> main
         intervals = "In brackets: 95% intervals over patients. " if first["patients"] > 1 else ""
         seeds = "The intervals do not hold the spread between trainings." if intervals else ""
         lines += [*_answer_table(section), "", f"*{data}. {intervals}{seeds}*"]

@@ -324,11 +324,7 @@ def _finding_panel(axis: Axes, section: Mapping[str, Any]) -> None:
 
 @styled
 def described_slices(slices: Sequence[DescribedSlice], columns: int = 3) -> RecordFigure:
-<<<<<<< HEAD
-    """Draw reconstructions with boxes of the true findings; under each the generated text, the true text, the errors."""
-=======
     """Draw reconstructions with boxes of the true findings; under each generated text, true text, errors."""
->>>>>>> main
     rows = -(-len(slices) // columns)
     figure = RecordFigure(WIDTH, rows * 4.3)
     axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.6, 1.7] * rows)

@@ -95,11 +95,7 @@ class RecordFigure(Figure):
     def alt_text(self) -> str:
         """Describe the figure for screen readers: `description`, else its titles, each once."""
         if self.description:
-<<<<<<< HEAD
-            return self.description
-=======
             return printable(self.description)
->>>>>>> main
         titles = [self.get_suptitle(), *(axis.get_title() or axis.get_title("left") for axis in self.axes)]
         return "; ".join(dict.fromkeys(title.replace("\n", ", ") for title in titles if title))
 

@@ -15,19 +15,9 @@ from torch import Tensor
 from mrilib.config import EvaluateParameters, ParameterError, Stage1Parameters, Stage2Parameters, resolve
 from mrilib.data import findings as findings_module
 from mrilib.data.dataset import Batch, FastMRIDataset, Slice, Volume
-from mrilib.data.fastmri_file import is_phantom
 from mrilib.data.findings import Facts
 from mrilib.data.sampler import collate, make_loader
-<<<<<<< HEAD
-from mrilib.evaluation.reconstructions import (
-    Comparison,
-    NearestTrainingSlice,
-    write_reconstruction,
-)
-from mrilib.files import display_path
-=======
 from mrilib.evaluation.reconstructions import Comparison, NearestTrainingSlice, write_reconstruction
->>>>>>> main
 from mrilib.metrics import text_scores
 from mrilib.metrics.image import bootstrap_interval, clustered_mean
 from mrilib.model.baselines import zero_filled, zero_filled_image
@@ -456,14 +446,3 @@ def training_cost(config: EvaluateParameters) -> dict[str, Any]:
         cost["peak_memory_bytes"] = max(cost["peak_memory_bytes"], content["peak_memory_bytes"])
         cost["trainable_parameters"][stage] = content["trainable_parameters"]
     return cost
-<<<<<<< HEAD
-
-
-def describe_test_set(config: EvaluateParameters, volumes: Sequence[Volume]) -> str:
-    """Name the test data: folder, phantom or not, distribution shift."""
-    name = f"the test files of {display_path(resolve(config.test_dir or config.data_dir))}"
-    if all(is_phantom(volume.path) for volume in volumes):
-        name += " (a phantom)"
-    return f"{name} with shift {config.shift}" if config.shift else name
-=======
->>>>>>> main

@@ -132,7 +132,7 @@ def test_shifts_belong_to_the_run_of_their_checkpoint(runs, tmp_path, volumes):
     before, after = (json.loads((run / "metrics.json").read_text())["reconstruction"] for run in (runs[-1], shift))
     losses = [before[a]["model"]["ssim_head"] - after[a]["model"]["ssim_head"] for a in ("4", "8")]
     assert table.loc["varnet", "noise 2"] == pytest.approx(np.mean(losses)) and list(table.columns) == ["noise 2"]
-    with pytest.raises(ParameterError, match="has the shift 'noise 2' of .* not compared"):
+    with pytest.raises(ParameterError, match=r"has the shift 'noise 2' of .* not compared"):
         methods.read_comparison(config_of(runs[0], shift))
 
 
