@@ -58,13 +58,13 @@ class MethodComparison(NamedTuple):
     def estimate(self, method: str, acceleration: str, value: str) -> Estimate:
         """Estimate the mean of "ssim_head", "psnr_head" or "is_lost" of a method."""
         frame = self._part(method, acceleration, value)
-        return _estimate(float(frame[value].mean()), resampled_means(frame, value))
+        return _estimate(float(frame[value].mean()), resampled_means(frame, value), frame)
 
     def difference(self, method: str, other: str, acceleration: str, value: str) -> Estimate:
         """Estimate the mean of `method` minus that of `other`, over the same patients."""
         own, reference = (self._part(name, acceleration, value) for name in (method, other))
         changes = resampled_means(own, value, 1) - resampled_means(reference, value, 2)
-        return _estimate(float(own[value].mean() - reference[value].mean()), changes)
+        return _estimate(float(own[value].mean() - reference[value].mean()), changes, own, reference)
 
     def _part(self, method: str, acceleration: str, value: str) -> pd.DataFrame:
         frame = self.lesions if value == "is_lost" else self.scores
@@ -101,9 +101,11 @@ def resampled_means(frame: pd.DataFrame, value: str, stream: int = 0) -> NDArray
     return np.divide(picked, totals, out=np.full(len(totals), np.nan), where=totals > 0)
 
 
-def _estimate(mean: float, samples: NDArray[np.float64]) -> Estimate:
+def _estimate(mean: float, samples: NDArray[np.float64], *frames: pd.DataFrame) -> Estimate:
+    if all(frame[["run", "patient"]].drop_duplicates().shape[0] == 1 for frame in frames):
+        return Estimate(mean, None)
     low, high = np.nanpercentile(samples, [2.5, 97.5])
-    return Estimate(mean, None if np.ptp(samples) == 0 else (float(low), float(high)))
+    return Estimate(mean, (float(low), float(high)))
 
 
 # ------------------------------------------------------------------------------------------------- runs

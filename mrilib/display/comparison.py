@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from mrilib.comparison.methods import ORACLES, Estimate, MethodComparison, label
 from mrilib.display.images import (
@@ -23,7 +24,6 @@ from mrilib.display.tables import SMALL_SSIM
 from mrilib.evaluation.reconstructions import Comparison
 
 OWN, CONTROL = "two_stage", "no_token_decoder_equal_time"
-Labels = Mapping[str, tuple[float, float]]  # label → x, y of its point; x is infinite for a line
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -52,7 +52,8 @@ def _accelerations(comparison: MethodComparison) -> list[str]:
 
 def answer(comparison: MethodComparison) -> str:
     """State in one sentence, in Markdown, the best method at each acceleration and the cheapest that equals it."""
-    return f"**{_listed([_best(comparison, acceleration) for acceleration in _accelerations(comparison)])}.**"
+    parts = [_best(comparison, acceleration) for acceleration in _accelerations(comparison)]
+    return f"**By SSIM inside the head: {'; '.join(parts)}.**"
 
 
 def _best(comparison: MethodComparison, acceleration: str) -> str:
@@ -62,8 +63,9 @@ def _best(comparison: MethodComparison, acceleration: str) -> str:
         if method not in ORACLES
     }
     best = max(ranked, key=lambda method: ranked[method])
-    cost = f", {comparison.costs.loc[best, 'minutes']:.3g} min of training" if best in comparison.costs.index else ""
-    text = f"at {acceleration}x the {label(best)} has the highest SSIM inside the head ({ranked[best]:.3f}{cost})"
+    text = f"at {acceleration}x the best method is the {label(best)} with {ranked[best]:.3f}"
+    if best in comparison.costs.index:
+        text += f" after {comparison.costs.loc[best, 'minutes']:.3g} min of training"
     intervals = {
         method: comparison.difference(best, method, acceleration, "ssim_head").interval
         for method in ranked
@@ -71,7 +73,7 @@ def _best(comparison: MethodComparison, acceleration: str) -> str:
     }
     equal = [method for method, interval in intervals.items() if interval is not None and interval[0] <= 0]
     if any(interval is None for interval in intervals.values()):
-        text += ", with one patient and one seed for some methods, so without a verdict"
+        text += ", without a verdict, as one patient and one seed give no interval"
     elif equal:
         text += f", not measurably above {_listed([label(method) for method in equal])}"
     elif intervals:
@@ -128,59 +130,66 @@ def _lesion_count(comparison: MethodComparison, acceleration: str) -> int:
 
 @styled
 def score_by_cost(comparison: MethodComparison) -> RecordFigure:
-    """Draw SSIM inside the head over training minutes, a panel per acceleration; lines are methods without training."""
+    """Draw SSIM inside the head over training minutes, a panel per acceleration.
+
+    Dashed lines are methods without training. Those below the trained methods are only named, with their value.
+    """
     accelerations = _accelerations(comparison)
-    shown = [method for method in comparison.names if method not in ORACLES]
-    height = max(2.4, 0.19 * len(shown) + 0.4)
+    height = max(2.4, 0.19 * len(comparison.names) + 0.4)
     figure = RecordFigure(WIDTH, height * len(accelerations) + 0.4)
     axes = figure.subplots(len(accelerations), 1, squeeze=False, sharex=True)[:, 0]
     for axis, acceleration in zip(axes, accelerations, strict=True):
-        places: dict[str, tuple[float, float]] = {}
-        axis.set_xscale("log")
-        for method in shown:
-            estimate = comparison.estimate(method, acceleration, "ssim_head")
-            minutes = float(comparison.costs["minutes"].get(method, np.inf))
-            places[method] = minutes, estimate.mean
-            if np.isinf(minutes):
-                axis.axhline(estimate.mean, color=GREY, linewidth=1, linestyle="--")
-                continue
-            axis.plot(minutes, estimate.mean, "o", color=_color(method), markersize=6)
+        points = {}
+        for method, minutes in comparison.costs["minutes"].items():
+            estimate = comparison.estimate(str(method), acceleration, "ssim_head")
+            points[str(method)] = float(minutes), estimate.mean
+            axis.plot(minutes, estimate.mean, "o", color=_color(str(method)), markersize=6)
             if estimate.interval is not None:
-                axis.plot([minutes, minutes], estimate.interval, color=_color(method), linewidth=1.5)
-        axis.margins(x=0.08, y=0.12)
+                axis.plot([minutes, minutes], estimate.interval, color=_color(str(method)), linewidth=1.5)
+        axis.set_xscale("log")
+        axis.margins(x=0.08, y=0.15)
         axis.set_ylabel(f"SSIM inside the head, {acceleration}x")
-        _label_points(axis, places, height)
+        low, high = axis.get_ylim()
+        untrained = [method for method in comparison.names if method not in (*ORACLES, *points)]
+        for method in untrained:
+            points[method] = np.inf, comparison.estimate(method, acceleration, "ssim_head").mean
+            axis.axhline(points[method][1], color=GREY, linewidth=1, linestyle="--")
+        axis.set_ylim(low, high)
+        _label_points(axis, points, 0.17 / height)
+    axes[-1].xaxis.set_major_formatter(LogFormatter())
+    axes[-1].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     axes[-1].set_xlabel("training of all stages [min]")
     figure.description = "SSIM inside the head over training minutes. " + cost_conclusion(comparison)
     return figure
 
 
-def _label_points(axis: Axes, places: Labels, height: float) -> None:
-    """Write labels in a column on the right, at least a line apart, with a thin line to each point."""
-    axis.autoscale_view()
+def _label_points(axis: Axes, points: Mapping[str, tuple[float, float]], gap: float) -> None:
+    """Write the methods in a column on the right, at least `gap` apart, with a thin line to each point.
+
+    `points` maps a method to minutes and SSIM; the minutes are infinite for a line. `gap` is in parts of the axis.
+    """
     low, high = axis.get_ylim()
-    gap = 0.17 / height  # of a line, in parts of the axis
-    order = sorted(places, key=lambda method: places[method][1])
-    heights: list[float] = []
-    for method in order:
-        wanted = (places[method][1] - low) / (high - low)
-        heights.append(max(wanted, heights[-1] + gap) if heights else wanted)
-    excess = max(0.0, heights[-1] - 1) if heights else 0.0
-    for number in reversed(range(len(heights))):  # back inside the axis, from the top down
-        ceiling = heights[number + 1] - gap if number + 1 < len(heights) else heights[number] - excess
-        heights[number] = min(heights[number], ceiling)
-    for method, place in zip(order, heights, strict=True):
-        x, y = places[method]
+    order = sorted(points, key=lambda method: points[method][1])
+    wanted = [max((points[method][1] - low) / (high - low), 0) for method in order]
+    for number in range(1, len(wanted)):
+        wanted[number] = max(wanted[number], wanted[number - 1] + gap)
+    top = 1.0
+    for number in reversed(range(len(wanted))):  # back inside the axis
+        wanted[number] = min(wanted[number], top)
+        top = wanted[number] - gap
+    for method, place in zip(order, wanted, strict=True):
+        x, y = points[method]
+        text = label(method) if y >= low else f"{label(method)}: {y:.3f}, below"
         start: Any = {"xy": (x, y), "xycoords": "data"}
         if np.isinf(x):
-            start = {"xy": (1, y), "xycoords": axis.get_yaxis_transform()}
-        line: Any = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-        text: Any = {"textcoords": "axes fraction", "va": "center", "color": _color(method), "annotation_clip": False}
-        axis.annotate(label(method), **start, xytext=(1.03, place), arrowprops=line, **text)
+            start = {"xy": (1, max(y, low)), "xycoords": axis.get_yaxis_transform()}
+        line: Any = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+        style: Any = {"textcoords": "axes fraction", "va": "center", "color": _color(method), "annotation_clip": False}
+        axis.annotate(text, **start, xytext=(1.05, place), arrowprops=line, **style)
 
 
 def cost_conclusion(comparison: MethodComparison) -> str:
-    """List, for each acceleration, the trained methods that no cheaper one equals in SSIM inside the head."""
+    """List, for each acceleration, the trained methods with a higher SSIM inside the head than all cheaper ones."""
     lines = []
     for acceleration in _accelerations(comparison):
         best, kept = -np.inf, []
@@ -188,8 +197,8 @@ def cost_conclusion(comparison: MethodComparison) -> str:
             score = comparison.estimate(str(method), acceleration, "ssim_head").mean
             if score > best:
                 best = score
-                kept.append(f"{label(str(method))} ({minutes:.3g} min, {score:.3f})")
-        lines.append(f"- **{acceleration}x**: no method is cheaper and better than {_listed(kept)}.")
+                kept.append(f"{label(str(method))}, {score:.3f} after {minutes:.3g} min")
+        lines.append(f"- **{acceleration}x**: better than all cheaper methods: {'; '.join(kept)}.")
     return "\n".join(lines)
 
 
@@ -243,10 +252,9 @@ def lesion_conclusion(comparison: MethodComparison) -> str:
             if method != best
         }
         more = [label(method) for method, interval in intervals.items() if interval is not None and interval[0] > 0]
-        text = f"- **{acceleration}x**: the {label(best)} loses fewest, {lost[best] * total:.3g} of {total} lesions; "
-        lines.append(
-            text + (f"measurably more are lost by {_listed(more)}." if more else "no other loses measurably more.")
-        )
+        fewest = _listed([label(method) for method, share in lost.items() if share == lost[best]])
+        text = f"- **{acceleration}x**: fewest are lost by {fewest}, {lost[best] * total:.3g} of {total} lesions; "
+        lines.append(text + (f"measurably more by {_listed(more)}." if more else "measurably more by none."))
     return "\n".join(lines)
 
 
@@ -274,10 +282,10 @@ def shift_map(comparison: MethodComparison) -> RecordFigure:
 
 
 def shift_conclusion(comparison: MethodComparison) -> str:
-    """Name, for each shift, the methods that lose least and most."""
+    """Name, for each shift, the methods that lose least and most; zero-filled images are no method."""
     lines = []
     for shift, losses in comparison.shifts.items():
-        ranked = losses.dropna().sort_values()
+        ranked = losses.drop("zero_filled", errors="ignore").dropna().sort_values()
         least, most = (f"{label(str(ranked.index[end]))} ({ranked.iloc[end]:.3f})" for end in (0, -1))
         text = f"{least} loses least SSIM, {most} most" if len(ranked) > 1 else f"{least} is the only method"
         lines.append(f"- **{shift}**: {text}.".replace("(-", "(−"))
@@ -297,7 +305,7 @@ def method_images(rows: Sequence[Comparison], columns: int = 5) -> RecordFigure:
     names = ["target", *rows[0].images]
     bands = -(-len(names) // columns)
     side = WIDTH / columns
-    figure = RecordFigure(WIDTH, bands * (len(rows) * (side + 0.2) + 0.3))
+    figure = RecordFigure(WIDTH, bands * (len(rows) * (side + 0.2) + 0.55))
     figure.suptitle(rows[0].title, fontsize=10)
     axes = figure.subplots(bands * len(rows), columns, squeeze=False)
     for axis in axes.flat:
@@ -308,7 +316,7 @@ def method_images(rows: Sequence[Comparison], columns: int = 5) -> RecordFigure:
             axis = axes[band * len(rows) + place, column]
             _draw_method(axis, row, name)
             if place == 0:
-                axis.set_title(textwrap.fill(name, 30))
+                axis.set_title(textwrap.fill(name, 26))
     figure.description = f"{rows[0].title}. Images: {'; '.join(names)}."
     return figure
 
@@ -334,9 +342,9 @@ def _draw_method(axis: Axes, row: Comparison, name: str) -> None:
 # ------------------------------------------------------------------------------------------------- the value of stage 1
 
 DIFFERENCES = {  # value → title, format
-    "ssim_head": ("SSIM inside the head", "+.4f"),
-    "psnr_head": ("PSNR inside the head [dB]", "+.2f"),
-    "is_lost": ("share of lesions lost", "+.3f"),
+    "ssim_head": ("SSIM inside the head\n(right: two stages are better)", "+.4f"),
+    "psnr_head": ("PSNR inside the head [dB]\n(right: two stages are better)", "+.2f"),
+    "is_lost": ("share of lesions lost\n(left: two stages are better)", "+.3f"),
 }
 
 

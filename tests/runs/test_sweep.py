@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import systems
@@ -123,6 +124,34 @@ def test_resume_resumes_unfinished_runs(params, tmp_path, monkeypatch):
         "s-stage1.epochs-4",
         "s-sweep",
     ]
+
+
+def test_the_evaluated_methods_are_compared_at_the_end(tmp_path, monkeypatch):
+    folder, compared = tmp_path / "params", []
+    (folder / "methods").mkdir(parents=True)
+    for notebook in ("stage2", "evaluate"):
+        (folder / f"{notebook}.yaml").write_text("interactive: false")
+    for decoder in ("varnet", "fastmri_unet"):
+        (folder / "methods" / f"{decoder}.yaml").write_text(f"decoder: {decoder}")
+
+    def execute(command):
+        directory = Path(command[command.index("--name") + 1])
+        if directory.name == "s-sweep":
+            compared.append((sorted(path.name for path in Path(command[1]).iterdir()), command))
+            return 0
+        is_done = "unet" not in directory.name
+        record = {"status": "done" if is_done else "failed", "started": "2026-01-01", "planned": ["evaluate"]}
+        directory.mkdir()
+        (directory / "run.json").write_text(json.dumps({**record, "notebooks": {"evaluate": {}}}))
+        return 0 if is_done else 1
+
+    monkeypatch.setattr(sweep, "_mrilib", execute)
+    assert main(["sweep", str(folder), "--name", str(tmp_path / "s"), "--methods", "all"]) == 1
+    ((files, command),) = compared
+    assert files == ["compare.yaml", "comparison.yaml"]
+    varnet, unet = tmp_path / "s-varnet", tmp_path / "s-fastmri_unet"
+    assert command[-1] == f"comparison.runs={sweep.format_value([str(varnet)])}"
+    assert command[-3] == f"compare.runs={sweep.format_value([str(unet), str(varnet)])}"
 
 
 @pytest.mark.parametrize(
