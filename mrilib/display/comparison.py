@@ -88,6 +88,8 @@ def spread_note(comparison: MethodComparison) -> str:
     counts = {method: len(runs) for method, runs in comparison.methods.items()}
     text = f"{volumes} test volumes of {patients} patient{'s' * (patients != 1)}. "
     text += "In brackets: 95% intervals, from resampling seeds and patients."
+    if 1 < (fewest := min(counts.values())) < 5:
+        text += f" {fewest} seeds show less than the whole spread between trainings."
     if single := [label(method) for method, count in counts.items() if count == 1]:
         who = "All methods have" if len(single) == len(counts) else f"{_listed(single)}: only"
         text += f" {who} one seed, so the interval is over patients only and holds no spread between trainings."
