@@ -181,7 +181,7 @@ def lesion_conclusion(section: Section, left_out: int) -> str:
         quartiles = _interval(measured["model"]["lesion_retention_quartiles"][::2], ".2f")
         lines.append(
             f"- **{acceleration}x**: lost of {total} lesions: {', '.join(parts)}. "
-            f"The model's contrast retention has the quartiles {quartiles}."
+            f"The middle half of the model's contrast retentions is {quartiles}."
         )
     if left_out:
         lines.append(f"- Left out for all methods: {left_out} boxes with a lesion that the target hardly shows.")

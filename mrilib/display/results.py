@@ -90,6 +90,7 @@ def _headline_row(axes: Sequence[Axes], row: Comparison) -> None:
         # From the whole displayed image to the displayed part of it.
         patch.set_xy((patch.get_x() - part[1].start, patch.get_y() - (target.shape[0] - part[0].stop)))
         axes[0].add_patch(patch)
+    axes[0].set(xlim=(-0.5, shown.shape[1] - 0.5), ylim=(shown.shape[0] - 0.5, -0.5))  # boxes outside stay outside
     for axis, (name, image) in zip(axes[1:], row.images.items(), strict=False):
         draw_image(axis, display_image(np.asarray(image)[part]), 0, window)
         below: Any = {"ha": "center", "va": "top", "transform": axis.transAxes}

@@ -180,7 +180,8 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     mask = f"undersampled {acceleration}x" if acceleration else "its own mask"
     metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
     warning = text_warning(metrics.get("analysis"))
-    title = f"{volume.file}: two-stage model of run {origin['run']}, {mask}"
+    method = "image decoder without tokens" if model.encoder is None else "two-stage model"
+    title = f"{volume.file}: {method} of run {origin['run']}, {mask}"
     _write(out, volume, output, origin, title, warning)
     yield f"{volume.file}: {len(output.images)} slices, {mask}"
     if output.analyses:

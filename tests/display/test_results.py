@@ -106,7 +106,7 @@ def comparison(**others):
 def test_the_headline_has_one_header_and_a_zoom():
     box = Box(20, 4, 6, 5, "Mass")
     zoom = zoom_on(box, (40, 32))
-    whole = comparison(boxes=[box], pixel=(1.0, 1.0))
+    whole = comparison(boxes=[box, Box(0, 36, 3, 3, "Mass")], pixel=(1.0, 1.0))
     scores = {name: {"retention": 0.25} for name in whole.images}
     figure = results.headline([whole, whole._replace(zoom=zoom, scores=scores)], "Test slices at 4x")
     titles = [axis.get_title() for axis in figure.axes]
@@ -124,7 +124,8 @@ def test_the_headline_has_one_header_and_a_zoom():
     assert {figure.axes[place].get_images()[0].get_clim()[1] for place in (0, 3, 5, 8)} == {
         display_window(whole.target)
     }
-    (outline,) = figure.axes[5].patches
+    outline, _ = figure.axes[5].patches
+    assert figure.axes[5].get_xlim() == (-0.5, 27.5) and figure.axes[5].get_ylim() == (27.5, -0.5)
     left, top = round(outline.get_x() + 0.5), round(outline.get_y() + 0.5)
     inside = zoomed[top : top + 5, left : left + 6]
     assert np.array_equal(inside, whole.target[4:9, 20:26][::-1])
