@@ -1,6 +1,7 @@
 """Figures and conclusions of 04_evaluate: the drawn values are the given ones."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_results import image_scores
 
@@ -208,3 +209,18 @@ def test_texts_stand_under_their_image():
     ]
     assert "AXT2, slice 1, 4x. Generated: a wrong text" in figure.alt_text()
     figure.png()
+
+
+def test_training_texts_show_first_and_last_epoch():
+    true = ["Axial T1 image of the brain.", "Axial T2 image of the brain."]
+    tables_by_epoch = {
+        1: pd.DataFrame({"true": true, "generated": ["Axial T2 image of the brain.", "Axial T2 image of the brain."]}),
+        3: pd.DataFrame({"true": true, "generated": ["middle", "middle"]}),
+        6: pd.DataFrame({"true": true, "generated": true}),
+    }
+    figure = results.training_texts(tables_by_epoch, [np.eye(8), np.ones((8, 8))])
+    shown = " ".join(" ".join(text.split()) for text in texts(figure))
+    assert "Epoch 1: Axial T2" in shown and "Epoch 6: Axial T1" in shown and "Epoch 3" not in shown
+    colors = {text.get_text()[:7]: text.get_color() for axis in figure.axes for text in axis.texts}
+    assert colors["Epoch 6"] == results.GREEN
+    assert "Epoch 1: Axial T2 image" in figure.description
