@@ -39,6 +39,7 @@ numpydoc_show_class_members = False
 # Single backticks link to a documented object and are code otherwise. Types of other packages have no page here.
 default_role = "py:obj"
 nitpick_ignore_regex = [("py:obj", r".*"), ("py:class", r"(?!mrilib\.).*|.*\.(_check_cuda|T)")]
+suppress_warnings = ["ref.python"]  # Python's type slice has the name of attributes of two classes here
 
 PAGES = {"../dev/LOG.md": "log.md", "../README.md": "quickstart.md"}  # pages in place of files outside of docs/
 EXPORTER = HTMLExporter()

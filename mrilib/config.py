@@ -403,7 +403,7 @@ class QuickstartParameters(OutputParameters):
         "data/quickstart", "folder of fastMRI files; one phantom patient is written if it is missing"
     )
     acceleration: int = parameter(8, "acceleration of the undersampling mask, one of the model's", ge=1, le=1000)
-    phantom_seed: int = parameter(11, "seed of the phantom patient", ge=0, lt=2**32)
+    phantom_seed: int = parameter(23, "seed of the phantom patient", ge=0, lt=2**32)
     device: Device = parameter("auto", DEVICE)
 
 

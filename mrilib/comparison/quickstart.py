@@ -3,6 +3,7 @@
 import shutil
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mrilib.comparison import bart
@@ -110,18 +111,20 @@ def reconstruct_example(model: TwoStageModel, settings: EvaluateParameters, conf
 
 def _zoom(comparison: Comparison) -> Comparison | None:
     """Zoom on the largest lesion that the target shows, with each method's contrast retention."""
-    target = comparison.target
+    target = np.asarray(comparison.target)
     head = head_mask(target[None])[0]
     retention: dict[str, dict[str, float]] = {}
     chosen = None
     for name, image in comparison.images.items():
-        measured = lesions.measure(target, image, comparison.boxes, head)
+        measured = lesions.measure(target, np.asarray(image), comparison.boxes, head)
         if not measured:
             return None
         chosen, true, own = max(measured, key=lambda one: one[0].width * one[0].height)
         retention[name] = {"retention": own / true}
     assert chosen is not None
-    return comparison._replace(title=chosen.label, scores=retention, zoom=zoom_on(chosen, target.shape))
+    return comparison._replace(
+        title=chosen.label, scores=retention, zoom=zoom_on(chosen, (target.shape[0], target.shape[1]))
+    )
 
 
 def summary(example: Example) -> list[str]:

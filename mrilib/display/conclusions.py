@@ -16,7 +16,10 @@ def _interval(values: Sequence[float] | None, form: str = ".3f") -> str:
     return f"{values[0]:{form}} to {values[1]:{form}}".replace("-", "−") if values else ""
 
 
-def _with_interval(value: float, values: Sequence[float] | None, form: str = ".3f") -> str:
+def with_interval(value: float | None, values: Sequence[float] | None, form: str = ".3f") -> str:
+    """Format a value with its interval: "0.872 (0.857 to 0.885)"; "–" without a value."""
+    if value is None:
+        return "–"
     return f"{value:{form}}".replace("-", "−") + (f" ({_interval(values, form)})" if values else "")
 
 
@@ -38,14 +41,9 @@ def answer(metrics: Mapping[str, Any], test_set: str, decoder_uses_tokens: bool)
         `inference.describe_test_set`.
     decoder_uses_tokens : bool
     """
-    section = {a: methods for a, methods in metrics.get("reconstruction", {}).items() if "model" in methods}
-    analysis = metrics.get("analysis")
-    sentences = [f"**{_token_sentence(section, decoder_uses_tokens)}**"]
-    if lesions := _lesion_sentence(section):
-        sentences.append(lesions)
-    if analysis:
-        sentences.append(_text_sentence(analysis))
-    lines = [" ".join(sentences), ""]
+    section = _scored(metrics)
+    first_sentence, *others = sentences(metrics, decoder_uses_tokens)
+    lines = [" ".join([f"**{first_sentence}**", *others]), ""]
     if section:
         first = next(iter(section.values()))["model"]
         data = f"{first['volumes']} test volumes of {_patients(first['patients'])}, {markdown_text(test_set)}"
@@ -53,6 +51,18 @@ def answer(metrics: Mapping[str, Any], test_set: str, decoder_uses_tokens: bool)
         seeds = "The intervals do not hold the spread between trainings." if intervals else ""
         lines += [*_answer_table(section), "", f"*{data}. {intervals}{seeds}*"]
     return "\n".join(lines)
+
+
+def _scored(metrics: Mapping[str, Any]) -> Section:
+    return {a: methods for a, methods in metrics.get("reconstruction", {}).items() if "model" in methods}
+
+
+def sentences(metrics: Mapping[str, Any], decoder_uses_tokens: bool) -> list[str]:
+    """State what metrics.json means: value of the tokens, lost lesions, quality of the text."""
+    section, analysis = _scored(metrics), metrics.get("analysis")
+    stated = [_token_sentence(section, decoder_uses_tokens), _lesion_sentence(section)]
+    stated += [_text_sentence(analysis)] if analysis else []
+    return [sentence for sentence in stated if sentence]
 
 
 def _patients(count: int) -> str:
@@ -121,7 +131,7 @@ def _answer_table(section: Section) -> list[str]:
             if key not in scores:
                 cells.append("–")
             elif has_interval:
-                cells.append(_with_interval(scores[key], scores[f"{key}_ci95"], form))
+                cells.append(with_interval(scores[key], scores[f"{key}_ci95"], form))
             else:
                 cells.append(f"{scores[key]} of {scores['lesions']}")
         if set(cells) != {"–"}:
@@ -171,7 +181,7 @@ def lesion_conclusion(section: Section, left_out: int) -> str:
         quartiles = _interval(measured["model"]["lesion_retention_quartiles"][::2], ".2f")
         lines.append(
             f"- **{acceleration}x**: lost of {total} lesions: {', '.join(parts)}. "
-            f"The model's contrast retention has the quartiles {quartiles}."
+            f"The middle half of the model's contrast retentions is {quartiles}."
         )
     if left_out:
         lines.append(f"- Left out for all methods: {left_out} boxes with a lesion that the target hardly shows.")
@@ -192,14 +202,14 @@ def token_conclusion(section: Section) -> str:
                 continue
             mean, interval = (methods[method][f"ssim_difference{end}"] for end in ("", "_ci95"))
             if interval is None:
-                parts.append(f"{_with_interval(mean, None, '+.4f')} against {words}")
+                parts.append(f"{with_interval(mean, None, '+.4f')} against {words}")
                 continue
             low, high = interval
             verdict = "better" if low > 0 else "worse" if high < 0 else "not measurably different"
             if abs(mean) < SMALL_SSIM and verdict in ("better", "worse"):
                 verdict = f"slightly {verdict}"
             preposition = "from" if verdict.startswith("not") else "than"
-            measured = f"{_with_interval(mean, None, '+.4f')}, 95% interval {_interval(interval, '+.4f')}"
+            measured = f"{with_interval(mean, None, '+.4f')}, 95% interval {_interval(interval, '+.4f')}"
             parts.append(f"{verdict} {preposition} {words} ({measured})")
         if methods["model"]["patients"] < 2:
             lines.append(

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
+from numpy.typing import NDArray
 
 from mrilib.data.findings import CONTRASTS
 from mrilib.display.images import (
@@ -90,6 +92,7 @@ def _headline_row(axes: Sequence[Axes], row: Comparison) -> None:
         # From the whole displayed image to the displayed part of it.
         patch.set_xy((patch.get_x() - part[1].start, patch.get_y() - (target.shape[0] - part[0].stop)))
         axes[0].add_patch(patch)
+    axes[0].set(xlim=(-0.5, shown.shape[1] - 0.5), ylim=(shown.shape[0] - 0.5, -0.5))  # boxes outside stay outside
     for axis, (name, image) in zip(axes[1:], row.images.items(), strict=False):
         draw_image(axis, display_image(np.asarray(image)[part]), 0, window)
         below: Any = {"ha": "center", "va": "top", "transform": axis.transAxes}
@@ -336,24 +339,60 @@ def described_slices(slices: Sequence[DescribedSlice], columns: int = 3) -> Reco
         draw_image(axes[2 * row, column], image, 0, display_window(image), one.title)
         for box in one.boxes or ():
             axes[2 * row, column].add_patch(outline(box, image.shape[0], SKY))
-        _text_block(axes[2 * row + 1, column], one)
+        verdict, color = ("; ".join(one.errors), VERMILLION) if one.errors else ("no error", GREEN)
+        if one.boxes is None:
+            verdict += "; findings unknown"
+        paragraphs = [
+            (f"Generated: {one.generated}", BLACK, False),
+            (f"True: {one.true}", "#555555", False),
+            (f"Errors: {verdict}" if one.errors else verdict.capitalize(), color, True),
+        ]
+        _text_block(axes[2 * row + 1, column], paragraphs)
     figure.description = " ".join(
         f"{one.title}. Generated: {one.generated} True: {one.true} {'; '.join(one.errors)}" for one in slices
     )
     return figure
 
 
-def _text_block(axis: Axes, one: DescribedSlice) -> None:
-    verdict, color = ("; ".join(one.errors), VERMILLION) if one.errors else ("no error", GREEN)
-    if one.boxes is None:
-        verdict += "; findings unknown"
+@styled
+def training_texts(examples: Mapping[int, pd.DataFrame], images: Sequence[NDArray], columns: int = 3) -> RecordFigure:
+    """Draw slices with their true text, and the texts generated after the first and after the last shown epoch.
+
+    Parameters
+    ----------
+    examples : mapping
+        Epoch → `inference.example_texts`.
+    images : sequence of array, shape (h, w)
+        The slices, not flipped.
+    """
+    first, last = min(examples), max(examples)
+    rows = -(-len(images) // columns)
+    figure = RecordFigure(WIDTH, rows * 4.3)
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.6, 1.7] * rows)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    descriptions = []
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        draw_image(axes[2 * row, column], display_image(image), 0, display_window(image))
+        facts = examples[last].iloc[number]
+        paragraphs = [(f"True: {facts['true']}", "#555555", False)]
+        for epoch in dict.fromkeys((first, last)):
+            text = examples[epoch]["generated"].iloc[number]
+            color = GREEN if text == facts["true"] else VERMILLION
+            paragraphs.append((f"Epoch {epoch}: {text}", color, epoch == last))
+        _text_block(axes[2 * row + 1, column], paragraphs)
+        descriptions.append(" ".join(text for text, *_ in paragraphs))
+    figure.description = " ".join(descriptions)
+    return figure
+
+
+def _text_block(axis: Axes, paragraphs: Sequence[tuple[str, str, bool]]) -> None:
+    """Write paragraphs below each other: text, colour, and whether it is bold."""
     place = 1.0
-    styles: tuple[tuple[str, dict[str, Any]], ...] = (
-        (f"Generated: {one.generated}", {"color": BLACK}),
-        (f"True: {one.true}", {"color": "#555555"}),
-        (f"Errors: {verdict}" if one.errors else verdict.capitalize(), {"color": color, "fontweight": "bold"}),
-    )
-    for text, style in styles:
-        lines = textwrap.wrap(text, 40 if "fontweight" in style else 46)
-        axis.text(0.0, place, "\n".join(lines), transform=axis.transAxes, va="top", fontsize=8.5, **style)
+    for text, color, is_bold in paragraphs:
+        lines = textwrap.wrap(text, 40 if is_bold else 46)
+        weight = "bold" if is_bold else "normal"
+        style: Any = {"va": "top", "fontsize": 8.5, "color": color, "fontweight": weight}
+        axis.text(0.0, place, "\n".join(lines), transform=axis.transAxes, **style)
         place -= 0.1 * len(lines) + 0.04

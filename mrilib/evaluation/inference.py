@@ -397,18 +397,62 @@ def write_texts(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 @torch.no_grad()
 def example_texts(model: TwoStageModel, dataset: FastMRIDataset, count: int, max_new_tokens: int = 128) -> pd.DataFrame:
-    """Tabulate true and generated analyses of a few slices that alternate between the contrasts."""
+    """Tabulate true and generated analyses of a few slices, of different patients as far as there are enough.
+
+    The slices alternate between the contrasts. Columns: file, slice, true, generated.
+    """
     by_contrast: dict[str | None, list[int]] = defaultdict(list)
     for index in range(len(dataset)):
         by_contrast[dataset.facts(index).contrast].append(index)
     turns = [index for group in itertools.zip_longest(*by_contrast.values()) for index in group if index is not None]
+    patients: Counter[str] = Counter()
+    ranks = []
+    for index in turns:
+        patient = dataset.volumes[dataset.samples[index][0]].patient
+        ranks.append(patients[patient])
+        patients[patient] += 1
     rows = []
-    for index in turns[:count]:
+    for index in [turns[place] for place in np.argsort(ranks, kind="stable")[:count]]:
         one = dataset[index]
         batch = collate([one]).to(model.device)
         text = model.generate(model.encoder(batch.kspace, batch.mask), [prompt_of(one)], max_new_tokens)[0]
         rows.append({"file": one.file, "slice": one.slice_num, "true": answer_of(one), "generated": text})
     return pd.DataFrame(rows)
+
+
+def example_images(dataset: FastMRIDataset, table: pd.DataFrame) -> list[np.ndarray]:
+    """Return the images (h, w) [file units] of the slices of `example_texts`: the target, or the zero-filled image."""
+    places = {(dataset.volumes[v].file, slice_num): index for index, (v, slice_num) in enumerate(dataset.samples)}
+    slices = [dataset[places[file, int(number)]] for file, number in zip(table["file"], table["slice"], strict=True)]
+    return [np.asarray(zero_filled_image(one) if one.target is None else one.target) for one in slices]
+
+
+@torch.no_grad()
+def recall_by_label(
+    model: TwoStageModel, dataset: FastMRIDataset, batch_size: int = 16, max_new_tokens: int = 128
+) -> pd.DataFrame:
+    """Count the true findings of each label, and those that the generated text states with side and region.
+
+    Only slices with a finding are read; without any the table is empty. Columns: label, findings, found.
+    """
+    with_findings = [index for index in range(len(dataset)) if dataset.facts(index).findings]
+    true, found = Counter[str](), Counter[str]()
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index in with_findings:
+        groups[dataset.shape_key(index)].append(index)
+    for indices in groups.values():
+        for start in range(0, len(indices), batch_size):
+            batch = collate([dataset[index] for index in indices[start : start + batch_size]]).to(model.device)
+            prompts = [prompt_of(one) for one in batch.slices]
+            texts = model.generate(model.encoder(batch.kspace, batch.mask), prompts, max_new_tokens)
+            for one, text in zip(batch.slices, texts, strict=True):
+                guess = parse_or_none(text)
+                claimed = set(guess.findings or ()) if guess is not None else set()
+                for finding in one.facts.findings or ():
+                    true[finding.label] += 1
+                    found[finding.label] += finding in claimed
+    labels = sorted(true, key=lambda label: (-true[label], label))
+    return pd.DataFrame([{"label": label, "findings": true[label], "found": found[label]} for label in labels])
 
 
 @torch.no_grad()

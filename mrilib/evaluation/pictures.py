@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 TILE = 384  # smallest width of a slice [picture pixels]
 COLUMNS = 4
-LINE = 22  # height of a line of text [picture pixels]
+FONT = 24  # readable where the picture is shown 800 pixels wide [picture pixels]
+LINE = 34  # height of a line of text [picture pixels]
 
 
 def scale_bar(shape: tuple[int, ...], pixel: tuple[float, float] | None) -> tuple[int, float] | None:
@@ -44,11 +45,11 @@ def draw_volume(images: NDArray, header: Sequence[str], pixel: tuple[float, floa
     tile = width * zoom, height * zoom
     columns = min(COLUMNS, count)
     maximum = float(images.max())
-    lines = [line for text in header for line in textwrap.wrap(text, columns * tile[0] // 9)]
+    lines = [line for text in header for line in textwrap.wrap(text, columns * tile[0] // (FONT // 2))]
     top = LINE * (len(lines) + 1) + 10  # a line of the grey scale
     rows = -(-count // columns)
     page = Image.new("RGB", (columns * tile[0], top + rows * (tile[1] + LINE)), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT)
     for number, line in enumerate(lines):
         draw.text((6, 4 + number * LINE), line, fill="black", font=font)
     _draw_grey_scale(page, LINE * len(lines) + 4, maximum)
@@ -69,8 +70,8 @@ def draw_volume(images: NDArray, header: Sequence[str], pixel: tuple[float, floa
 
 
 def _draw_grey_scale(page: Image.Image, top: int, maximum: float) -> None:
-    draw, font, length = ImageDraw.Draw(page), ImageFont.load_default(15), 128
-    ramp = np.repeat(np.linspace(0, 255, length).astype(np.uint8)[None], LINE - 8, axis=0)
+    draw, font, left, length = ImageDraw.Draw(page), ImageFont.load_default(FONT), 26, 160
+    ramp = np.repeat(np.linspace(0, 255, length).astype(np.uint8)[None], FONT, axis=0)
     draw.text((6, top), "0", fill="black", font=font)
-    page.paste(Image.fromarray(ramp), (20, top + 3))
-    draw.text((26 + length, top), f"{maximum:.3g} [file units]", fill="black", font=font)
+    page.paste(Image.fromarray(ramp), (left, top + 3))
+    draw.text((left + length + 8, top), f"{maximum:.3g} [file units]", fill="black", font=font)

@@ -170,7 +170,7 @@ def lesions_in(
         Acceleration → method → lesions, the same ones in the same order for all methods. Accelerations without a
         lesion are left out.
     left_out : int
-        Number of boxes that are left out of every method, summed over the accelerations.
+        Number of boxes that are left out of every method; the largest of the accelerations.
     """
     lesions: dict[str, dict[str, list[Lesion]]] = {}
     left_out = 0
@@ -179,7 +179,7 @@ def lesions_in(
         for name in in_order(names):
             folder = Path(directory) / name / acceleration
             measured[name], missing = volume_lesions(volumes[int(acceleration)], annotations, folder)
-        left_out += missing
+        left_out = max(left_out, missing)
         if any(measured.values()):
             lesions[acceleration] = measured
     return lesions, left_out

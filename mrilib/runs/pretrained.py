@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mrilib.config import (
-    DataParameters,
     EvaluateParameters,
     ParameterError,
     Stage1Parameters,
@@ -47,6 +46,17 @@ OF_THE_MODEL = (
 )
 
 
+# Paths of the evaluation that a reconstruction does not need; they may no longer exist.
+UNUSED_PATHS = (
+    "val_dir",
+    "test_dir",
+    "annotations_dir",
+    "reports_path",
+    "constant_prefix_checkpoint",
+    "no_token_decoder_checkpoint",
+)
+
+
 def is_pretrained(folder: Path) -> bool:
     """Whether a folder holds an exported model rather than a run."""
     return (folder / CONFIG).is_file() and (folder / DECODER).is_file()
@@ -74,6 +84,29 @@ def pretrained_config(folder: Path, device: str = "auto") -> EvaluateParameters:
     checkpoints["stage1_checkpoint"] = str(folder.resolve() / ENCODER) if has_encoder else ""
     checkpoints["stage2_checkpoint"] = str(folder.resolve() / DECODER)
     return EvaluateParameters.create({**values, **checkpoints, "device": device}, written_later=("data_dir",))
+
+
+def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
+    """Return the parameters of a run's evaluation, with the weights in this folder, or those of an exported model.
+
+    Raises
+    ------
+    ParameterError
+        If the folder is not a run, or has no evaluation.
+    """
+    if is_pretrained(directory):
+        return pretrained_config(directory, device)
+    record = read_record(directory)
+    if "evaluate" not in record["notebooks"]:
+        raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
+    values = {**record["notebooks"]["evaluate"]["config"], "device": device, **dict.fromkeys(UNUSED_PATHS, "")}
+    # The folder may have been moved or copied since: its own weights are those inside it.
+    former = resolve(values["output_dir"])
+    for name in ("stage1_checkpoint", "stage2_checkpoint"):
+        path = resolve(values[name])
+        if values[name] and path.is_relative_to(former):
+            values[name] = str(directory.resolve() / path.relative_to(former))
+    return EvaluateParameters.create(values, written_later=("data_dir",))
 
 
 def from_pretrained(folder: str | Path = "models/phantom", device: str = "auto") -> tuple[TwoStageModel, Any]:
@@ -142,16 +175,14 @@ def export(run: Path, folder: Path) -> int:
         raise ParameterError(f"'{display_path(run)}' was not evaluated; run 04_evaluate on it first")
     if folder.exists() and not is_pretrained(folder) and any(folder.iterdir()):
         raise ParameterError(f"'{display_path(folder)}' exists and is not an exported model; give another folder")
-    values = record["notebooks"]["evaluate"]["config"]
-    model, stage1, stage2 = load_trained(
-        EvaluateParameters.create(values, written_later=DataParameters.existing_paths), "cpu"
-    )
+    config = run_config(run, "cpu")
+    model, stage1, stage2 = load_trained(config, "cpu")
     assert model.decoder is not None
     content = {
         "format": FORMAT,
         "run": run.resolve().name,
         "git": record["notebooks"]["evaluate"].get("git") or git_state(),
-        "evaluate": {name: values[name] for name in OF_THE_MODEL},
+        "evaluate": {name: config.to_dict()[name] for name in OF_THE_MODEL},
         "stage1": stage1.to_dict() if stage1 is not None else None,
         "stage2": stage2.to_dict(),
         "backbone": tensor_hash(model.backbone) if model.backbone is not None else None,

@@ -27,8 +27,7 @@ from mrilib.metrics.image import score_volume
 from mrilib.metrics.text_scores import text_warning
 from mrilib.model.baselines import zero_filled, zero_filled_image
 from mrilib.model.two_stage import TwoStageModel
-from mrilib.runs.pretrained import from_pretrained, is_pretrained, pretrained_config
-from mrilib.runs.record import read_record
+from mrilib.runs.pretrained import from_pretrained, is_pretrained, run_config
 from mrilib.training.device import pick_device
 from mrilib.training.setup import load_trained
 
@@ -44,38 +43,6 @@ IDENTITY = (
     "stage1_checkpoint_sha256",
     "stage2_checkpoint_sha256",
 )
-# Paths of the evaluation that a reconstruction does not need; they may no longer exist.
-UNUSED_PATHS = (
-    "val_dir",
-    "test_dir",
-    "annotations_dir",
-    "reports_path",
-    "constant_prefix_checkpoint",
-    "no_token_decoder_checkpoint",
-)
-
-
-def run_config(directory: Path, device: str = "auto") -> EvaluateParameters:
-    """Return the parameters of a run's evaluation, with the weights in this folder, or those of an exported model.
-
-    Raises
-    ------
-    ParameterError
-        If the folder is not a run, or has no evaluation.
-    """
-    if is_pretrained(directory):
-        return pretrained_config(directory, device)
-    record = read_record(directory)
-    if "evaluate" not in record["notebooks"]:
-        raise ParameterError(f"'{display_path(directory)}' was not evaluated; run 04_evaluate on it first")
-    values = {**record["notebooks"]["evaluate"]["config"], "device": device, **dict.fromkeys(UNUSED_PATHS, "")}
-    # The folder may have been moved or copied since: its own weights are those inside it.
-    former = resolve(values["output_dir"])
-    for name in ("stage1_checkpoint", "stage2_checkpoint"):
-        path = resolve(values[name])
-        if values[name] and path.is_relative_to(former):
-            values[name] = str(directory.resolve() / path.relative_to(former))
-    return EvaluateParameters.create(values, written_later=("data_dir",))
 
 
 def load_run(directory: Path, device: str = "auto") -> tuple[TwoStageModel, EvaluateParameters]:
@@ -213,7 +180,8 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
     mask = f"undersampled {acceleration}x" if acceleration else "its own mask"
     metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
     warning = text_warning(metrics.get("analysis"))
-    title = f"{volume.file}: two-stage model of run {origin['run']}, {mask}"
+    method = "image decoder without tokens" if model.encoder is None else "two-stage model"
+    title = f"{volume.file}: {method} of run {origin['run']}, {mask}"
     _write(out, volume, output, origin, title, warning)
     yield f"{volume.file}: {len(output.images)} slices, {mask}"
     if output.analyses:

@@ -1,6 +1,7 @@
 """Figures and conclusions of 04_evaluate: the drawn values are the given ones."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from made_results import image_scores
 
@@ -106,7 +107,7 @@ def comparison(**others):
 def test_the_headline_has_one_header_and_a_zoom():
     box = Box(20, 4, 6, 5, "Mass")
     zoom = zoom_on(box, (40, 32))
-    whole = comparison(boxes=[box], pixel=(1.0, 1.0))
+    whole = comparison(boxes=[box, Box(0, 36, 3, 3, "Mass")], pixel=(1.0, 1.0))
     scores = {name: {"retention": 0.25} for name in whole.images}
     figure = results.headline([whole, whole._replace(zoom=zoom, scores=scores)], "Test slices at 4x")
     titles = [axis.get_title() for axis in figure.axes]
@@ -124,7 +125,8 @@ def test_the_headline_has_one_header_and_a_zoom():
     assert {figure.axes[place].get_images()[0].get_clim()[1] for place in (0, 3, 5, 8)} == {
         display_window(whole.target)
     }
-    (outline,) = figure.axes[5].patches
+    outline, _ = figure.axes[5].patches
+    assert figure.axes[5].get_xlim() == (-0.5, 27.5) and figure.axes[5].get_ylim() == (27.5, -0.5)
     left, top = round(outline.get_x() + 0.5), round(outline.get_y() + 0.5)
     inside = zoomed[top : top + 5, left : left + 6]
     assert np.array_equal(inside, whole.target[4:9, 20:26][::-1])
@@ -207,3 +209,18 @@ def test_texts_stand_under_their_image():
     ]
     assert "AXT2, slice 1, 4x. Generated: a wrong text" in figure.alt_text()
     figure.png()
+
+
+def test_training_texts_show_first_and_last_epoch():
+    true = ["Axial T1 image of the brain.", "Axial T2 image of the brain."]
+    tables_by_epoch = {
+        1: pd.DataFrame({"true": true, "generated": ["Axial T2 image of the brain.", "Axial T2 image of the brain."]}),
+        3: pd.DataFrame({"true": true, "generated": ["middle", "middle"]}),
+        6: pd.DataFrame({"true": true, "generated": true}),
+    }
+    figure = results.training_texts(tables_by_epoch, [np.eye(8), np.ones((8, 8))])
+    shown = " ".join(" ".join(text.split()) for text in texts(figure))
+    assert "Epoch 1: Axial T2" in shown and "Epoch 6: Axial T1" in shown and "Epoch 3" not in shown
+    colors = {text.get_text()[:7]: text.get_color() for axis in figure.axes for text in axis.texts}
+    assert colors["Epoch 6"] == results.GREEN
+    assert "Epoch 1: Axial T2 image" in figure.description

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import h5py
 import numpy as np
@@ -15,6 +16,7 @@ from mrilib.data import findings
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.fastmri_file import read_volume
 from mrilib.data.findings import Facts, Finding
+from mrilib.data.splits import load_annotations
 from mrilib.display import compare_runs, conclusions, results, tables
 from mrilib.evaluation import inference, reconstructions
 from mrilib.metrics import image, text_scores
@@ -254,6 +256,45 @@ def test_examples_and_previews_of_an_unlisted_contrast(volumes, tmp_path, phanto
     assert len(inference.example_texts(system, data, 2, max_new_tokens=2)) == 2
     comparisons = inference.preview(system, data, 1, lambda batch: batch.target)
     assert comparisons[0].title.startswith("contrast unknown, slice")
+
+
+def test_examples_are_of_different_patients(volumes, phantom_dir, backbone_dir):
+    config = systems.stage1_config(phantom_dir, backbone_dir)
+    data, system = FastMRIDataset(volumes, config), systems.build(config)
+    patients = {volume.file: volume.patient for volume in volumes}
+    count = len(set(patients.values()))
+    table = inference.example_texts(system, data, count, max_new_tokens=1)
+    assert {patients[file] for file in table["file"]} == set(patients.values())
+    targets = inference.example_images(data, table)
+    for target, file, number in zip(targets, table["file"], table["slice"], strict=True):
+        with h5py.File(phantom_dir / f"{file}.h5") as h5:
+            np.testing.assert_array_equal(target, h5["reconstruction_rss"][number])
+
+
+def test_recall_by_label_counts_found_findings(volumes, phantom_dir, backbone_dir, monkeypatch):
+    config = systems.stage1_config(phantom_dir, backbone_dir)
+    data, system = FastMRIDataset(volumes, config, load_annotations(config)), systems.build(config)
+    truth = [data.facts(index) for index in range(len(data))]
+    expected = Counter(finding.label for facts in truth for finding in facts.findings or ())
+    assert expected
+
+    def generate(prefix, prompts, max_new_tokens):
+        return [findings.answer(facts) for facts in current]
+
+    current: list = []
+    monkeypatch.setattr(system, "generate", generate)
+    encode = inference.collate
+
+    def collate(slices):
+        current[:] = [one.facts for one in slices]
+        return encode(slices)
+
+    monkeypatch.setattr(inference, "collate", collate)
+    table = inference.recall_by_label(system, data, batch_size=2)
+    assert dict(zip(table["label"], table["findings"], strict=True)) == expected
+    assert table["found"].equals(table["findings"])
+    monkeypatch.setattr(system, "generate", lambda prefix, prompts, _: ["nothing readable"] * len(prompts))
+    assert inference.recall_by_label(system, data)["found"].sum() == 0
 
 
 # ------------------------------------------------------------------------------------------------- other patients

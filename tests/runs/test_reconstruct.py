@@ -205,11 +205,13 @@ def test_the_picture_has_labels_a_scale_and_the_slices(written, volumes):
     )
     assert labelled.shape[0] > bare.shape[0] and picture.shape[1] == bare.shape[1] == 3 * 6 * images.shape[2]
     height, width = 6 * images.shape[1], 6 * images.shape[2]
-    slices = [bare[-22 - height : -22, number * width : (number + 1) * width] for number in range(3)]
+    slices = [
+        bare[-pictures.LINE - height : -pictures.LINE, number * width : (number + 1) * width] for number in range(3)
+    ]
     for number, shown in enumerate(slices):
         small = np.asarray(Image.fromarray(shown).resize(images.shape[:0:-1], Image.Resampling.BOX), float)
         assert np.corrcoef(small.ravel(), images[number, ::-1].ravel())[0, 1] > 0.98
-    corner = np.s_[-22 - height // 3 : -22, : width // 2]
+    corner = np.s_[-pictures.LINE - height // 3 : -pictures.LINE, : width // 2]
     assert (labelled[corner] == 255).sum() > (bare[corner] == 255).sum() + 100  # the scale bar
 
 
