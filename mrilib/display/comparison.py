@@ -64,8 +64,9 @@ def _best(comparison: MethodComparison, acceleration: str) -> str:
     }
     best = max(ranked, key=lambda method: ranked[method])
     text = f"at {acceleration}x the best method is the {label(best)} with {ranked[best]:.3f}"
-    if best in comparison.costs.index:
-        text += f" after {comparison.costs.loc[best, 'minutes']:.3g} min of training"
+    minutes = comparison.costs["minutes"].to_dict()
+    if best in minutes:
+        text += f" after {minutes[best]:.3g} min of training"
     intervals = {
         method: comparison.difference(best, method, acceleration, "ssim_head").interval
         for method in ranked
@@ -388,6 +389,8 @@ def equal_time_conclusion(comparison: MethodComparison) -> str:
                 verdict = f"slightly {verdict}"
             verdict = f"is {verdict} the decoder without tokens"
         lines.append(f"- **{acceleration}x**: the two-stage model {verdict}: SSIM {_text(estimate, '+.4f')}.")
-    own, control = (comparison.costs.loc[method, "minutes"] for method in (OWN, CONTROL))
-    lines.append(f"- Measured training time: {own:.3g} min of both stages against {control:.3g} min.")
+    minutes = comparison.costs["minutes"].to_dict()
+    lines.append(
+        f"- Measured training time: {minutes[OWN]:.3g} min of both stages, {minutes[CONTROL]:.3g} min without."
+    )
     return "\n".join(lines)
