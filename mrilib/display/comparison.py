@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mrilib.comparison.methods import ORACLES, Estimate, MethodComparison, label
 from mrilib.display.images import (
@@ -53,7 +53,10 @@ def _accelerations(comparison: MethodComparison) -> list[str]:
 def answer(comparison: MethodComparison) -> str:
     """State in one sentence, in Markdown, the best method at each acceleration and the cheapest that equals it."""
     parts = [_best(comparison, acceleration) for acceleration in _accelerations(comparison)]
-    return f"**By SSIM inside the head: {'; '.join(parts)}.**"
+    limit = ""
+    if any(len(runs) == 1 for runs in comparison.methods.values()):
+        limit = "; with one seed of a method, this compares trainings rather than methods"
+    return f"**By SSIM inside the head: {'; '.join(parts)}{limit}.**"
 
 
 def _best(comparison: MethodComparison, acceleration: str) -> str:
@@ -150,7 +153,7 @@ def score_by_cost(comparison: MethodComparison) -> RecordFigure:
             if estimate.interval is not None:
                 axis.plot([minutes, minutes], estimate.interval, color=_color(str(method)), linewidth=1.5)
         axis.set_xscale("log")
-        axis.margins(x=0.08, y=0.15)
+        axis.margins(y=0.15)
         axis.set_ylabel(f"SSIM inside the head, {acceleration}x")
         low, high = axis.get_ylim()
         untrained = [method for method in comparison.names if method not in (*ORACLES, *points)]
@@ -159,8 +162,11 @@ def score_by_cost(comparison: MethodComparison) -> RecordFigure:
             axis.axhline(points[method][1], color=GREY, linewidth=1, linestyle="--")
         axis.set_ylim(low, high)
         _label_points(axis, points, 0.17 / height)
-    axes[-1].xaxis.set_major_formatter(LogFormatter())
-    axes[-1].xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    minutes = comparison.costs["minutes"]
+    axes[-1].set_xlim(minutes.min() / 1.3, minutes.max() * 1.3)
+    axes[-1].xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes[-1].xaxis.set_minor_locator(NullLocator())
     axes[-1].set_xlabel("training of all stages [min]")
     figure.description = "SSIM inside the head over training minutes. " + cost_conclusion(comparison)
     return figure
@@ -289,8 +295,10 @@ def shift_conclusion(comparison: MethodComparison) -> str:
     lines = []
     for shift, losses in comparison.shifts.items():
         ranked = losses.drop("zero_filled", errors="ignore").dropna().sort_values()
+        if ranked.empty:
+            continue
         least, most = (f"{label(str(ranked.index[end]))} ({ranked.iloc[end]:.3f})" for end in (0, -1))
-        text = f"{least} loses least SSIM, {most} most" if len(ranked) > 1 else f"{least} is the only method"
+        text = f"{least} loses least SSIM, {most} most" if len(ranked) > 1 else f"measured for one method, {least}"
         lines.append(f"- **{shift}**: {text}.".replace("(-", "(−"))
     return "\n".join(lines)
 
@@ -319,7 +327,7 @@ def method_images(rows: Sequence[Comparison], columns: int = 5) -> RecordFigure:
             axis = axes[band * len(rows) + place, column]
             _draw_method(axis, row, name)
             if place == 0:
-                axis.set_title(textwrap.fill(name, 26))
+                axis.set_title(textwrap.fill(name, 28))
     figure.description = f"{rows[0].title}. Images: {'; '.join(names)}."
     return figure
 
