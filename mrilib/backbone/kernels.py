@@ -110,7 +110,8 @@ def gated_delta_rule(
         # the recurrent kernel has no backward pass
         rule = kernels.recurrent if q.shape[1] == 1 and not torch.is_grad_enabled() else kernels.chunk
     states = {"initial_state": initial_state, "output_final_state": output_final_state}
-    return rule(q, k, v, g, beta, **states, use_qk_l2norm_in_kernel=True)
+    # by name: the two kernels take them in different order
+    return rule(q=q, k=k, v=v, g=g, beta=beta, **states, use_qk_l2norm_in_kernel=True)
 
 
 def check(kernels: FusedKernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, float]:

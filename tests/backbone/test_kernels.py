@@ -73,6 +73,16 @@ def failing(error):
     return rule
 
 
+def fla_recurrent(
+    q, k, v, g=None, gk=None, gv=None, beta=None, scale=None, initial_state=None, output_final_state=False,
+    use_qk_l2norm_in_kernel=False,
+):  # fmt: skip
+    """The recurrent kernel's signature in flash-linear-attention 0.6: beta is the seventh argument."""
+    assert gk is None and gv is None, "the decay of each channel is not part of the gated delta rule"
+    states = {"initial_state": initial_state, "output_final_state": output_final_state}
+    return delta_rule.gated_delta_rule(q, k, v, g, beta, **states, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+
+
 def tiny_model():
     torch.manual_seed(0)
     return NirvanaForCausalLM(
@@ -164,6 +174,18 @@ def test_backbone_uses_kernels_that_are_checked_once(install, caplog):
     torch.testing.assert_close(torch.cat((out.logits, last), 1), expected, atol=1e-5, rtol=1e-4)
     path = kernels.path(CPU, torch.float32, 16)
     assert path["path"] == "fused" and path["package"].endswith("9.9") and max(path["errors"].values()) < 5e-3
+
+
+@torch.no_grad()
+def test_arguments_reach_the_kernels_by_name(install):
+    """The two kernels of flash-linear-attention take their arguments in different order."""
+    model = tiny_model()
+    ids = torch.arange(9)[None]
+    expected = model(ids).logits
+    install(RIGHT._replace(recurrent=fla_recurrent))
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    last = model(ids[:, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(last, expected[:, 8:], atol=1e-5, rtol=1e-4)
 
 
 def test_backbone_refuses_wrong_kernels(install):
