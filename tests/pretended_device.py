@@ -46,6 +46,10 @@ class PretendedTensor(Tensor):
         """Return the values."""
         return self.value.tolist()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the values: a checkpoint is loaded to the CPU."""
+        return self.value.__reduce_ex__(protocol)
+
     def __repr__(self) -> str:
         return f"PretendedTensor({self.value}, device={self.device})"
 
@@ -108,7 +112,7 @@ class _Mode(TorchDispatchMode):
 
 
 def _let_meta_have_values(stack: ExitStack) -> None:
-    """Replace two functions: autocast, switched off everywhere, does not know META; a new tensor has no values on it."""
+    """Replace two functions: autocast, which is switched off, does not know META, and new tensors have no values."""
     autocast, tensor = torch.autocast, torch.tensor
 
     def autocast_on_cpu(_: str, *args: Any, **kwargs: Any) -> torch.autocast:
