@@ -331,7 +331,7 @@ def test_training(phantom_dir, backbone_dir, tmp_path, optimizer):
             assert stage2.model.device == place
             steps += history.steps + history.epochs
         losses_on[place] = [row.get("loss", row.get("val_loss")) for row in steps]
-    assert losses_on[META][0] == pytest.approx(losses_on[CPU][0], rel=1e-5)
+    assert losses_on[META][0] == pytest.approx(losses_on[CPU][0], rel=1e-4)
     assert losses_on[META] == pytest.approx(
         losses_on[CPU], rel=2e-2
     )  # AdamW turns rounding of small gradients to steps
