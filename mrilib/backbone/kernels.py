@@ -6,6 +6,7 @@ with the naive recurrence on the same device. A kernel that fails is an error; n
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -18,10 +19,12 @@ from mrilib.backbone import delta_rule
 
 logger = logging.getLogger("mrilib")
 PACKAGE = "flash-linear-attention"
+TESTED = "0.6.0"  # the version in constraints.txt
 # Largest relative error, root mean square of the error over that of the value. The kernels multiply TF32 or bfloat16
 # operands, which round to 2⁻¹¹ and 2⁻⁹; wrong kernels are far beyond these bounds.
 BOUND = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-ADVICE = f"uninstall {PACKAGE} (PyTorch is slower, and exact) or install another version of it"
+ADVICE = f"uninstall {PACKAGE} (PyTorch is slower, and exact) or install its tested version {TESTED}"
+ARGUMENTS = ("q", "k", "v", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel")
 LENGTH = 130  # tokens of the check: two chunks of 64 and a rest
 
 
@@ -46,17 +49,31 @@ def installed_kernels() -> FusedKernels | None:
     Raises
     ------
     KernelError
-        If the package is installed but cannot be imported.
+        If the package is installed but cannot be imported, or if a kernel's arguments have changed.
     """
     try:
-        version(PACKAGE)
+        release = f"{PACKAGE} {version(PACKAGE)}"
     except PackageNotFoundError:
         return None
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
     except ImportError as error:
-        raise KernelError(f"{PACKAGE} is installed but cannot be imported: {error!r}; {ADVICE}") from error
-    return FusedKernels(chunk_gated_delta_rule, fused_recurrent_gated_delta_rule)
+        raise KernelError(f"{release} is installed but cannot be imported: {error!r}; {ADVICE}") from error
+    kernels = FusedKernels(chunk_gated_delta_rule, fused_recurrent_gated_delta_rule)
+    for name, kernel in kernels._asdict().items():
+        _require_arguments(kernel, f"{release}: the {name} kernel")
+    return kernels
+
+
+def _require_arguments(kernel: Callable[..., Any], title: str) -> None:
+    """Refuse a kernel that lacks one of ARGUMENTS, which its ``**kwargs`` would hide, or that needs another one."""
+    parameters = inspect.signature(kernel).parameters.values()
+    names = {parameter.name for parameter in parameters}
+    required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    wrong = [f"has no argument {name}" for name in ARGUMENTS if name not in names]
+    wrong += [f"needs an argument {name}" for name in sorted(required.difference(ARGUMENTS))]
+    if wrong:
+        raise KernelError(f"{title} {', '.join(wrong)}; {ADVICE}")
 
 
 def _supports_fused(device: torch.device) -> bool:
@@ -110,7 +127,8 @@ def gated_delta_rule(
         # the recurrent kernel has no backward pass
         rule = kernels.recurrent if q.shape[1] == 1 and not torch.is_grad_enabled() else kernels.chunk
     states = {"initial_state": initial_state, "output_final_state": output_final_state}
-    return rule(q, k, v, g, beta, **states, use_qk_l2norm_in_kernel=True)
+    # by name: the two kernels take them in different order
+    return rule(q=q, k=k, v=v, g=g, beta=beta, **states, use_qk_l2norm_in_kernel=True)
 
 
 def check(kernels: FusedKernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, float]:

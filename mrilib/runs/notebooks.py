@@ -169,14 +169,18 @@ def check_plan(plan: Plan, values: Values) -> ExploreParameters | None:
 
 def check_values(name: str, values: dict[str, Any], directory: Path, phantom_dir: Path | None = None) -> Parameters:
     """Validate a notebook's parameters; the run's own checkpoints and `phantom_dir` need not exist yet."""
+    cls = NOTEBOOKS[name][1]
     later = [
         key
-        for key, value in values.items()
-        if (key.endswith("_checkpoint") and value and resolve(value).is_relative_to(directory))
-        or (key == "data_dir" and value and resolve(value) == phantom_dir)
+        for key, field in cls.model_fields.items()
+        if (value := values.get(key, field.default))
+        and (
+            (key.endswith("_checkpoint") and resolve(value).is_relative_to(directory))
+            or (key == "data_dir" and resolve(value) == phantom_dir)
+        )
     ]
     try:
-        config = NOTEBOOKS[name][1].create(values, written_later=later)
+        config = cls.create(values, written_later=later)
         if isinstance(config, DataParameters):
             find_mask(config.mask_type)
         if isinstance(config, Stage2Parameters) and uses_tokens(values) and "stage1_checkpoint" not in later:

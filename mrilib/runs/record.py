@@ -148,7 +148,7 @@ class Run:
         """Save a figure as figures/NAME.png."""
         path = self.directory / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(figure.png(dpi=110))
+        path.write_bytes(figure.png(dpi=200))
         return path
 
     def update_metrics(self, **sections: Any) -> None:

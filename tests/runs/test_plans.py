@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from mrilib import files
 from mrilib.__main__ import make_parser
 from mrilib.config import ROOT, ParameterError
 from mrilib.runs import notebooks
@@ -37,3 +38,17 @@ def test_a_baseline_that_is_not_trained_is_refused(tmp_path):
     values = values_of("demo", tmp_path / "run", "-p", "stage1.train_control=false")
     with pytest.raises(ParameterError, match="constant_prefix_checkpoint: stage1 does not train this baseline"):
         notebooks.check_baselines(values, tmp_path / "run")
+
+
+@pytest.mark.parametrize("folder", ["demo", "comparison"])
+def test_a_fresh_clone_accepts_the_shipped_folders(folder, tmp_path, monkeypatch):
+    """Neither phantom data nor checkpoints exist; the defaults of the notebooks name them too."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    plan = notebooks.make_plan(make_parser().parse_args(["run", str(ROOT / "params" / folder)]))
+    values = {name: notebooks.notebook_values(plan, name) for name in plan.notebooks}
+    phantom = notebooks.check_plan(plan, values)
+    assert phantom.phantom_volumes > 0 and not (tmp_path / "data").exists()
+    without_phantom = {**values, "explore": {**values["explore"], "phantom_volumes": 0}}
+    with pytest.raises(ParameterError, match=r"data_dir: '.*' does not exist"):
+        notebooks.check_plan(plan, without_phantom)
