@@ -18,8 +18,10 @@ demo: $(BIN)/installed  ## phantom data, both stages, evaluation → outputs/dem
 test: $(BIN)/installed  ## all tests but those marked fullsize
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # one process a core, one thread each
 
-record: $(BIN)/installed  ## make outputs/reference again, from a commit without changes
+record: $(BIN)/installed  ## make the runs in outputs/reference* again, from a commit without changes
 	$(BIN)/python -m mrilib run params/demo --name reference --overwrite
+	$(BIN)/python -m mrilib run params/demo --name reference_no_tokens --overwrite -p stage2.decoder=no_token_decoder \
+		-p 'compare.runs=["outputs/reference", "outputs/reference_no_tokens"]'
 	$(BIN)/python -m mrilib run params/quickstart --name reference_quickstart --overwrite
 	$(BIN)/python -m mrilib run params/pretrain --name reference_pretrain --overwrite -p pretrain.model_dir=outputs/reference_pretrain/model
 

@@ -135,7 +135,7 @@ class BackboneParameters(DataParameters):
 class TrainingParameters(BackboneParameters):
     """Training loop, the same for both stages."""
 
-    epochs: int = parameter(6, "passes over the training slices", ge=1, le=10**6)
+    epochs: int = parameter(4, "passes over the training slices", ge=1, le=10**6)
     max_steps: int = parameter(0, "stop after this many optimizer steps at the latest; 0: no limit", ge=0, le=10**8)
     batch_size: int = parameter(
         16, "slices per batch; a step uses gradient_accumulation_steps × num_processes batches", ge=1, le=4096
