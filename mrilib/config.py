@@ -396,12 +396,10 @@ class QuickstartParameters(OutputParameters):
     """Parameters of 00_quickstart."""
 
     notebook = "00_quickstart"
-    existing_paths = ("model_dir",)
+    existing_paths = ("model_dir", "data_dir")
 
     model_dir: str = parameter("models/phantom", "folder of an exported model", min_length=1)
-    data_dir: str = parameter(
-        "data/quickstart", "folder of fastMRI files; one phantom patient is written if it is missing"
-    )
+    data_dir: str = parameter("", "folder of fastMRI files; empty: a phantom patient in data/quickstart_SEED")
     acceleration: int = parameter(8, "acceleration of the undersampling mask, one of the model's", ge=1, le=1000)
     phantom_seed: int = parameter(23, "seed of the phantom patient", ge=0, lt=2**32)
     device: Device = parameter("auto", DEVICE)

@@ -38,15 +38,15 @@ class Example(NamedTuple):
 
 
 def make_patient(config: QuickstartParameters, model: EvaluateParameters) -> tuple[list[Volume], Annotations]:
-    """Read the files of `data_dir`; write one phantom patient first if the folder does not exist.
+    """Read the files of `data_dir`, or of a phantom patient, which is written first if it does not exist.
 
     Raises
     ------
     ParameterError
         The folder has no annotated file with a target.
     """
-    directory = resolve(config.data_dir)
-    if not directory.exists():
+    directory = resolve(config.data_dir or f"data/quickstart_{config.phantom_seed}")
+    if not config.data_dir:  # a finished data set is not written again
         make_dataset(directory, VOLUMES, SLICES, model.img_size, seed=config.phantom_seed, progress=False)
     settings = model.model_copy(update={"data_dir": str(directory), "annotations_dir": ""})
     annotations = load_annotations(settings)
@@ -54,7 +54,7 @@ def make_patient(config: QuickstartParameters, model: EvaluateParameters) -> tup
     if annotations is None or not volumes:
         raise ParameterError(
             f"data_dir: '{display_path(directory)}' needs fully sampled files and fastMRI+'s brain.csv; "
-            "give another folder, or a new one for a phantom patient"
+            "give another folder, or leave it empty for a phantom patient"
         )
     return volumes, annotations
 

@@ -18,7 +18,6 @@ from mrilib.config import (
     display_path,
     resolve,
 )
-from mrilib.environment import git_state
 from mrilib.files import read_json, write_json, write_text, write_together
 from mrilib.model.decoders import build_decoder, find_decoder
 from mrilib.model.two_stage import TwoStageModel, build_backbone, build_encoder, hidden_size, tensor_hash
@@ -181,7 +180,7 @@ def export(run: Path, folder: Path) -> int:
     content = {
         "format": FORMAT,
         "run": run.resolve().name,
-        "git": record["notebooks"]["evaluate"].get("git") or git_state(),
+        "commits": {name: section.get("git", {}).get("commit") for name, section in record["notebooks"].items()},
         "evaluate": {name: config.to_dict()[name] for name in OF_THE_MODEL},
         "stage1": stage1.to_dict() if stage1 is not None else None,
         "stage2": stage2.to_dict(),
@@ -206,6 +205,20 @@ def _rounded(module: nn.Module | None) -> dict[str, Tensor]:
     return {name: (value.bfloat16() if value.is_floating_point() else value).contiguous() for name, value in state}
 
 
+def _training(content: dict[str, Any]) -> list[str]:
+    """State data, steps and commits of the stages."""
+    lines = []
+    for name in ("stage1", "stage2"):
+        if (config := content[name]) is not None:
+            limit = f", at most {config['max_steps']} steps" if config["max_steps"] else ""
+            lines.append(
+                f"{name}: {config['epochs']} epochs{limit}, {config['batch_size']} slices per batch, data "
+                f"`{config['data_dir']}`, code of commit {content['commits'].get(name) or 'unknown'}. "
+                f"All parameters are in `{CONFIG}`."
+            )
+    return lines
+
+
 def card(content: dict[str, Any]) -> str:
     """Write an exported model's card in Markdown, with the scores of its run."""
     evaluated, metrics = content["evaluate"], content["metrics"]
@@ -218,7 +231,7 @@ def card(content: dict[str, Any]) -> str:
         "**Research software. Not a medical device, not for diagnosis.** The generated texts omit findings and add "
         "false ones.",
         "",
-        f"- Code: commit {content['git'].get('commit') or 'unknown'}; all training parameters are in `{CONFIG}`.",
+        *(f"- {line}" for line in _training(content)),
         f"- Input: {evaluated['mask_type']} masks, {evaluated['accelerations']}-fold, at most {evaluated['num_coils']} "
         f"coils after compression, {evaluated['img_size']} pixels.",
         "- Scores before rounding to bfloat16, on the run's test patients:",
