@@ -135,7 +135,7 @@ def summary(example: Example) -> list[str]:
         verdict = "lost" if kept < lesions.LOST else "kept"
         sentences.append(
             f"The model keeps {kept:.0%} of the contrast of the largest lesion ({example.zoom.title.lower()}): "
-            f"by our definition (less than half) it is {verdict}."
+            f"it counts as {verdict} (lost: less than half)."
         )
     if example.generated:
         wrong = "; ".join(example.errors)
