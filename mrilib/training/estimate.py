@@ -160,12 +160,12 @@ class Estimate:
                 "",
                 f"Time of the {self.epoch_flops / 1e12:.4g} TFLOP of an epoch ({self.train_slices} slices, validation "
                 f"of {self.val_slices}{cached}) on one GPU at {utilisation:.0%} of its peak",
-                "(--utilisation 1 gives the lower bound). What is not counted comes on top; loading can be slower. Outside "
-                "autocast, PyTorch's default is TF32 for convolutions and float32 for products.",
+                "(--utilisation 1 gives the lower bound). What is not counted comes on top; loading can be slower.",
+                "Outside autocast, PyTorch's default is TF32 for convolutions and float32 for matrix products.",
                 self.time_table(utilisation).to_string(index=False),
                 "",
-                "Memory of one GPU: weights, gradients, optimizer, activations measured for one slice times batch_size, "
-                f"and {CONTEXT_BYTES / GB:.0f} GB assumed for CUDA. Workspaces of its kernels can add to that.",
+                "Memory of one GPU: weights, gradients, optimizer, activations of one slice times batch_size, and",
+                f" {CONTEXT_BYTES / GB:.0f} GB assumed for CUDA. Workspaces of its kernels can add to that.",
                 self.memory_table().to_string(index=False),
             )
         )

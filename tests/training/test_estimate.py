@@ -1,5 +1,7 @@
 """The estimate of a training on a GPU counts what it says: FLOPs by formula, bytes by parameter, living tensors."""
 
+import dataclasses
+
 import pytest
 import systems
 import torch
@@ -111,6 +113,30 @@ def test_time_and_memory_follow_from_the_measurement(measured):
     assert [rows[3][size] for size in ("24 GB", "40 GB", "80 GB")] == ["no", "fits", "fits"]
     assert [rows[8][size] for size in ("24 GB", "40 GB", "80 GB")] == ["no", "no", "no"]
     assert rows[3][""] == "these parameters"
+
+
+def test_decoder_without_tokens_and_muon(phantom_dir, backbone_dir, tmp_path):
+    """A part alone, an optimizer with matrix products, gradients accumulated over two batches."""
+    config = systems.stage2_config(
+        phantom_dir, backbone_dir, tmp_path / "none.pt", decoder="fastmri_unet", baseline_chans=2, baseline_pools=2,
+        gradient_accumulation_steps=2, train_control=False,
+    )  # fmt: skip
+    adamw = estimate.measure(config)
+    muon = estimate.measure(config.model_copy(update={"optimizer": "muon"}))
+    assert set(muon.parts) == {"decoder"} and not muon.cached
+    assert adamw.optimizer_flops == 0 < muon.optimizer_flops
+    assert muon.epoch_flops - adamw.epoch_flops == pytest.approx(muon.steps * muon.optimizer_flops)
+    assert muon.parts["decoder"].optimizer_bytes < adamw.parts["decoder"].optimizer_bytes
+    assert muon.steps == -(-len(setup.make_loaders(config).train) // 2)
+
+
+def test_with_a_token_cache_an_epoch_has_the_decoder_only(measured):
+    size = estimate.Part(1, 4, 4, 8, 1e9, 2e9)
+    stage2 = dataclasses.replace(
+        measured, parts={"encoder": size, "backbone": size, "decoder": size}, train_slices=10, val_slices=4, steps=0
+    )
+    assert stage2.epoch_flops == 3 * (10 * 3e9 + 4 * 1e9)
+    assert dataclasses.replace(stage2, cached=True).epoch_flops == 10 * 3e9 + 4 * 1e9
 
 
 def test_option_utilisation(stage1, capsys, tmp_path):
