@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help quickstart demo record test test-transformers lab docs lint .venv
+.PHONY: help quickstart demo record test test-gpu test-transformers lab docs lint .venv
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -15,8 +15,11 @@ quickstart: $(BIN)/installed  ## one reconstruction with the trained model in mo
 demo: $(BIN)/installed  ## phantom data, both stages, evaluation → outputs/demo; prints the metrics
 	$(BIN)/python -m mrilib run params/demo $(ARGS)
 
-test: $(BIN)/installed  ## all tests but those marked fullsize
+test: $(BIN)/installed  ## all tests but those marked fullsize or gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)  # one process a core, one thread each
+
+test-gpu: $(BIN)/installed  ## the tests for a GPU → outputs/gpu_report.md, to send back
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 record: $(BIN)/installed  ## make the runs in outputs/reference* again, from a commit without changes
 	$(BIN)/python -m mrilib run params/demo --name reference --overwrite

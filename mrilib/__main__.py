@@ -1,6 +1,7 @@
 """Command line: ``python -m mrilib COMMAND``; every command imports the modules it needs, so that --help is fast."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,17 @@ def whole(lowest: int, highest: int) -> Callable[[str], int]:
         return number
 
     return convert
+
+
+def fraction(text: str) -> float:
+    """Convert an option's value to a number above 0 and at most 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{shortened(repr(text))} is not a number above 0, at most 1")
+    return number
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -122,6 +134,8 @@ def _add_train(commands: Any) -> None:
     networks = "stage1 or constant_prefix, stage2 or no_token_decoder"
     train.add_argument("--only", default="", help=f"network to train: {networks} (default: both, with train_control)")
     train.add_argument("--dry-run", action="store_true", help="print memory, time and disk needed (default: no)")
+    text = "with --dry-run: fraction of a GPU's peak to assume (default: 0.3)"
+    train.add_argument("--utilisation", type=fraction, metavar="FRACTION", help=text)
 
 
 def _add_cost(commands: Any) -> None:
@@ -208,10 +222,13 @@ def train_stage(options: argparse.Namespace) -> int:
         values["resume"] = True
     config = train.read_config(options.params, options.stage, values)
     if options.dry_run:
-        from mrilib.training import dry_run
+        from mrilib.training import dry_run, estimate
 
-        print(dry_run.report(config).text())
+        print(dry_run.report(config).text(), flush=True)
+        print("", estimate.measure(config).text(options.utilisation or estimate.UTILISATION), sep="\n")
         return 0
+    if options.utilisation:
+        raise ParameterError("--utilisation needs --dry-run")
     try:
         directory = train.train(config, options.only)
     except TrainingStopped as stopped:
