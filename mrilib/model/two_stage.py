@@ -411,8 +411,9 @@ def delta_rule_path(backbone: PreTrainedModel | None, config: BackboneParameters
         return {"path": "none", "because": "the decoder uses no image tokens"}
     if not isinstance(backbone, NirvanaForCausalLM):
         return {"path": "none", "because": f"{type(backbone).__name__} has no delta rule"}
-    mixed = getattr(config, "mixed_precision", "no") == "bf16"
-    return kernels.path(backbone.device, torch.bfloat16 if mixed else backbone.dtype, backbone.config.head_dim)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = autocast.get(getattr(config, "mixed_precision", "no"), backbone.dtype)
+    return kernels.path(backbone.device, dtype, backbone.config.head_dim)
 
 
 def count_parameters(module: nn.Module | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mrilib.config import TrainingParameters
 from mrilib.data.dataset import Batch
-from mrilib.training.device import rng_state, set_rng_state
+from mrilib.training.device import autocast, build_scaler, rng_state, set_rng_state
 from mrilib.training.distributed import gather_from_processes
 from mrilib.training.stages import BatchLoss, Stage
 from mrilib.transfer import read_together
@@ -87,15 +87,28 @@ class StepGradients:
     stage : Stage
     parameters : list of Parameter
         The trained ones.
+    optimizer : Optimizer
+        Of these parameters.
     accelerator : Accelerator
     config : TrainingParameters
-        max_grad_norm is used.
+        max_grad_norm and mixed_precision are used.
+
+    Attributes
+    ----------
+    scaler : GradScaler
+        Loss scale of ``mixed_precision: fp16``; call its `update` after each step.
     """
 
     def __init__(
-        self, stage: Stage, parameters: list[nn.Parameter], accelerator: Accelerator, config: TrainingParameters
+        self,
+        stage: Stage,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        config: TrainingParameters,
     ) -> None:
         self.stage, self.parameters, self.accelerator, self.config = stage, parameters, accelerator, config
+        self.optimizer, self.scaler = optimizer, build_scaler(config, stage.model.device)
         self.is_checked = False  # whether exactly the trained parameters received gradients
 
     def compute(self, batches: list[Batch], micro_batch: int, where: str) -> StepGradient:
@@ -125,12 +138,18 @@ class StepGradients:
                 raise
             own, micro_batch = self._with_smaller_batches(error, micro_batch, moved, weight, rng, where)
         self._sum_over_processes()
+        self.scaler.unscale_(self.optimizer)
         if not self.is_checked:
             self.stage.model.check_gradients()
             self.is_checked = True
         norms = gradient_norms(self.stage.part)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         return self._read(own, norms, norm, micro_batch)
+
+    def has_overflow(self, step: StepGradient) -> bool:
+        """Whether only the loss scale of fp16 is too large: the loss is finite, the gradient is not."""
+        is_overflow = math.isfinite(step.loss) and not math.isfinite(step.norm)
+        return is_overflow and self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
     def _read(self, own: list[MicroBatch], norms: dict[str, Tensor], norm: Tensor, micro_batch: int) -> StepGradient:
         """Read all numbers of the step. Until here the CPU queues work for the device without waiting for it."""
@@ -150,10 +169,10 @@ class StepGradients:
         parts = []
         for batch in batches:
             for chunk in batch.chunks(micro_batch):
-                with self.accelerator.autocast():
+                with autocast(self.config, self.stage.model.device):
                     result = self.stage.loss(chunk)
                 names = [f"{item.file} slice {item.slice_num}" for item in chunk.slices]
-                self.accelerator.backward(result.total / weight)
+                self.scaler.scale(result.total / weight).backward()
                 loss = result._replace(total=result.total.detach())
                 parts.append(MicroBatch(loss, self.stage.weight(chunk), names))
         return parts

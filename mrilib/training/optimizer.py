@@ -33,7 +33,8 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: TrainingParamete
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+    is_fused = True if parameters[0].device.type == "cuda" else None  # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=is_fused)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingParameters, steps: int) -> LRScheduler:

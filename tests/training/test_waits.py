@@ -33,10 +33,10 @@ def take_step(stage: stages.Stage, config: Stage1Parameters | Stage2Parameters) 
     parameters = stage.model.freeze(stage.trainable)
     stage.model.train()
     optimizer = build_optimizer(parameters, config)
-    accelerator = distributed.build_accelerator(torch.device("cpu"), config, Path())
+    accelerator = distributed.build_accelerator(torch.device("cpu"), Path())
     before = [parameter.on_cpu.clone() for parameter in parameters]
     with pretend_device() as mode:
-        step = StepGradients(stage, parameters, accelerator, config).compute(batches, 3, "a step")
+        step = StepGradients(stage, parameters, optimizer, accelerator, config).compute(batches, 3, "a step")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert step.is_finite and any((p.on_cpu != old).any() for p, old in zip(parameters, before, strict=True))
