@@ -150,7 +150,10 @@ class TrainingParameters(BackboneParameters):
     lr_schedule: Literal["cosine", "linear", "constant"] = parameter("cosine", "learning rate after the warm-up")
     adam_betas: list[float] = parameter([0.9, 0.99], "AdamW's decay rates of the gradient's mean and of its square")
     gradient_accumulation_steps: int = parameter(1, "batches per process and optimizer step", ge=1, le=4096)
-    mixed_precision: Literal["no", "bf16"] = parameter("no", "bf16: autocast; FFT and SSIM stay in float32")
+    mixed_precision: Literal["no", "bf16", "fp16"] = parameter(
+        "no", "bf16, fp16: autocast, fp16 with loss scaling; FFT and SSIM stay in float32"
+    )
+    compile: bool = parameter(False, "compile the networks with torch.compile; the first steps take minutes")
     activation_checkpointing: bool = parameter(False, "recompute activations in the backward pass to save memory")
     max_train_slices: int = parameter(0, "largest number of training slices per epoch; 0: all", ge=0, le=10**7)
     max_val_slices: int = parameter(0, "largest number of validation slices, spread evenly; 0: all", ge=0, le=10**7)

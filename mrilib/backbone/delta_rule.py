@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mrilib.precision import full_float32
+
 # exp(x) and its derivative are zero in float32 below −103.98. Gates are clamped here: the results are the same, and
 # sums of gates over a chunk stay finite for a gate of −inf.
 _SMALLEST_GATE = -104.0
@@ -25,12 +27,12 @@ _BLOCK = 16  # rows solved at once; torch.compile reads constants of a module, b
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-def _without_autocast(rule: Rule) -> Rule:
-    """Disable autocast in a rule, as it would compute products and the state in bfloat16."""
+def _in_float32(rule: Rule) -> Rule:
+    """Disable autocast and TF32 in a rule, as they would round products and the state."""
 
     @functools.wraps(rule)
     def wrapped(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False), full_float32():
             return rule(q, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -60,7 +62,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_sta
         )
 
 
-@_without_autocast
+@_in_float32
 def naive_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -212,7 +214,7 @@ def _run_chunks(
     return (q * from_start) @ torch.stack(states) + inner @ torch.stack(corrections), state
 
 
-@_without_autocast
+@_in_float32
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,

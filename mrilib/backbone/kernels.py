@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mrilib.backbone import delta_rule
+from mrilib.precision import full_float32
 
 logger = logging.getLogger("mrilib")
 PACKAGE = "flash-linear-attention"
@@ -154,7 +155,8 @@ def check(kernels: FusedKernels, device: torch.device, dtype: torch.dtype, head_
     """
     try:
         # the caller may be in inference mode or under autocast
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        no_autocast = torch.autocast(device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), no_autocast, full_float32():
             errors = _relative_errors(kernels, device, dtype, head_dim)
     except torch.OutOfMemoryError:
         raise  # not an error of the kernels

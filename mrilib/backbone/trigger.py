@@ -7,6 +7,8 @@ step changes θ, one factor for each of L versions of the weights. θ passes fro
 import torch
 from torch import Tensor, nn
 
+from mrilib.precision import full_float32
+
 RATE = 0.01  # step size η of the gradient step
 EPS = 1e-6  # added to the variance in the normalisation
 
@@ -49,9 +51,9 @@ class TriggerWeights(nn.Module):
         -------
         h : Tensor, shape (B, T, C)
         theta : four Tensors, shape (B, T, L)
-            After the step. Both are in float32, under autocast too: bfloat16 would round away a step of 0.01 at 1.
+            After the step. Both are in float32, under autocast too: bfloat16 and TF32 round away a step of 0.01 at 1.
         """
-        with torch.autocast(c_q.device.type, enabled=False):
+        with torch.autocast(c_q.device.type, enabled=False), full_float32():
             return self._learn_and_predict(c_q, c_k, c_v, theta)
 
     def _learn_and_predict(

@@ -25,6 +25,7 @@ from mrilib.data.fastmri_file import SMALLEST_SCALE, DataError, Volume, first_li
 from mrilib.data.findings import Facts
 from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier, masks
+from mrilib.transfer import to_device
 
 
 class Slice(NamedTuple):
@@ -65,7 +66,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy with the tensors on `device`."""
-        return self._replace(**{name: value.to(device, non_blocking=True) for name, value in self._tensors()})
+        moved: dict[str, Any] = {name: to_device(value, device) for name, value in self._tensors()}
+        return self._replace(**moved)
 
     def chunks(self, size: int) -> Iterator["Batch"]:
         """Split into batches of at most `size` slices."""

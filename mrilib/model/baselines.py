@@ -4,13 +4,15 @@ Each has the arguments of `ImageDecoder.forward` and uses no image tokens (``tok
 same loop, batches and loss as an `ImageDecoder`. `decoders.DECODERS` lists them.
 """
 
+from typing import Any
+
 import fastmri
 import torch
 from fastmri.models import Unet, VarNet
 from torch import Tensor, nn
 
 from mrilib.data.dataset import Slice
-from mrilib.model.encoder import run_cascades, skip_empty_coils
+from mrilib.model.encoder import run_cascades, skip_empty_slices, varnet_coil_maps
 from mrilib.physics import coils, fourier, sense
 
 
@@ -50,7 +52,7 @@ class UNetBaseline(nn.Module):
 
 
 class _Unrolled(nn.Module):
-    """Base of the unrolled networks: the crop of their RSS image. Empty coils and slices bypass the network."""
+    """Base of the unrolled networks: the crop of their RSS image. Empty slices bypass the network."""
 
     token_dim = 0
 
@@ -65,7 +67,7 @@ class _Unrolled(nn.Module):
     ) -> Tensor:
         """Reconstruct a batch as `ImageDecoder.forward` does: (B, h, w) [file units]."""
         acquired = torch.ones_like(mask) if acquired is None else acquired
-        image = skip_empty_coils(self._rss_image, kspace, torch.stack([mask, acquired], dim=1), torch.float32)
+        image = skip_empty_slices(self._rss_image, kspace, torch.stack([mask, acquired], dim=1))
         return fourier.center_crop_or_pad(image, image_shape) * scale[:, None, None]
 
     def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
@@ -99,15 +101,17 @@ class VarNetBaseline(_Unrolled):
         self.measured_lines = measured_lines
 
     def _rss_image(self, kspace: Tensor, masks: Tensor) -> Tensor:
+        """`VarNet.forward`, without its copies to the device and with a finite gradient for empty coils."""
+        maps = torch.view_as_real(varnet_coil_maps(self.varnet.sens_net, kspace, masks[:, 0]))
         measured, (lines, acquired) = torch.view_as_real(kspace), masks[:, :, None, None, :, None].unbind(1)
-        if not self.measured_lines:
-            return self.varnet(measured, lines)
-        maps = self.varnet.sens_net(measured, lines)
-        refined = measured.clone()
+        refined = measured
         for cascade in self.varnet.cascades:
-            refined = cascade(refined, measured, lines, maps)
-        refined = torch.where(lines | ~acquired, measured, refined)
-        return fastmri.rss(fastmri.complex_abs(fastmri.ifft2c(refined.float())), dim=1)
+            network: Any = cascade
+            change = network.sens_expand(network.model(network.sens_reduce(refined, maps)), maps)
+            refined = refined - torch.where(lines, refined - measured, 0) * network.dc_weight - change
+        if self.measured_lines:
+            refined = torch.where(lines | ~acquired, measured, refined)
+        return fastmri.rss_complex(fastmri.ifft2c(refined.float()), dim=1)
 
 
 class CombinedVarNet(_Unrolled):

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fastmri
 import torch
 from fastmri.models import VarNet
+from fastmri.models.varnet import SensitivityModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
@@ -26,6 +28,7 @@ from mrilib.model.finding_maps import FindingEmbedding, FindingMaps
 from mrilib.model.unet import PATCH, run
 from mrilib.physics import coils, fourier
 
+SMALLEST_SIGNAL = 1e-18  # largest value of a coil, relative to the slice's RMS; single precision holds its square
 INITIAL_TOKEN_SCALE = 0.01  # RMS of an untrained encoder's k-space tokens, relative to the backbone's word embeddings
 
 
@@ -152,11 +155,11 @@ class KSpaceEncoder(nn.Module):
             image, initial = self._refine(kspace, mask)
             return coils.remove_background_phase(image, like=initial)
 
-        return skip_empty_coils(corrected, kspace, mask, torch.complex64)
+        return skip_empty_slices(corrected, kspace, mask)
 
     def refined_image(self, kspace: Tensor, mask: Tensor) -> Tensor:
         """Combine VarNet's refined coil images with its coil maps: complex64 (B, readout, phase)."""
-        return skip_empty_coils(lambda *inputs: self._refine(*inputs)[0], kspace, mask, torch.complex64)
+        return skip_empty_slices(lambda *inputs: self._refine(*inputs)[0], kspace, mask)
 
     def _refine(self, kspace: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Compute VarNet's combined image and the initial image of its cascades, each (B, readout, phase).
@@ -174,13 +177,11 @@ class KSpaceEncoder(nn.Module):
         The map network processes every coil at full size, which takes most of the encoder's activation memory. With
         activation checkpointing it processes one slice at a time.
         """
-        measured, lines = torch.view_as_real(kspace), mask[:, None, None, :, None]
-        if self.activation_checkpointing:
-            slices = zip(measured.split(1), lines.split(1), strict=True)
-            maps = torch.cat([run(self.varnet.sens_net, *inputs, checkpointing=True) for inputs in slices])
-        else:
-            maps = self.varnet.sens_net(measured, lines)
-        return torch.view_as_complex(maps.float().contiguous())
+        if not self.activation_checkpointing:
+            return varnet_coil_maps(self.varnet.sens_net, kspace, mask)
+        compute = functools.partial(varnet_coil_maps, self.varnet.sens_net)
+        slices = zip(kspace.split(1), mask.split(1), strict=True)
+        return torch.cat([run(compute, *inputs, checkpointing=True) for inputs in slices])
 
     def pixels(self, image: Tensor, mirrored: Tensor | None = None) -> Tensor:
         """Compute the input of ViT and detection maps, float32 (B, 2, img_size, img_size), from VarNet's image.
@@ -313,24 +314,59 @@ def _cascade(
     return refined, coils.combine(fourier.ifft2c(refined), maps)
 
 
-def skip_empty_coils(
-    reconstruct: Callable[[Tensor, Tensor], Tensor], kspace: Tensor, mask: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Apply `reconstruct` without empty coils, on which fastMRI's NormUnet divides zero by zero.
+def varnet_coil_maps(network: SensitivityModel, kspace: Tensor, mask: Tensor) -> Tensor:
+    """Compute coil maps by the steps of fastMRI's `SensitivityModel.forward`; the map of an empty coil is zero.
 
-    `reconstruct` maps k-space (B, coil, readout, phase) and mask (B, phase) to images (B, readout, phase) of type
-    `dtype`. A slice with empty coils is reconstructed separately, without them. An all-zero slice gives a zero image.
+    fastMRI reads the bounds of the centre lines of every slice, and its NormUnet divides an empty coil's zeros by zero.
+
+    Parameters
+    ----------
+    network : SensitivityModel
+    kspace : Tensor, complex64, shape (B, coil, readout, phase)
+        Masked k-space divided by its root mean square.
+    mask : Tensor, bool, shape (B, phase)
+
+    Returns
+    -------
+    Tensor, complex64, shape (B, coil, readout, phase)
     """
-    has_signal = torch.view_as_real(kspace).abs().amax((-1, -2, -3)) > 0  # (B, coil)
-    if bool(has_signal.all()):
-        return reconstruct(kspace, mask)
-    images = [
-        reconstruct(kspace[i : i + 1, has_signal[i]], mask[i : i + 1])
-        if bool(has_signal[i].any())
-        else torch.zeros_like(kspace[i : i + 1, 0], dtype=dtype)
-        for i in range(kspace.shape[0])
-    ]
-    return torch.cat(images)
+    start, count = network.get_pad_and_num_low_freqs(mask[:, None, None, :, None])
+    lines = torch.arange(kspace.shape[-1], device=kspace.device)
+    is_center = (lines >= start[:, None]) & (lines < (start + count)[:, None])
+    has_signal = coils_with_signal(kspace)[:, :, None, None]
+    center = torch.where(is_center[:, None, None], torch.where(has_signal, kspace, _impulses(kspace)), 0)
+    images, batch_size = network.chans_to_batch_dim(fastmri.ifft2c(torch.view_as_real(center)))
+    maps = network.batch_chans_to_chan_dim(network.norm_unet(images), batch_size)
+    maps = network.divide_root_sum_of_squares(torch.where(has_signal[..., None], maps, 0))
+    return torch.view_as_complex(maps.float().contiguous())
+
+
+def skip_empty_slices(reconstruct: Callable[[Tensor, Tensor], Tensor], kspace: Tensor, mask: Tensor) -> Tensor:
+    """Apply `reconstruct`, and give all-zero slices a zero image: fastMRI's NormUnet divides their zeros by zero.
+
+    `reconstruct` maps k-space, complex64 (B, coil, readout, phase), and mask, bool (B, …), to images
+    (B, readout, phase). It gets other k-space for an all-zero slice. So no value is read from the device.
+    """
+    has_signal = coils_with_signal(kspace).any(1)
+    image = reconstruct(torch.where(has_signal[:, None, None, None], kspace, _impulses(kspace)), mask)
+    return torch.where(has_signal[:, None, None], image, 0)
+
+
+def coils_with_signal(kspace: Tensor) -> Tensor:
+    """Whether a coil has signal, bool (B, coil), from k-space divided by its root mean square."""
+    return torch.view_as_real(kspace).abs().amax((-1, -2, -3)) > SMALLEST_SIGNAL
+
+
+def _impulses(kspace: Tensor) -> Tensor:
+    """K-space (readout, phase) of two points, one of them on the centre line.
+
+    Neither its image nor the image combined with coil maps from the centre lines is constant.
+    """
+    impulses = torch.zeros_like(kspace[0, 0])
+    readout, phase = impulses.shape
+    impulses[readout // 2 - 1, phase // 2] = 1
+    impulses[readout // 2, 0] = 1
+    return impulses
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from mrilib.data.dataset import Slice
 from mrilib.data.findings import MIDLINE_HALF_WIDTH, SIDES
 from mrilib.model.unet import PATCH, Depth, UNet
 from mrilib.physics import fourier
+from mrilib.transfer import to_device
 
 INITIAL_LOGIT = -4.0  # of an untrained map: findings are rare
 # Loss weight of a marked pixel in a finding of `REFERENCE_AREA`, falling with the square root of the area: a small
@@ -158,14 +159,14 @@ def detect_findings(maps: Tensor) -> Tensor:
         Index of the slice, index of the label, and the row and column of the bounding box's centre [pixels].
     """
     findings = []
-    marked = (maps > DETECTION_LOGIT).cpu().numpy()
+    marked = (maps > DETECTION_LOGIT).cpu().numpy()  # the only read in a forward pass
     for index, label in np.argwhere(marked.any((-2, -1))):
         regions, _ = ndimage.label(marked[index, label], np.ones((3, 3)))
         for region, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
             if (regions[rows, columns] == region).sum() >= MIN_PIXELS:
                 center = (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2
                 findings.append((index, label, *center))
-    return torch.tensor(findings, dtype=torch.float32, device=maps.device).view(-1, 4)
+    return to_device(torch.tensor(findings, dtype=torch.float32).view(-1, 4), maps.device)
 
 
 def ellipse_areas(boxes: Sequence[Box], labels: Sequence[str], image_shape: tuple[int, int]) -> Tensor:
@@ -217,8 +218,8 @@ def finding_map_losses(
         Zero for a slice with unknown findings. Unknown never counts as "no finding".
     """
     size = logits.shape[-2:]
-    known = torch.tensor([float(one.boxes is not None) for one in slices], device=logits.device)
-    areas = torch.stack([_encoder_areas(one, labels, matrix, size) for one in slices]).to(logits.device)
+    known = to_device(torch.tensor([float(one.boxes is not None) for one in slices]), logits.device)
+    areas = to_device(torch.stack([_encoder_areas(one, labels, matrix, size) for one in slices]), logits.device)
     weights = POSITIVE_WEIGHT * (REFERENCE_AREA * size[0] * size[1] / areas.clamp_min(1)).sqrt()
     losses = F.binary_cross_entropy_with_logits(logits, (areas > 0).float(), reduction="none", pos_weight=weights)
     return losses.sum(1).mean((-2, -1)) * known

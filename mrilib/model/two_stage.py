@@ -27,14 +27,18 @@ from mrilib.data import findings
 from mrilib.data.dataset import Batch, Slice
 from mrilib.model.encoder import INITIAL_TOKEN_SCALE, ConstantPrefix, KSpaceEncoder
 from mrilib.model.unet import PATCH
+from mrilib.transfer import to_device
 
 
 class Texts(NamedTuple):
     """Tokenized prompts and analyses of a batch, padded on the right to T tokens."""
 
     ids: Tensor  # int64 (B, T): prompt, analysis, end of sequence, padding
-    attention: Tensor  # int64 (B, T): 1 at tokens, 0 at padding
     labels: Tensor  # int64 (B, T): the id at positions that enter the loss, -100 elsewhere
+
+    def to(self, device: torch.device | str) -> "Texts":
+        """Copy with the tensors on `device`."""
+        return Texts(*(to_device(tensor, device) for tensor in self))
 
 
 class TokenLoss(NamedTuple):
@@ -139,7 +143,7 @@ class TwoStageModel(nn.Module):
     # ------------------------------------------------------------------------------------------ text
 
     def tokenize(self, slices: Sequence[Slice]) -> Texts:
-        """Tokenize prompts and analyses.
+        """Tokenize prompts and analyses; the tensors are on the CPU.
 
         Labels are masked by position, because padding and end of sequence share an id. The end of sequence enters the
         loss only for reviewed volumes and reports; otherwise findings could follow.
@@ -149,15 +153,13 @@ class TwoStageModel(nn.Module):
         end_id = self.tokenizer.eos_token_id
         length = max(len(prompt) + len(answer) + 1 for prompt, answer in zip(prompts, answers, strict=True))
         ids = torch.full((len(slices), length), end_id)
-        attention = torch.zeros(len(slices), length, dtype=torch.long)
         labels = torch.full((len(slices), length), -100)
         for row, (one, prompt, answer) in enumerate(zip(slices, prompts, answers, strict=True)):
             is_complete = one.report is not None or one.facts.findings is not None
             start, stop = len(prompt), len(prompt) + len(answer) + int(is_complete)
             ids[row, : start + len(answer)] = torch.tensor(prompt + answer)
-            attention[row, :stop] = 1
             labels[row, start:stop] = ids[row, start:stop]
-        return Texts(*(tensor.to(self.device) for tensor in (ids, attention, labels)))
+        return Texts(ids, labels)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -170,14 +172,14 @@ class TwoStageModel(nn.Module):
         self, prefix: Tensor, slices: Sequence[Slice], label_smoothing: float = 0.0
     ) -> TokenLoss:
         """Compute `analysis_loss` from k-space tokens (B, N + 2, hidden), possibly of other slices."""
-        texts = self.tokenize(slices)
+        texts = self.tokenize(slices).to(self.device)
         embeds = self.backbone.get_input_embeddings()(texts.ids)
         prefix = prefix.to(embeds.dtype)
-        attention = torch.cat([texts.attention.new_ones(prefix.shape[:2]), texts.attention], dim=1)
-        self._check_length(attention.shape[1])
+        inputs = torch.cat([prefix, embeds], dim=1)
+        self._check_length(inputs.shape[1])
+        # No attention mask: no token reads the padding after it, and models read a mask's values from the device.
         output = self.backbone(
-            inputs_embeds=torch.cat([prefix, embeds], dim=1),
-            attention_mask=attention,
+            inputs_embeds=inputs,
             use_cache=False,
             logits_to_keep=texts.ids.shape[1] + 1,  # from the end vector on: position i predicts token i + 1
         )
@@ -411,8 +413,9 @@ def delta_rule_path(backbone: PreTrainedModel | None, config: BackboneParameters
         return {"path": "none", "because": "the decoder uses no image tokens"}
     if not isinstance(backbone, NirvanaForCausalLM):
         return {"path": "none", "because": f"{type(backbone).__name__} has no delta rule"}
-    mixed = getattr(config, "mixed_precision", "no") == "bf16"
-    return kernels.path(backbone.device, torch.bfloat16 if mixed else backbone.dtype, backbone.config.head_dim)
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = autocast.get(getattr(config, "mixed_precision", "no"), backbone.dtype)
+    return kernels.path(backbone.device, dtype, backbone.config.head_dim)
 
 
 def count_parameters(module: nn.Module | None) -> int:

@@ -24,36 +24,27 @@ def center_coil_maps(kspace: Tensor, mask: Tensor) -> Tensor:
         The RSS of the maps is 1, or 0 where there is no signal.
     """
     readout, phase = kspace.shape[-2:]
-    blocks = [center_lines(row) for row in mask]
-    halves = [max(1, round((stop - start) / 2 * readout / phase)) for start, stop in blocks]
-    # For so few points, two small matrix products are faster than a fast Fourier transform.
-    rows = torch.arange(max(0, readout // 2 - max(halves)), min(readout, readout // 2 + max(halves)))
-    columns = torch.arange(min(start for start, _ in blocks), max(stop for _, stop in blocks))
-    window = torch.stack(
-        [
-            _hann_block(readout, readout // 2 - half, readout // 2 + half)[rows, None]
-            * _hann_block(phase, *block)[None, columns]
-            for half, block in zip(halves, blocks, strict=True)
-        ]
-    )
-    rows, columns, window = rows.to(kspace.device), columns.to(kspace.device), window.to(kspace.device)
-    block = kspace.index_select(-2, rows).index_select(-1, columns) * window[:, None]
-    low_pass = _inverse_dft(readout, rows) @ block @ _inverse_dft(phase, columns).mT
+    start, stop = center_lines(mask)
+    half = ((stop - start).double() / 2 * readout / phase).round().clamp_min(1).long()
+    rows = _hann_blocks(readout, readout // 2 - half, readout // 2 + half)
+    window = rows[:, :, None] * _hann_blocks(phase, start, stop)[:, None]
+    low_pass = ifft2c(kspace * window[:, None])
     return low_pass / rss(low_pass).unsqueeze(-3)
 
 
-def _inverse_dft(length: int, points: Tensor) -> Tensor:
-    """Columns of the centred orthonormal inverse Fourier matrix for these k-space points, shape (length, points)."""
-    pixels = torch.arange(length, device=points.device) - length // 2
-    turns = (pixels[:, None] * (points - length // 2)).remainder(length).double() / length  # exact before rounding
-    return torch.polar(torch.full_like(turns, length**-0.5), 2 * torch.pi * turns).to(torch.complex64)
+def _hann_blocks(length: int, start: Tensor, stop: Tensor) -> Tensor:
+    """Hann window of each slice over [start, stop), non-zero there and zero elsewhere; shape (batch, length)."""
+    start, stop = start.clamp_min(0)[:, None], stop.clamp_max(length)[:, None]
+    points = torch.arange(length, device=start.device)
+    window = torch.sin(torch.pi * (points - start + 1) / (stop - start + 1)).square()
+    return torch.where((points >= start) & (points < stop), window, 0)
 
 
-def _hann_block(length: int, start: int, stop: int) -> Tensor:
+def _hann_block(length: int, start: int, stop: int, device: torch.device | None = None) -> Tensor:
     """Hann window over [start, stop), non-zero there and zero elsewhere; shape (length,)."""
-    window = torch.zeros(length)
+    window = torch.zeros(length, device=device)
     start, stop = max(0, start), min(length, stop)
-    window[start:stop] = torch.hann_window(stop - start + 2, periodic=False)[1:-1]
+    window[start:stop] = torch.hann_window(stop - start + 2, periodic=False, device=device)[1:-1]
     return window
 
 
@@ -117,8 +108,12 @@ def remove_background_phase(image: Tensor, like: Tensor | None = None, width: in
     -------
     Tensor, complex64, same shape and magnitude as `image`; 0 where there is no reference signal
     """
-    windows = [_hann_block(n, n // 2 - min(width, n) // 2, n // 2 + min(width, n) // 2 + 1) for n in image.shape[-2:]]
-    window = (windows[0][:, None] * windows[1][None, :]).to(image.device)
+    halves = [min(width, length) // 2 for length in image.shape[-2:]]
+    rows, columns = (
+        _hann_block(length, length // 2 - half, length // 2 + half + 1, image.device)
+        for length, half in zip(image.shape[-2:], halves, strict=True)
+    )
+    window = rows[:, None] * columns
     reference = ifft2c(fft2c((image if like is None else like).detach()) * window)
     magnitude = torch.view_as_real(reference).square().sum(-1)
     phase = reference * magnitude.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()

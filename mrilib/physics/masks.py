@@ -14,6 +14,7 @@ fastMRI's class adds the centre lines. They must include line W // 2, as coil ma
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from fastmri.data.subsample import (
     EquispacedMaskFractionFunc,
     EquiSpacedMaskFunc,
@@ -108,28 +109,24 @@ def check_mask(mask_type: str, center_fraction: float, acceleration: int, width:
         ) from None
 
 
-def center_lines(mask: Tensor) -> tuple[int, int]:
+def center_lines(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Largest block of sampled lines that is symmetric about the centre line W // 2.
 
     Parameters
     ----------
-    mask : Tensor, bool, shape (W,)
+    mask : Tensor, bool, shape (..., W)
 
     Returns
     -------
-    (start, stop)
+    start, stop : Tensor, int64, shape (...)
         Half-open range of line indices; empty (start == stop) if the centre line is not sampled.
     """
-    sampled = mask.tolist()
-    center = len(sampled) // 2
-    if not sampled[center]:
-        return center, center
-    half = 0
-    while center - half - 1 >= 0 and center + half + 1 < len(sampled):
-        if not (sampled[center - half - 1] and sampled[center + half + 1]):
-            break
-        half += 1
-    return center - half, center + half + 1
+    center = mask.shape[-1] // 2
+    right = mask[..., center:]  # from the centre line on
+    left = mask[..., : center + 1].flip(-1)
+    both = right & left[..., : right.shape[-1]]
+    half = both.long().cumprod(-1).sum(-1)  # sampled pairs of lines, the centre line included
+    return torch.where(half > 0, center - half + 1, center), center + half
 
 
 def validation_seed(file: str) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class StepTimer:
         """Take one optimizer step."""
         weight = sum(self.stage.weight(batch) for batch in batches)
         for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
+            with device.autocast(self.config, self.device):
                 loss = self.stage.loss(batch.to(self.device)).total / weight
             loss.backward()
         self.optimizer.step()

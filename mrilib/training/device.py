@@ -18,11 +18,28 @@ def pick_device(device: str) -> torch.device:
 
 
 def prepare(config: TrainingParameters) -> torch.device:
-    """Seed all random number generators, select deterministic kernels and return the device."""
+    """Seed all random number generators, select deterministic kernels and TF32, and return the device.
+
+    TF32 serves products of matrices and convolutions on a GPU. `precision.full_float32` leaves out those that need
+    float32; compiled functions cannot be left out.
+    """
     set_seed(config.seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    return pick_device(config.device)
+    device = pick_device(config.device)
+    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda" and not config.compile
+    return device
+
+
+def autocast(config: TrainingParameters, device: torch.device) -> torch.autocast:
+    """Return the autocast of ``config.mixed_precision``."""
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def build_scaler(config: TrainingParameters, device: torch.device) -> torch.amp.GradScaler:
+    """Build the loss scaler of fp16: small gradients would be zero in half precision. It is disabled otherwise."""
+    return torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
 
 
 def rng_state() -> dict[str, Any]:

@@ -35,11 +35,12 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def build_accelerator(device: torch.device, config: TrainingParameters, directory: Path) -> Accelerator:
+def build_accelerator(device: torch.device, directory: Path) -> Accelerator:
     """Build the accelerator of a training in a run folder."""
-    AcceleratorState._reset_state()  # otherwise a notebook cannot run again with another precision
+    AcceleratorState._reset_state()  # otherwise a notebook cannot run again on another device
     is_cpu = device.type == "cpu"
-    return Accelerator(mixed_precision=config.mixed_precision, cpu=is_cpu, project_dir=directory / "logs")
+    # Not accelerate's mixed precision: its loss scaler needs accelerate's optimizer, and a GPU.
+    return Accelerator(mixed_precision="no", cpu=is_cpu, project_dir=directory / "logs")
 
 
 def gather_from_processes(value: T) -> list[T]:
@@ -52,7 +53,7 @@ def launch_command(config: TrainingParameters, *arguments: str) -> list[str]:
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--multi_gpu", "--num_machines", "1", "--num_processes", str(config.num_processes)),  # gloo without GPUs
-        *("--mixed_precision", config.mixed_precision, "--dynamo_backend", "no", "--main_process_port", "0"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
         *("--module", "mrilib", *arguments),
     ]
 

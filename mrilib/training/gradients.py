@@ -1,5 +1,6 @@
 """Gradients of one optimizer step, summed over its batches and over all processes."""
 
+import itertools
 import logging
 import math
 from typing import Any, NamedTuple
@@ -12,15 +13,24 @@ from torch import Tensor, nn
 
 from mrilib.config import TrainingParameters
 from mrilib.data.dataset import Batch
-from mrilib.training.device import rng_state, set_rng_state
+from mrilib.training.device import autocast, build_scaler, rng_state, set_rng_state
 from mrilib.training.distributed import gather_from_processes
-from mrilib.training.stages import Stage
+from mrilib.training.stages import BatchLoss, Stage
+from mrilib.transfer import read_together
 
 logger = logging.getLogger("mrilib")
 MEMORY_REMEDIES = (
     "Change batch_size (and raise gradient_accumulation_steps), activation_checkpointing: true, "
     "mixed_precision: bf16, img_size or num_coils"
 )
+
+
+class MicroBatch(NamedTuple):
+    """A forward pass; its loss is still on the device."""
+
+    loss: BatchLoss
+    weight: float  # its units: analysis tokens or slices
+    slices: list[str]  # file and slice number, for error messages
 
 
 class MicroBatchLoss(NamedTuple):
@@ -77,15 +87,28 @@ class StepGradients:
     stage : Stage
     parameters : list of Parameter
         The trained ones.
+    optimizer : Optimizer
+        Of these parameters.
     accelerator : Accelerator
     config : TrainingParameters
-        max_grad_norm is used.
+        max_grad_norm and mixed_precision are used.
+
+    Attributes
+    ----------
+    scaler : GradScaler
+        Loss scale of ``mixed_precision: fp16``; call its `update` after each step.
     """
 
     def __init__(
-        self, stage: Stage, parameters: list[nn.Parameter], accelerator: Accelerator, config: TrainingParameters
+        self,
+        stage: Stage,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        config: TrainingParameters,
     ) -> None:
         self.stage, self.parameters, self.accelerator, self.config = stage, parameters, accelerator, config
+        self.optimizer, self.scaler = optimizer, build_scaler(config, stage.model.device)
         self.is_checked = False  # whether exactly the trained parameters received gradients
 
     def compute(self, batches: list[Batch], micro_batch: int, where: str) -> StepGradient:
@@ -114,32 +137,49 @@ class StepGradients:
             if not should_reduce_batch_size(error):
                 raise
             own, micro_batch = self._with_smaller_batches(error, micro_batch, moved, weight, rng, where)
-        losses = [part for process in gather_from_processes(own) for part in process]
         self._sum_over_processes()
+        self.scaler.unscale_(self.optimizer)
         if not self.is_checked:
             self.stage.model.check_gradients()
             self.is_checked = True
         norms = gradient_norms(self.stage.part)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-        return StepGradient(losses, norms, norm, micro_batch)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        return self._read(own, norms, norm, micro_batch)
 
-    def _accumulate(self, micro_batch: int, batches: list[Batch], weight: float) -> list[MicroBatchLoss]:
+    def has_overflow(self, step: StepGradient) -> bool:
+        """Whether only the loss scale of fp16 is too large: the loss is finite, the gradient is not."""
+        is_overflow = math.isfinite(step.loss) and not math.isfinite(step.norm)
+        return is_overflow and self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    def _read(self, own: list[MicroBatch], norms: dict[str, Tensor], norm: Tensor, micro_batch: int) -> StepGradient:
+        """Read all numbers of the step. Until here the CPU queues work for the device without waiting for it."""
+        columns = [(part.loss.total, *part.loss.statistics.values()) for part in own]
+        values = iter(read_together([norm, *norms.values(), *itertools.chain(*columns)]))
+        norm_value, norm_values = next(values), dict(zip(norms, values, strict=False))
+        losses = []
+        for part in own:
+            total, statistics = next(values), dict(zip(part.loss.statistics, values, strict=False))
+            losses.append(MicroBatchLoss(total, part.weight, statistics, part.slices))
+        losses = [part for process in gather_from_processes(losses) for part in process]
+        return StepGradient(losses, norm_values, norm_value, micro_batch)
+
+    def _accumulate(self, micro_batch: int, batches: list[Batch], weight: float) -> list[MicroBatch]:
         for parameter in self.parameters:
             parameter.grad = None
-        losses = []
+        parts = []
         for batch in batches:
             for chunk in batch.chunks(micro_batch):
-                with self.accelerator.autocast():
+                with autocast(self.config, self.stage.model.device):
                     result = self.stage.loss(chunk)
                 names = [f"{item.file} slice {item.slice_num}" for item in chunk.slices]
-                total = float(result.total.detach())
-                losses.append(MicroBatchLoss(total, self.stage.weight(chunk), result.statistics, names))
-                self.accelerator.backward(result.total / weight)
-        return losses
+                self.scaler.scale(result.total / weight).backward()
+                loss = result._replace(total=result.total.detach())
+                parts.append(MicroBatch(loss, self.stage.weight(chunk), names))
+        return parts
 
     def _with_smaller_batches(
         self, error: RuntimeError, size: int, batches: list[Batch], weight: float, rng: dict[str, Any], where: str
-    ) -> tuple[list[MicroBatchLoss], int]:
+    ) -> tuple[list[MicroBatch], int]:
         """Repeat the step with half as many slices at once, until they fit; returns the losses and that number."""
 
         def halve() -> int:
@@ -173,11 +213,12 @@ def out_of_memory(where: str, batch: Batch, error: Exception) -> MemoryError:
     return MemoryError(f"{where}: out of memory on {shape}. {MEMORY_REMEDIES} ({error})")
 
 
-def gradient_norms(part: nn.Module) -> dict[str, float]:
-    """Gradient norm of each child of a module (varnet, vit, …)."""
+def gradient_norms(part: nn.Module) -> dict[str, Tensor]:
+    """Gradient norm of each child of a module (varnet, vit, …), on its device."""
     squares: dict[str, Tensor] = {}
     for name, parameter in part.named_parameters():
         if parameter.grad is not None:
             child = name.split(".")[0]
-            squares[child] = squares.get(child, torch.zeros(())) + parameter.grad.float().square().sum().cpu()
-    return {name: float(value.sqrt()) for name, value in squares.items()}
+            square = parameter.grad.float().square().sum()
+            squares[child] = squares[child] + square if child in squares else square
+    return {name: value.sqrt() for name, value in squares.items()}

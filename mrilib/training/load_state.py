@@ -53,6 +53,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     if set(state) != {"state", "param_groups"} or not isinstance(state["state"], dict):
         raise ValueError("optimizer: expected state and param_groups")
     own = optimizer.state_dict()["param_groups"]
+    state = {**state, "param_groups": _with_own_kernel(own, state["param_groups"])}
     _check_groups(own, state["param_groups"])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in own for number in group["params"]]
@@ -67,6 +68,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for name, value in entries.items():
             _check_moment(f"optimizer/state/{number}/{name}", name, value, by_number[number])
     optimizer.load_state_dict(state)
+
+
+def _with_own_kernel(own: list[dict[str, Any]], groups: Any) -> Any:
+    """Parameter groups with the optimizer's choice of fused kernels, which depends on the device."""
+    if not isinstance(groups, list):
+        return groups
+    pairs = zip(groups, [*own, *[{}] * len(groups)], strict=False)
+    return [
+        group | {"fused": mine["fused"]} if isinstance(group, dict) and {"fused"} <= set(group) & set(mine) else group
+        for group, mine in pairs
+    ]
 
 
 def _check_groups(own: list[dict[str, Any]], groups: Any) -> None:
@@ -100,6 +112,21 @@ def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[st
     """
     _check_like(schedule.state_dict(), state, "schedule")
     schedule.load_state_dict(state)
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
+    """Load a loss scaler's state, which is empty unless it is enabled; keys and types must match.
+
+    Raises
+    ------
+    ValueError
+        The message names the key that does not fit; the scaler is unchanged.
+    """
+    _check_like(scaler.state_dict(), state, "scaler")
+    if scaler.is_enabled():
+        if state["scale"] <= 0:
+            raise ValueError(f"scaler/scale: expected a number above 0, got {state['scale']}")
+        scaler.load_state_dict(state)
 
 
 def _check_like(own: Any, value: Any, where: str) -> None:

@@ -21,7 +21,7 @@ from mrilib.config import TrainingParameters, display_path
 from mrilib.data.dataset import Batch, FastMRIDataset
 from mrilib.data.sampler import ShapeBatchSampler, loading_error
 from mrilib.model.two_stage import count_parameters, tensor_hash
-from mrilib.training.device import rng_state
+from mrilib.training.device import autocast, rng_state
 from mrilib.training.distributed import build_accelerator, gather_from_processes, is_launched, train_in_processes
 from mrilib.training.gradients import StepGradient, StepGradients, out_of_memory
 from mrilib.training.history import History
@@ -63,7 +63,7 @@ class Trainer:
         if not isinstance(train_loader.batch_sampler, ShapeBatchSampler):
             raise TypeError("the training loader must come from data.make_loader: another order cannot be resumed")
         self.sampler = train_loader.batch_sampler
-        self.accelerator = build_accelerator(stage.model.device, config, directory)
+        self.accelerator = build_accelerator(stage.model.device, directory)
         self.is_main = self.accelerator.is_main_process
         parameters = stage.model.freeze(stage.trainable)
         for parameter in parameters if self.accelerator.num_processes > 1 else ():
@@ -75,9 +75,10 @@ class Trainer:
         self.epochs = -(-self.total_steps // self.steps_per_epoch)
         self.optimizer = build_optimizer(parameters, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
-        self.gradients = StepGradients(stage, parameters, self.accelerator, config)
+        self.gradients = StepGradients(stage, parameters, self.optimizer, self.accelerator, config)
         identity = training_identity(stage, config, (train_loader, val_loader), self.steps_per_epoch)
-        self.state = TrainingState(stage, config, directory, self.accelerator, self.optimizer, self.schedule, identity)
+        updates = (self.optimizer, self.schedule, self.gradients.scaler)
+        self.state = TrainingState(stage, config, directory, self.accelerator, *updates, identity)
         self.progress = TrainingProgress(self.state, self.total_steps, self.epochs, interactive, on_step, on_epoch)
 
     def run(self) -> History:
@@ -166,6 +167,8 @@ class Trainer:
             state.losses.append(gradient.loss)
         else:
             self._skip_or_raise(gradient)
+        if self.gradients.scaler.is_enabled():
+            self.gradients.scaler.update()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -184,7 +187,11 @@ class Trainer:
         self.progress.show_step(entry)
 
     def _skip_or_raise(self, gradient: StepGradient) -> None:
-        """Skip the step, or save the state before it and stop, as `on_nan` says."""
+        """Skip the step, or save the state before it and stop, as `on_nan` says; an overflow of fp16 is skipped."""
+        if self.gradients.has_overflow(gradient):
+            logger.info("%s: the gradient overflows in fp16; the step is skipped, the loss scale halved", self._where())
+            self.state.history.skipped += 1
+            return
         parts = [part for part in gradient.losses if not math.isfinite(part.total)] or gradient.losses
         slices = ", ".join(name for part in parts for name in part.slices)
         problem = f"{self._where()}: loss {gradient.loss}, gradient norm {gradient.norm}; slices: {slices}"
@@ -234,7 +241,7 @@ class Trainer:
 
     def _score(self, batch: Batch) -> list[dict[str, Any]]:
         try:
-            with self.accelerator.autocast():
+            with autocast(self.config, self.stage.model.device):
                 return self.stage.score(batch)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):

@@ -1,7 +1,11 @@
 """Losses for training and validation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from mrilib.precision import full_float32
 
 
 class VolumeSSIMLoss(nn.Module):
@@ -31,7 +35,7 @@ class VolumeSSIMLoss(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             x, y = image.float() / unit, target.float() / unit
             rows, columns = (self._averaging(length, x.device) for length in x.shape[-2:])
-            stack = rows @ torch.stack([x, y, x * x, y * y, x * y], dim=1) @ columns.mT
+            stack = _WindowMeans.apply(torch.stack([x, y, x * x, y * y, x * y], dim=1), rows, columns)
             mean_x, mean_y, square_x, square_y, product = stack.unbind(1)
             unbiased = self.WINDOW**2 / (self.WINDOW**2 - 1)
             variances = unbiased * (square_x - mean_x**2 + square_y - mean_y**2)
@@ -45,6 +49,22 @@ class VolumeSSIMLoss(nn.Module):
         """Build the matrix (length − 6, length) that averages each window."""
         offset = torch.arange(length, device=device) - torch.arange(length - self.WINDOW + 1, device=device)[:, None]
         return ((offset >= 0) & (offset < self.WINDOW)) / self.WINDOW
+
+
+class _WindowMeans(torch.autograd.Function):
+    """rows @ images @ columnsᵀ in full float32, forward and backward: SSIM is a small difference of large means."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        with full_float32():
+            return rows @ images @ columns.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.saved_tensors
+        with full_float32():
+            return rows.mT @ (gradient @ columns), None, None
 
 
 def positive(maximum: Tensor) -> Tensor:

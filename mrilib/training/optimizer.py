@@ -33,7 +33,8 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: TrainingParamete
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+    is_fused = True if parameters[0].device.type == "cuda" else None  # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=is_fused)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingParameters, steps: int) -> LRScheduler:
@@ -68,11 +69,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     norm = wide.norm()
-    if norm < SMALLEST_NORM:
-        return torch.zeros_like(matrix)
+    is_zero = norm < SMALLEST_NORM  # stays on the device: asking for its value would make the CPU wait
     # A kernel's matrix has many more columns than rows, so the steps act on its small Gram matrix g = x xᵀ:
     # x ← p(g) x turns g into p(g) g p(g), and the product of all p is applied to x once.
-    x = wide / norm
+    x = wide / torch.where(is_zero, 1, norm)
     gram = x @ x.mT
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     product = unit
@@ -81,7 +81,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
         product = step @ product
         if number + 1 < len(STEPS):
             gram = step @ gram @ step
-    x = product @ x
+    x = torch.where(is_zero, 0, product @ x)
     return x if wide is matrix else x.mT
 
 
@@ -124,12 +124,13 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].mul_(MOMENTUM).add_(gradient)
-        if not gradient.any():
-            return  # otherwise the remaining momentum, scaled to full size, would move the matrix forever
+        # With a zero gradient, the remaining momentum, scaled to full size, would move the matrix forever.
+        has_gradient = gradient.any()
         ahead = (gradient + MOMENTUM * state["momentum"]).flatten(1)  # Nesterov momentum
         size = SCALE * max(ahead.shape) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(orthogonal(ahead).view(parameter.shape), alpha=-group["lr"] * size)
+        parameter.mul_(torch.where(has_gradient, 1 - group["lr"] * group["weight_decay"], 1.0))
+        update = torch.where(has_gradient, orthogonal(ahead), 0)
+        parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * size)
 
     def _update_vector(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]

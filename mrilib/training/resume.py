@@ -19,7 +19,7 @@ from mrilib.training.stages import Stage
 # Parameters that may change on resuming: the result depends on them by rounding at most.
 FREE_ON_RESUME = frozenset(
     ("output_dir", "interactive", "resume", "num_workers", "device", "save_interval", "log_interval", "max_checkpoints",
-     "checkpoint_minutes", "on_nan", "activation_checkpointing", "train_control",
+     "checkpoint_minutes", "on_nan", "activation_checkpointing", "compile", "train_control",
      # Paths: the content of the files is compared instead.
      "data_dir", "val_dir", "test_dir", "backbone_path", "config_path", "stage1_checkpoint", "token_cache_dir")
 )  # fmt: skip

@@ -29,6 +29,7 @@ from mrilib.data.splits import (
     require_targets,
     split_volumes,
 )
+from mrilib.model.compilation import compile_blocks
 from mrilib.model.decoders import build_decoder, find_decoder
 from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.two_stage import (
@@ -150,6 +151,13 @@ def build_stage(
     encoder : KSpaceEncoder, optional
         For stage 2, instead of the one in `stage1_checkpoint`; for measurements.
     """
+    stage = _build_stage(config, device, encoder)
+    if config.compile:
+        compile_blocks(stage.model, stage.model.backbone)
+    return stage
+
+
+def _build_stage(config: StageParameters, device: torch.device | str, encoder: KSpaceEncoder | None) -> stages.Stage:
     if isinstance(config, Stage1Parameters):
         backbone, tokenizer = build_backbone(config, device)
         model = TwoStageModel(build_encoder(config, backbone, tokenizer).to(device), backbone, tokenizer)
@@ -180,6 +188,8 @@ def build_control_stage(config: StageParameters, stage: stages.Stage) -> stages.
         control = TwoStageModel(prefix, model.backbone, model.tokenizer)
         return STAGES[1](control, "constant_prefix", config.label_smoothing)
     decoder = build_decoder(config, 0).to(model.device)
+    if config.compile:
+        compile_blocks(decoder)
     return STAGES[2](TwoStageModel(decoder=decoder), "no_token_decoder")
 
 

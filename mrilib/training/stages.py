@@ -18,6 +18,7 @@ from mrilib.model.encoder import KSpaceEncoder
 from mrilib.model.finding_maps import finding_map_losses
 from mrilib.model.two_stage import TwoStageModel
 from mrilib.training.losses import VolumeSSIMLoss, positive
+from mrilib.transfer import to_device
 
 MAP_WEIGHT = 3.0  # of the detection-map loss, relative to the text loss
 
@@ -26,7 +27,7 @@ class BatchLoss(NamedTuple):
     """The loss of one batch."""
 
     total: Tensor  # summed over the batch's units
-    statistics: dict[str, float]  # for the step log
+    statistics: dict[str, Tensor | float]  # for the step log; tensors of one element are read at the end of the step
 
 
 class Stage:
@@ -115,17 +116,17 @@ class AnalysisStage(Stage):
         """Cross-entropy with label smoothing plus the detection-map loss, summed over analysis tokens [nats]."""
         prefix, maps = self._prefix_and_maps(batch)
         result = self.model.analysis_loss_from_prefix(prefix, batch.slices, self.label_smoothing)
-        total, tokens = result.loss, float(result.tokens.sum())
-        statistics = {
-            "cross_entropy": float(result.cross_entropy.sum()) / tokens,
-            "token_accuracy": float(result.correct.sum()) / tokens,
+        total, tokens = result.loss, result.tokens.sum().double()
+        statistics: dict[str, Tensor | float] = {
+            "cross_entropy": result.cross_entropy.sum().double() / tokens,
+            "token_accuracy": result.correct.sum().double() / tokens,
         }
         if maps is not None:
             matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
             losses = finding_map_losses(maps, batch.slices, self.model.encoder.finding_labels, matrix)
             # Weighted by a slice's tokens, as its cross-entropy is, so that splitting a batch changes nothing.
             map_loss = (losses * result.tokens).sum()
-            statistics["finding_map_loss"] = float(map_loss.detach()) / tokens
+            statistics["finding_map_loss"] = map_loss.detach().double() / tokens
             total = total + self.map_weight * map_loss
         return BatchLoss(total, statistics)
 
@@ -134,7 +135,7 @@ class AnalysisStage(Stage):
         encoder = self.model.encoder
         if not isinstance(encoder, KSpaceEncoder):
             return encoder(batch.kspace, batch.mask), None
-        mirrored = torch.tensor([item.mirrored for item in batch.slices], device=batch.mask.device)
+        mirrored = to_device(torch.tensor([item.mirrored for item in batch.slices]), batch.mask.device)
         prefix, maps = encoder.tokens_and_maps(batch.kspace, batch.mask, mirrored)
         return prefix, maps
 
@@ -216,10 +217,10 @@ class ReconstructionStage(Stage):
         image = self.reconstruct(batch)
         losses = self.image_loss(image, batch)
         unit = positive(batch.maximum)[:, None, None]
-        statistics: dict[str, float] = {}
+        statistics: dict[str, Tensor | float] = {}
         for name, values in (("reconstruction", image.detach() / unit), ("target", batch.target / unit)):
-            statistics |= {f"{name}_mean": float(values.mean()), f"{name}_max": float(values.max())}
-        statistics["reconstruction_min"] = float((image.detach() / unit).min())
+            statistics |= {f"{name}_mean": values.mean(), f"{name}_max": values.max()}
+        statistics["reconstruction_min"] = (image.detach() / unit).min()
         return BatchLoss(losses.sum(), statistics)
 
     def score(self, batch: Batch) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from mrilib.training.checkpoint import CheckpointError, checkpoint_path, load_ch
 from mrilib.training.device import rng_state, set_rng_state
 from mrilib.training.distributed import TrainingStopped, gather_from_processes
 from mrilib.training.history import History, epochs_path, steps_path, write_epochs
-from mrilib.training.load_state import load_optimizer, load_schedule, load_weights
+from mrilib.training.load_state import load_optimizer, load_scaler, load_schedule, load_weights
 from mrilib.training.resume import check_progress, check_same_training, require_resume
 from mrilib.training.stages import Stage
 
@@ -36,6 +36,7 @@ class TrainingState:
     accelerator : Accelerator
     optimizer : Optimizer
     schedule : LRScheduler
+    scaler : GradScaler
     identity : dict
         Stored in checkpoints; a resumed training must have the same, see `resume.training_identity`.
 
@@ -62,10 +63,11 @@ class TrainingState:
         accelerator: Accelerator,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        scaler: torch.amp.GradScaler,
         identity: dict[str, Any],
     ) -> None:
         self.stage, self.config, self.directory, self.accelerator = stage, config, directory, accelerator
-        self.optimizer, self.schedule, self.identity = optimizer, schedule, identity
+        self.optimizer, self.schedule, self.scaler, self.identity = optimizer, schedule, scaler, identity
         self.steps_path, self.epochs_path = steps_path(directory, stage.name), epochs_path(directory, stage.name)
         self.log: files.JsonLines | None = None
         self.history = History()
@@ -92,6 +94,7 @@ class TrainingState:
             "weights": self.stage.part.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "rng": gather_from_processes(self.rng),
             "losses": self.losses,
             "history": {
@@ -216,6 +219,7 @@ class TrainingState:
         try:
             load_optimizer(self.optimizer, content["optimizer"])
             load_schedule(self.schedule, content["schedule"])
+            load_scaler(self.scaler, content.get("scaler", {}))  # older checkpoints have none
         except ValueError as error:
             raise CheckpointError(f"checkpoint '{name}' does not fit this training: {error}") from None
         self.step, self.epoch, self.micro_batch = content["step"], content["epoch"], content["micro_batch"]

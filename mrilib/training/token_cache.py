@@ -31,6 +31,7 @@ from mrilib.model.two_stage import TwoStageModel, hidden_size
 from mrilib.physics import masks
 from mrilib.processes import stop_requested
 from mrilib.progress import progress_bar
+from mrilib.training.device import autocast
 from mrilib.training.distributed import TrainingStopped
 from mrilib.training.token_key import describe, file_digests, hash_of
 from mrilib.training.token_shards import HEADER_BYTES, SLICES, Shard, read_entry, write_shard, write_whole
@@ -213,7 +214,7 @@ class TokenCache:
     def _token_bytes(self) -> int:
         """Compute the size of one image token in the backbone's type [bytes]."""
         width = hidden_size(self.model.backbone)
-        with self._autocast():
+        with autocast(self.config, self.model.device):
             token = self.model.hidden_states(torch.zeros(1, 3, width, device=self.model.device))
         return width * token.element_size()
 
@@ -247,7 +248,7 @@ class TokenCache:
     @torch.no_grad()
     def _compute(self, cpu_batch: Batch, shard: Shard) -> None:
         batch = cpu_batch.to(self.model.device)
-        with self._autocast():
+        with autocast(self.config, self.model.device):
             hidden = self.model.hidden_states(self.model.encoder(batch.kspace, batch.mask)).cpu()
         rows = []
         for row, item in enumerate(cpu_batch.slices):
@@ -262,11 +263,6 @@ class TokenCache:
                 entry["target"] = cpu_batch.target[row]
             rows.append((entry, {"image_shape": list(item.image_shape), "acceleration": item.acceleration}))
         write_shard(shard, rows)
-
-    def _autocast(self) -> torch.autocast:
-        """Use the precision that stage 2 trains in."""
-        is_bf16 = self.config.mixed_precision == "bf16"
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
 
 def uncached(dataset: FastMRIDataset, mask_number: int) -> FastMRIDataset:

@@ -7,7 +7,7 @@ import torch
 from fastmri.models import VarNet
 from torch import Tensor
 
-from mrilib.model.encoder import INITIAL_TOKEN_SCALE, ConstantPrefix, KSpaceEncoder
+from mrilib.model.encoder import INITIAL_TOKEN_SCALE, ConstantPrefix, KSpaceEncoder, varnet_coil_maps
 from mrilib.physics import coils as coils_module
 from mrilib.physics import fourier
 
@@ -77,6 +77,19 @@ def test_refined_image_equals_fastmris_varnet(width: int) -> None:
         torch.testing.assert_close(fourier.rss(coil_images), model.varnet(data, lines))
         combined = coils_module.combine(coil_images, torch.view_as_complex(maps))
         torch.testing.assert_close(model.refined_image(kspace, mask), combined)
+
+
+@pytest.mark.parametrize("width", [32, 27])
+def test_coil_maps_equal_those_of_fastmris_map_network(width: int) -> None:
+    """The number of centre lines differs from slice to slice; fastMRI takes one line if all are sampled."""
+    model = encoder().eval()
+    kspace, mask = measured(4, 3, 32, width)
+    mask[1] = torch.arange(width) == width // 2
+    mask[2] = True
+    mask[3] = (torch.arange(width) - width // 2).abs() < 6
+    with torch.no_grad():
+        expected = model.varnet.sens_net(*fastmri_inputs(kspace, mask))
+        assert torch.equal(varnet_coil_maps(model.varnet.sens_net, kspace, mask), torch.view_as_complex(expected))
 
 
 def test_slices_of_a_batch_are_independent() -> None:
