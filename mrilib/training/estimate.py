@@ -165,7 +165,7 @@ class Estimate:
                 self.time_table(utilisation).to_string(index=False),
                 "",
                 "Memory of one GPU: weights, gradients, optimizer, activations of one slice times batch_size, and",
-                f" {CONTEXT_BYTES / GB:.0f} GB assumed for CUDA. Workspaces of its kernels can add to that.",
+                f"{CONTEXT_BYTES / GB:.0f} GB assumed for CUDA. Workspaces of its kernels can add to that.",
                 self.memory_table().to_string(index=False),
             )
         )
