@@ -16,7 +16,7 @@ from changed_files import as_test_file, copy_of, header, replaced, with_values
 from fastmri.data.mri_data import SliceDataset
 from fastmri.data.transforms import VarNetDataTransform
 
-from mrilib.config import MASK_TYPES, DataParameters, ParameterError
+from mrilib.config import DataParameters, ParameterError
 from mrilib.data.dataset import FastMRIDataset
 from mrilib.data.fastmri_file import DataError, Volume, read_volume
 from mrilib.data.sampler import ShapeBatchSampler, collate, make_loader
@@ -86,7 +86,7 @@ def test_input_does_not_depend_on_the_answer(
 # ------------------------------------------------------------------------------------------------- masks and units
 
 
-@pytest.mark.parametrize("mask_type", MASK_TYPES)
+@pytest.mark.parametrize("mask_type", masks_module.MASK_CLASSES)
 def test_validation_samples_equal_varnetdatatransform(volumes: list[Volume], tmp_path: Path, mask_type: str) -> None:
     few = [padded(volumes), next(v for v in volumes if v.matrix[1] % 2)]
     for volume in few:  # SliceDataset opens every file of a folder
