@@ -12,8 +12,11 @@ RuntimeError, with a GPU's exceptions: copies, CPU tensors without dimensions, a
 Kernels that exist for CUDA alone do not run; another implementation of the operation takes their place.
 """
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,6 +29,10 @@ CUDA = torch.device("cuda", 0)  # with its index, which PyTorch would ask the dr
 META = torch.device("meta")
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
+READS = {  # results, or their shapes, depend on values
+    aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
+    aten.masked_select.default, aten._unique2.default, aten.repeat_interleave.Tensor, aten.bincount.default,
+}  # fmt: skip
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -44,7 +51,7 @@ class PretendedTensor(Tensor):
 
     def tolist(self) -> Any:
         """Return the values."""
-        return self.value.tolist()
+        return self.cpu().tolist()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the values: a checkpoint is loaded to the CPU."""
@@ -146,3 +153,53 @@ def pretended(device: torch.device) -> Iterator[None]:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
         stack.enter_context(_Mode())
         yield
+
+
+class WaitCounter(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU, within `pretended`: reads of values, and copies to the device.
+
+    A copy to the device that is marked as non-blocking does not wait. Copies from it always do.
+
+    Attributes
+    ----------
+    places : Counter of str
+        Kind of the wait, and the innermost line of code outside of PyTorch that causes it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operation's waits, and run it."""
+        kwargs = kwargs or {}
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        is_on_device = any(isinstance(x, PretendedTensor) for x in tensors)
+        if func is aten._to_copy.default and kwargs.get("device") is not None:
+            is_to_device = torch.device(kwargs["device"]).type != "cpu"
+            self._count_copy(is_on_device, is_to_device, kwargs.get("non_blocking", False))
+        elif func is aten.copy_.default:
+            from_device, to_device = (isinstance(x, PretendedTensor) for x in (args[1], args[0]))
+            self._count_copy(from_device, to_device, any(args[2:]))
+        elif func in READS and is_on_device:
+            self._count(f"read by {func}")
+        elif func in INDEXING and is_on_device:
+            indices = [x for x in args[1] if x is not None]
+            if any(x.dtype in (torch.bool, torch.uint8) for x in indices):
+                self._count(f"read by {func}")
+            if not all(isinstance(x, PretendedTensor) for x in indices):
+                self._count(f"copy of an index by {func}")
+        return func(*args, **kwargs)
+
+    def _count_copy(self, is_from_device: bool, is_to_device: bool, is_non_blocking: bool) -> None:
+        if is_from_device and not is_to_device:
+            self._count("read by a copy to the CPU")
+        elif is_to_device and not is_from_device and not is_non_blocking:
+            self._count("blocking copy to the device")
+
+    def _count(self, kind: str) -> None:
+        frame: Any = sys._getframe()
+        while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+            frame = frame.f_back
+        folder, file = Path(frame.f_code.co_filename).parts[-2:]
+        self.places[f"{kind}: {folder}/{file}:{frame.f_lineno} {frame.f_code.co_name}"] += 1

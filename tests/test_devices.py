@@ -180,7 +180,12 @@ def test_stage2(phantom_dir, backbone_dir, name, place):
 def test_image_decoder_with_other_parameters(phantom_dir, backbone_dir, image_skip, upsample):
     model, batch, _, _ = build(phantom_dir, backbone_dir)
     config = stage2_config(
-        phantom_dir, backbone_dir, image_skip=image_skip, sense=False, use_bilinear_upsample=upsample
+        phantom_dir,
+        backbone_dir,
+        image_skip=image_skip,
+        sense=False,
+        use_bilinear_upsample=upsample,
+        train_control=False,
     )
     model.decoder = build_decoder(config, 32).eval()
     model.freeze(None)
