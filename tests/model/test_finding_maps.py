@@ -274,7 +274,7 @@ def test_losses_of_parts_sum_to_the_batchs(config, batch):
     torch.testing.assert_close(full.total, parts.sum(), rtol=1e-4, atol=1e-4)
     text = stages.AnalysisStage(system).loss(batch)
     map_loss = float((full.total - text.total) / stage.weight(batch))
-    assert map_loss == pytest.approx(2 * full.statistics["finding_map_loss"], rel=1e-4)
+    assert map_loss == pytest.approx(2 * float(full.statistics["finding_map_loss"]), rel=1e-4)
     assert text.statistics["finding_map_loss"] == full.statistics["finding_map_loss"] > 0
 
 
