@@ -187,6 +187,7 @@ def _add_runs(commands: Any) -> None:
 def run_notebooks(options: argparse.Namespace) -> int:
     """Execute the notebooks of a params folder and print the metrics."""
     from mrilib.display.console import metrics_text
+    from mrilib.files import display_path
     from mrilib.runs import notebooks
 
     plan = notebooks.make_plan(options)
@@ -196,6 +197,8 @@ def run_notebooks(options: argparse.Namespace) -> int:
         print(metrics_text(metrics))
     for line in notebooks.summaries(plan.directory) if not status else ():
         print(line)
+    if not status and (plan.directory / "figures").is_dir():
+        print(f"figures in {display_path(plan.directory / 'figures')}")
     return status
 
 

@@ -27,7 +27,7 @@ from mrilib.metrics.image import score_volume
 from mrilib.metrics.text_scores import text_warning
 from mrilib.model.baselines import zero_filled, zero_filled_image
 from mrilib.model.two_stage import TwoStageModel
-from mrilib.runs.pretrained import from_pretrained, is_pretrained, run_config
+from mrilib.runs.pretrained import from_pretrained, is_pretrained, read_pretrained, run_config
 from mrilib.training.device import pick_device
 from mrilib.training.setup import load_trained
 
@@ -178,7 +178,10 @@ def reconstruct(run: Path, file: Path, out: Path, acceleration: int | None = Non
         slices = list_slices(output.empty)
         yield f"warning: {file.name}: k-space is all zero in {slices}; the image is zero there"
     mask = f"undersampled {acceleration}x" if acceleration else "its own mask"
-    metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    if is_pretrained(run):
+        metrics = read_pretrained(run)["metrics"]
+    else:
+        metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
     warning = text_warning(metrics.get("analysis"))
     method = "image decoder without tokens" if model.encoder is None else "two-stage model"
     title = f"{volume.file}: {method} of run {origin['run']}, {mask}"

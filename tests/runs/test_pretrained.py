@@ -25,7 +25,8 @@ def evaluated(run, tmp_path_factory) -> Path:
     """The run, with metrics."""
     folder = shutil.copytree(run, tmp_path_factory.mktemp("evaluated") / "small")
     scores = {"4": {"model": volume_scores(0.8), "zero_filled": volume_scores(0.5)}}
-    analysis = {"contrast_accuracy": 0.5, "finding_f1": None}
+    analysis = {"contrast_accuracy": 0.5, "finding_f1": None, "reviewed_samples": 6, "clean_slices": 0}
+    analysis |= {"findings_true": 5, "findings_missed": 2, "findings_invented": 1, "clean_slices_with_invented": 0}
     metrics = {"reconstruction": summarize_methods(scores), "analysis": analysis}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
@@ -62,7 +63,12 @@ def test_the_model_card_has_the_scores_of_the_run(folder):
 
 def test_reconstruct_accepts_an_exported_model(folder, volumes, tmp_path, capsys):
     assert main(["reconstruct", str(folder), str(volumes[0].path), "--out", str(tmp_path)]) == 0
-    assert "SSIM" in capsys.readouterr().out and (tmp_path / volumes[0].path.name).is_file()
+    printed = capsys.readouterr().out
+    assert (
+        "SSIM" in printed
+        and "missed 2 of 5 findings and invented 1" in printed
+        and (tmp_path / volumes[0].path.name).is_file()
+    )
 
 
 def test_export_refuses_other_folders_and_unevaluated_runs(evaluated, tmp_path, capsys):
