@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from mrilib.config import NOTEBOOKS, ROOT
+from mrilib.display.tables import runs_text
 
 FOLDERS = sorted(
     path.parent for path in (ROOT / "outputs").glob("reference*/run.json") if "bench" not in path.parent.name
@@ -38,3 +39,9 @@ def test_the_record_is_of_a_commit_without_changes(folder: Path) -> None:
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "done"
     assert all(section["git"]["dirty"] is False for section in record["notebooks"].values())
+
+
+def test_the_table_of_runs_reads_every_record() -> None:
+    """A fresh clone holds these records and no other runs."""
+    text = runs_text(ROOT / "outputs")
+    assert all(folder.name in text for folder in FOLDERS)
