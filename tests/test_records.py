@@ -23,9 +23,9 @@ def code(path: Path) -> list[str]:
     return [c.source for c in cells if c.cell_type == "code" and not no_code & set(c.metadata.get("tags", []))]
 
 
-def test_there_is_a_record_of_quickstart_demo_and_pretraining() -> None:
+def test_there_is_a_record_of_quickstart_and_demo() -> None:
     recorded = {SOURCES[path.stem] for path in NOTEBOOK_FILES}
-    assert {"quickstart", "pretrain", "explore", "stage1", "stage2", "evaluate", "compare"} <= recorded
+    assert {"quickstart", "explore", "stage1", "stage2", "evaluate", "compare"} <= recorded
 
 
 @pytest.mark.parametrize("path", NOTEBOOK_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
