@@ -86,3 +86,21 @@ def test_the_minutes_are_those_of_the_record() -> None:
     for name, row in results().items():
         if row[-1] != "–":
             assert float(row[-1]) == pytest.approx(minutes(METHODS[name]), abs=0.6), name
+
+
+def test_the_numbers_of_the_demo_are_those_of_its_record() -> None:
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    metrics = json.loads((ROOT / "outputs" / "reference" / "metrics.json").read_text())
+    images, analysis = (metrics["reconstruction"], metrics["analysis"])
+    for method, words in (
+        ("model", "SSIM is about {} at 4x and {} at 8x"),
+        ("trained_without_tokens", "SSIM is about {} at 4x and {} at 8x"),
+        ("zero_filled", "zero-filled: {} and {}"),
+    ):
+        assert words.format(*(f"{images[a][method]['ssim']:.2f}" for a in ("4", "8"))) in text, method
+    lost = {name: images["8"][name]["lesions_lost"] for name in ("model", "trained_without_tokens")}
+    total = images["8"]["model"]["lesions"]
+    assert f"{lost['trained_without_tokens']} of {total}, the two-stage model {lost['model']}" in text
+    assert f"{analysis['contrast_accuracy']:.0%} of the demo's" in text
+    f1, constant = analysis["finding_f1"], analysis["finding_f1_best_constant"]
+    assert f"training it is {f1:.2f}, below the constant answer's {constant:.2f}" in text

@@ -89,7 +89,7 @@ def count_errors(truth: Sequence[Facts], predicted: Sequence[Facts | None]) -> d
 
 
 def list_errors(facts: Facts, guess: Facts | None) -> list[str]:
-    """List the errors of a generated text in words; what is unknown of a slice is no error."""
+    """List the errors of a generated text in words. Facts that are unknown are not counted as errors."""
     if guess is None:
         return ["not readable"]
     errors = []
